@@ -1,0 +1,29 @@
+"""HippoFormer: a hippocampus for any Hugging Face causal language model.
+
+    import hippoformer
+
+    model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048)
+"""
+
+from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
+from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
+from hippoformer.hippocampus.salience import SalienceGate
+from hippoformer.model.cache import Episode, HippoCache
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.loading import load
+from hippoformer.model.modeling import HippoFormer, HippoFormerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConsolidationRScore",
+    "EmbeddingDriftCalibrator",
+    "Episode",
+    "HippoCache",
+    "HippoFormer",
+    "HippoFormerConfig",
+    "HippoFormerLoss",
+    "HippoFormerOutput",
+    "SalienceGate",
+    "load",
+]

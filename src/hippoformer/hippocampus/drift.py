@@ -1,0 +1,140 @@
+"""The drift calibrator: old memories, new code (homeostasis).
+
+Memories are written in the code of one checkpoint. When LoRA steps or another quantisation change that code, what was
+stored no longer matches what is asked. Fixed probe inputs, the anchors, are encoded whenever a memory is saved and again
+when it is loaded: how far they moved, relative to their own spread, is the drift; the regularised affine map that carries
+the old representations to the new ones, h' = h + h A + b, carries the stored keys and values too. The decision depends on
+the anchors alone, never on the text being read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hippoformer.errors import InputError
+from hippoformer.model.configuration import HippoFormerConfig
+
+# Ridge strengths tried, relative to the mean variance of the anchors; the best on held-out anchors is taken.
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+_FOLDS = 4
+
+
+@dataclass
+class AffineMap:
+    """x -> x + x @ change + shift, in float32; change (K, K), shift (K,)."""
+
+    change: Tensor
+    shift: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K) in the dtype of x."""
+        return (x.float() + x.float() @ self.change + self.shift).to(x.dtype)
+
+
+def relative_drift(old: Tensor, new: Tensor) -> float:
+    """How far anchors moved: root mean square distance over their root mean square spread.
+
+    Args:
+        old, new: (A, K) representations of the same probes.
+
+    Returns:
+        0 for unmoved anchors; about 1.4 for unrelated ones of the same spread.
+
+    Raises:
+        InputError: the two do not have the same shape, or contain NaN.
+    """
+    if old.shape != new.shape:
+        raise InputError(f"anchors of shape {tuple(old.shape)} and {tuple(new.shape)} cannot be compared")
+    old, new = old.double(), new.double()
+    moved = (new - old).square().sum(-1).mean().sqrt()
+    spread = (old - old.mean(0)).square().sum(-1).mean().sqrt()
+    drift = (moved / spread.clamp_min(1e-12)).item()
+    if drift != drift:
+        raise InputError("the anchors' representations contain NaN: check the weights of the model")
+    return drift
+
+
+def fit_affine(old: Tensor, new: Tensor) -> AffineMap:
+    """Ridge regression of the anchors' movement, its strength chosen on held-out anchors.
+
+    Args:
+        old, new: (A, K).
+
+    Returns:
+        The map; with few anchors it tends to the identity plus a shift, never to something wild.
+    """
+    old, new = old.double(), new.double()
+    fold = torch.arange(old.shape[0], device=old.device) % _FOLDS
+
+    def held_out_error(ridge: float) -> float:
+        error = 0.0
+        for number in range(_FOLDS):
+            train, test = fold != number, fold == number
+            change, shift = _ridge(old[train], new[train], ridge)
+            error += (old[test] + old[test] @ change + shift - new[test]).square().sum().item()
+        return error
+
+    change, shift = _ridge(old, new, min(_RIDGES, key=held_out_error))
+    return AffineMap(change.float(), shift.float())
+
+
+def _ridge(old: Tensor, new: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    centre, movement = old.mean(0), new - old
+    x, y = old - centre, movement - movement.mean(0)
+    gram = x.T @ x
+    penalty = strength * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(gram.shape[0], dtype=x.dtype, device=x.device)
+    change = torch.linalg.solve(gram + penalty, x.T @ y)
+    return change, movement.mean(0) - centre @ change
+
+
+class EmbeddingDriftCalibrator(nn.Module):
+    """Owns the probe inputs. What they look like under a model is computed by the model, kept in memory files.
+
+    Args:
+        vocab_size: ids of the probes are below this.
+        config: `n_anchors`, `anchor_len`, `drift_threshold`, `seed`.
+
+    The probes start as pseudo-random tokens; training replaces them by spans of its own text (`set_anchors`), which lie
+    closer to what memories are made of.
+    """
+
+    anchor_ids: Tensor
+
+    def __init__(self, vocab_size: int, config: HippoFormerConfig) -> None:
+        super().__init__()
+        self.threshold = config.drift_threshold
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (config.n_anchors, config.anchor_len)
+        self.register_buffer("anchor_ids", torch.randint(0, vocab_size, shape, generator=generator, dtype=torch.int32))
+
+    def set_anchors(self, ids: Tensor) -> None:
+        """Replaces the probes by (n_anchors, anchor_len) token ids."""
+        if ids.shape != self.anchor_ids.shape:
+            raise InputError(f"expected anchors of shape {tuple(self.anchor_ids.shape)}, got {tuple(ids.shape)}")
+        self.anchor_ids.copy_(ids)
+
+    def correction(self, old: Tensor, new: Tensor) -> AffineMap | None:
+        """The map from old to new code, or None when the drift is within the threshold."""
+        return fit_affine(old, new) if relative_drift(old, new) > self.threshold else None
+
+
+class DriftMonitor:
+    """Drift during training, against a reference that follows slowly.
+
+    Args:
+        momentum: share of the old reference that is kept at each update.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.reference: Tensor | None = None
+
+    def update(self, anchors: Tensor) -> float:
+        """Drift of the anchors' representations (A, K) from the moving reference, which then moves towards them."""
+        anchors = anchors.detach().float()
+        if self.reference is None:
+            self.reference = anchors.clone()
+        drift = relative_drift(self.reference, anchors)
+        self.reference = self.momentum * self.reference + (1.0 - self.momentum) * anchors
+        return drift

@@ -1,0 +1,175 @@
+"""Episodic memory: what a row remembers, and who may stay when there is no room for all.
+
+An episode is one transition s -> s+1 of the row's own text: a key made from the hidden state at s, and as content the
+token read at s+1 with what its hidden state adds. One buffer per row holds, from old to new,
+
+    [ store: M = buffer_size | working: window + segment_len | blank ]
+
+The store is ordered by position with its empty slots first; the working part is filled from the left, one slot a token;
+the blank slot stays zero for ever (padding is written there, and an attention that finds nothing else rests on it).
+Because the order is that of the text, "the episode after this one" is the next slot, which recall uses.
+
+At a segment end the episodes that left the window compete with the stored ones (`admit`). Everything is vectorised over
+rows; nothing here loops over tokens or asks the device for a value.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.tensors.selection import hashed_uniform, put, take, winners
+
+
+@dataclass
+class Episodes:
+    """The episodes of R rows, E = M + working + 1 slots each; a plain value, copied by `rows` and `replace`.
+
+    Attributes:
+        key: (R, E, K) unit vector per head.
+        value: (R, E, U) content for the residual read-out.
+        token: (R, E) int32, the token that was read at s+1.
+        position: (R, E) int32, s+1 counted in the row's own tokens; -1 where the slot is empty.
+        salience: (R, E) in [0, 1].
+        priority: (R, E) P; the importance at writing, raised by replay.
+        age: (R, E) segments since the last reactivation.
+        strength: (R, E) how many experiences were merged into this one.
+        credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
+    """
+
+    key: Tensor
+    value: Tensor
+    token: Tensor
+    position: Tensor
+    salience: Tensor
+    priority: Tensor
+    age: Tensor
+    strength: Tensor
+    credit: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str) -> "Episodes":
+        """An empty memory for `rows` rows; keys and values in `dtype`, counters in float32."""
+        slots = config.buffer_size + config.working_slots + 1
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(rows, slots, *shape, dtype=dtype, device=device)
+
+        return cls(
+            key=zeros(config.key_dim, dtype=dtype),
+            value=zeros(config.recall_value_dim, dtype=dtype),
+            token=zeros(dtype=torch.int32),
+            position=zeros(dtype=torch.int32) - 1,
+            salience=zeros(),
+            priority=zeros(),
+            age=zeros(),
+            strength=zeros(),
+            credit=zeros(),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field name -> tensor."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def valid(self) -> Tensor:
+        """(R, E) bool, slots that hold an episode."""
+        return self.position >= 0
+
+    def effective_priority(self, decay_rate: float) -> Tensor:
+        """(R, E) P * decay_rate ** age."""
+        return self.priority * decay_rate**self.age
+
+    def map(self, function) -> "Episodes":  # type: ignore[no-untyped-def]
+        """A new value with `function` applied to every tensor."""
+        return Episodes(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    def rows(self, index: Tensor) -> "Episodes":
+        """The chosen rows, copied."""
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
+    def merged_rows(self, index: Tensor, other: "Episodes") -> "Episodes":
+        """This value with row index[i] replaced by row i of `other`."""
+        return Episodes(
+            **{
+                name: mine.index_copy(0, index, theirs)
+                for (name, mine), theirs in zip(self.tensors().items(), other.tensors().values(), strict=True)
+            }
+        )
+
+    def slots(self, low: int, high: int) -> "Episodes":
+        """A view of the slots low..high of every row."""
+        return self.map(lambda tensor: tensor[:, low:high])
+
+    def write(self, index: Tensor, new: "Episodes") -> "Episodes":
+        """Writes new episodes (R, N, ...) into the slots `index` (R, N); in place where no gradient is involved."""
+        return Episodes(
+            **{
+                name: put(mine, index, theirs)
+                for (name, mine), theirs in zip(self.tensors().items(), new.tensors().values(), strict=True)
+            }
+        )
+
+
+def importance(salience: Tensor, config: HippoFormerConfig) -> Tensor:
+    """Weight of a token: `untagged_weight` up to salience 0.5, then growing over `importance_weight_range`."""
+    low, high = config.importance_weight_range
+    return torch.where(salience > 0.5, low + (high - low) * (2.0 * salience - 1.0), config.untagged_weight)
+
+
+def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
+    """Lets the first `leaving` working episodes of each row compete with its store, and moves the others up.
+
+    Args:
+        episodes: the memory at a segment end.
+        leaving: (R,) int64, episodes of the row that are no longer within the window.
+
+    Returns:
+        The new memory: the `buffer_size` best of store and leavers by effective priority (or by the baseline named in
+        `config.selection`), and the remaining working episodes moved to the left.
+    """
+    n_stored, n_working = config.buffer_size, config.working_slots
+    slots = torch.arange(n_stored + n_working, device=leaving.device)
+    contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
+    with torch.no_grad():
+        score = _selection_score(episodes.slots(0, n_stored + n_working), config)
+        kept = winners(score.masked_fill(~contender, -torch.inf), n_stored)  # (R, M)
+    working = torch.arange(n_working, device=leaving.device) + n_stored + leaving.unsqueeze(-1)  # (R, W)
+    blank = n_stored + n_working
+    working = working.clamp_max(blank)
+    index = torch.cat((kept, working, working.new_full((working.shape[0], 1), blank)), dim=-1)
+    holds = take(contender, kept)
+    moved = episodes.map(lambda tensor: take(tensor, index))
+    moved.position[:, :n_stored].masked_fill_(~holds, -1)
+    if moved.priority.requires_grad:
+        moved.priority = _let_gradient_reach_priority(moved.priority, moved, contender, config)
+    return moved
+
+
+def _selection_score(episodes: Episodes, config: HippoFormerConfig) -> Tensor:
+    if config.selection == "salience":
+        return episodes.effective_priority(config.decay_rate)
+    if config.selection == "surprise":
+        return episodes.salience
+    if config.selection == "random":
+        return hashed_uniform(config.seed, episodes.position.long())
+    return episodes.position.float()
+
+
+def _let_gradient_reach_priority(
+    priority: Tensor, moved: Episodes, contender: Tensor, config: HippoFormerConfig
+) -> Tensor:
+    """Straight-through soft top-k: the numbers stay, the gradient is that of a relaxed competition.
+
+    Where more episodes compete than fit, staying is relaxed to sigmoid((log p - log p_min) / temperature) with p_min the
+    lowest priority that still won, so that the loss can tell the gate which memories were worth more room.
+    """
+    stored = moved.valid[:, : config.buffer_size]
+    full = contender.sum(-1, keepdim=True) > config.buffer_size
+    log_priority = moved.effective_priority(config.decay_rate)[:, : config.buffer_size].clamp_min(1e-6).log()
+    lowest = log_priority.detach().masked_fill(~stored, torch.inf).amin(-1, keepdim=True).clamp_max(100.0)
+    log_keep = logsigmoid((log_priority - lowest) / config.soft_topk_temperature)
+    gradient_only = torch.where(stored & full, (log_keep - log_keep.detach()).exp(), 1.0)
+    return torch.cat((priority[:, : config.buffer_size] * gradient_only, priority[:, config.buffer_size :]), dim=-1)

@@ -1,0 +1,98 @@
+"""Fusion: how a recollection changes the prediction.
+
+Two read-outs of one attention.
+
+* Residual: h + tanh(alpha) g(q) W content, with alpha = 0 at initialisation.
+* Distribution: episodes vote for the token that followed them,
+
+      p(v) = (1 - lambda (1 - nothing)) p_base(v) + lambda sum_e a(e) [token_e = v],
+
+  lambda made by a gate from the query and from how sharp and how empty the recollection is (pointer mixtures: Merity et
+  al. 2016, arXiv:1609.07843; nearest neighbours: Khandelwal et al. 2019, arXiv:1911.00172). `strength` is 0 at
+  initialisation: a fresh HippoFormer is its base model to the last bit. Training opens it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hippoformer.hippocampus.recall import Recollection
+from hippoformer.model.configuration import HippoFormerConfig
+
+_GATE_WIDTH = 32
+
+
+class Fusion(nn.Module):
+    """Both read-outs and their gates. Parameters only."""
+
+    def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
+        super().__init__()
+        self.has_residual, self.has_distribution = config.residual_readout, config.distribution_readout
+        self.gate_in = nn.Linear(hidden_size + 2, _GATE_WIDTH)
+        self.gate_out = nn.Linear(_GATE_WIDTH, 1)
+        self.strength = nn.Parameter(torch.zeros(()))
+        self.residual_gate = nn.Linear(hidden_size, 1)
+        self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
+        self.residual_scale = nn.Parameter(torch.zeros(()))
+        self.dropout = nn.Dropout(config.fusion_dropout)
+
+    def open(self) -> None:
+        """Lets recall speak, if it never has: called once when training starts."""
+        with torch.no_grad():
+            if self.strength == 0:
+                self.strength.fill_(1.0)
+                nn.init.constant_(self.gate_out.bias, -1.0)
+
+    @property
+    def residual_is_active(self) -> bool:
+        """False while the residual read-out is exactly zero and need not be computed."""
+        return self.has_residual and (self.training or bool(self.residual_scale != 0))
+
+    def residual(self, hidden: Tensor, recollection: Recollection) -> Tensor:
+        """(R, N, D) to add to the hidden state, in its dtype."""
+        gate = torch.sigmoid(self.residual_gate(hidden))
+        content = self.dropout(self.residual_proj(recollection.content.to(self.residual_proj.weight.dtype)))
+        return torch.tanh(self.residual_scale) * gate * content
+
+    def mixture_weight(self, hidden: Tensor, recollection: Recollection) -> Tensor:
+        """(R, N) lambda in [0, 1]: how much recall is believed."""
+        if not self.has_distribution:
+            return torch.zeros_like(recollection.nothing)
+        evidence = torch.stack((recollection.nothing, recollection.peak), dim=-1).to(hidden.dtype)
+        gate = self.gate_out(torch.nn.functional.gelu(self.gate_in(torch.cat((hidden, evidence), dim=-1))))
+        return self.strength.clamp(0.0, 1.0) * torch.sigmoid(gate.squeeze(-1))
+
+
+def mix_target(log_prob: Tensor, weight: Tensor, nothing: Tensor, hit: Tensor) -> Tensor:
+    """Fused log-probability of given tokens, without the distribution over the others.
+
+    Args:
+        log_prob: (R, N) log p_base of each token.
+        weight: (R, N) lambda. nothing: (R, N) null mass. hit: (R, N) attention on episodes of that very token.
+
+    Returns:
+        (R, N); exactly log_prob where the weight is 0.
+    """
+    own = log_prob + torch.log1p(-weight * (1.0 - nothing))
+    recalled = weight * hit
+    voted = recalled > 0
+    return torch.where(voted, torch.logaddexp(own, torch.where(voted, recalled, 1.0).log()), own)
+
+
+def mix_distribution(log_probs: Tensor, weight: Tensor, nothing: Tensor, weights: Tensor, token: Tensor) -> Tensor:
+    """Fused log-probabilities of the whole vocabulary.
+
+    Args:
+        log_probs: (R, N, V) normalised log p_base.
+        weight, nothing: (R, N). weights: (R, N, E) attention. token: (R, E) what each episode votes for.
+
+    Returns:
+        (R, N, V), normalised; exactly log_probs where the weight is 0.
+    """
+    own = log_probs + torch.log1p(-weight * (1.0 - nothing)).unsqueeze(-1)
+    ballots = token.long().unsqueeze(1).expand(weights.shape)
+    votes = torch.zeros_like(log_probs).scatter_add(-1, ballots, weight.unsqueeze(-1) * weights)
+    # Only the voted tokens change; episodes of one token all write the same number.
+    recalled, mine = votes.gather(-1, ballots), own.gather(-1, ballots)
+    voted = recalled > 0
+    fused = torch.where(voted, torch.logaddexp(mine, torch.where(voted, recalled, 1.0).log()), mine)
+    return own.scatter(-1, ballots, fused)

@@ -1,0 +1,93 @@
+"""The salience gate: which transitions are worth keeping? (the sharp-wave ripple's tag)
+
+Two pathways look at the transition s -> s+1 once s+1 has been read: a local MLP on both hidden states and on how
+surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A learned
+weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
+
+    salience = sigmoid(smooth(w local + (1 - w) global) - threshold)
+
+The gate is trained to predict usefulness, the credit a memory later earns (see losses), not easiness.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.model.configuration import HippoFormerConfig
+
+
+class SalienceGate(nn.Module):
+    """Salience of each transition, in [0, 1]. Parameters only.
+
+    Args:
+        hidden_size: D of the base model.
+        config: `salience_*` and `recall_*` options.
+    """
+
+    def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = config.salience_n_heads, config.recall_head_dim
+        self.kernel = config.salience_min_duration
+        width = config.salience_hidden_size
+        self.local_norm = nn.LayerNorm(2 * hidden_size)
+        self.local_in = nn.Linear(2 * hidden_size + 1, width)
+        self.local_out = nn.Linear(width, 1)
+        self.global_query = nn.Linear(hidden_size, self.n_heads * self.head_dim, bias=False)
+        self.global_out = nn.Linear(self.n_heads * config.recall_value_dim, 1)
+        self.pathway_weight = nn.Parameter(torch.zeros(()))
+        self.smoothing = nn.Parameter(torch.zeros(self.kernel))
+        self.threshold = nn.Parameter(torch.tensor(float(config.salience_threshold_init)))
+        with torch.no_grad():
+            self.smoothing[-1] = 1.0  # starts as the identity on the present token
+
+    def forward(
+        self,
+        before: Tensor,
+        after: Tensor,
+        surprise: Tensor,
+        episodes: Episodes,
+        visible: Tensor,
+        recent: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Salience logits of N transitions of each row.
+
+        Args:
+            before, after: (R, N, D) hidden states at s and s+1.
+            surprise: (R, N) -log p(x_{s+1}) of the base model, nats.
+            episodes: what the row remembers.
+            visible: (R, N, E) bool, episodes complete before s+1.
+            recent: (R, kernel - 1) unsmoothed logits of the transitions before these.
+
+        Returns:
+            (R, N) salience logits, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
+        """
+        both = self.local_norm(torch.cat((before, after), dim=-1))
+        local = self.local_in(torch.cat((both, surprise.unsqueeze(-1) / 10.0), dim=-1))
+        local = self.local_out(torch.nn.functional.gelu(local)).squeeze(-1)
+        weight = torch.sigmoid(self.pathway_weight)
+        raw = weight * local + (1.0 - weight) * self._global(after, episodes, visible)
+        extended = torch.cat((recent, raw), dim=-1)
+        smooth = extended.unfold(-1, self.kernel, 1) @ self.smoothing
+        return smooth - self.threshold, extended
+
+    def _global(self, after: Tensor, episodes: Episodes, visible: Tensor) -> Tensor:
+        query = self.global_query(after).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, N, d)
+        key = episodes.key[..., : self.n_heads * self.head_dim]
+        key = key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, E, d)
+        value = episodes.value.unsqueeze(1).expand(-1, self.n_heads, -1, -1)  # (R, G, E, U)
+        # A softmax over nothing is NaN: such a query looks at any slot, and what it saw is dropped.
+        sees = visible.any(-1, keepdim=True)  # (R, N, 1)
+        mask = (visible | ~sees).unsqueeze(1)
+        seen = scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=mask, scale=1.0)
+        seen = seen.transpose(1, 2).flatten(-2).to(after.dtype)  # (R, N, G U)
+        return self.global_out(torch.where(sees, seen, 0.0)).squeeze(-1)
+
+
+def last_of_each_row(sequence: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """The `count` entries that end at each row's length: (R, count + N), (R,) -> (R, count).
+
+    Entry j of the sequence is `count` steps ahead of token j, so a row of length 0 keeps its old entries.
+    """
+    index = lengths.unsqueeze(-1) + torch.arange(count, device=lengths.device)
+    return pad(sequence, (0, 1)).gather(-1, index)

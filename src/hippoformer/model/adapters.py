@@ -1,0 +1,51 @@
+"""LoRA on the base model, by peft, injected in place so that the base keeps its class."""
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hippoformer.errors import CheckpointError, ConfigurationError
+from hippoformer.model.configuration import HippoFormerConfig
+
+_ADAPTER = "hippoformer"
+
+
+def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
+    """Adds zero-initialised adapters to the named linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+    Raises:
+        ConfigurationError: a target name that no layer of the base has.
+    """
+    names = {name.split(".")[-1] for name, module in base.named_modules() if hasattr(module, "weight")}
+    missing = sorted(set(config.lora_target_modules) - names)
+    if missing:
+        linear = sorted({n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+        raise ConfigurationError(
+            f"lora_target_modules {missing} are not layers of {type(base).__name__}: choose from {linear or sorted(names)}, "
+            "or set use_lora=False"
+        )
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_target_modules),
+    )
+    inject_adapter_in_model(lora, base, adapter_name=_ADAPTER)
+    if not config.freeze_base:
+        base.requires_grad_(True)
+
+
+def lora_state(base: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapters' tensors by name."""
+    return get_peft_model_state_dict(base, adapter_name=_ADAPTER)
+
+
+def load_lora_state(base: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Puts back what `lora_state` gave.
+
+    Raises:
+        CheckpointError: tensors that the base's adapters do not have.
+    """
+    result = set_peft_model_state_dict(base, state, adapter_name=_ADAPTER)
+    if result is not None and result.unexpected_keys:
+        raise CheckpointError(f"the checkpoint has adapters this base does not: {result.unexpected_keys[:3]}")

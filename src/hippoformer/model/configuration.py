@@ -1,0 +1,225 @@
+"""Every setting of a HippoFormer, with the names of the original research code where it had one.
+
+The `PreTrainedConfig` of transformers does the reading and writing of `config.json`. Options are grouped as in the
+picture of the architecture; each says its unit and what it changes.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hippoformer.errors import ConfigurationError
+
+
+class HippoFormerConfig(PreTrainedConfig):
+    """Configuration of the hippocampus and of the window that the base model keeps.
+
+    Base model:
+        base_model_name: folder, hub repository, or short name (`smollm2-135m`).
+        freeze_base: no gradient reaches the base's own weights (LoRA weights, where used, still train).
+        use_lora, lora_r, lora_alpha, lora_dropout, lora_target_modules: low-rank adapters by peft.
+    Window:
+        window: tokens of the base's own attention span, the current one included.
+        sink_tokens: first tokens of the row that stay visible for ever.
+        segment_len: tokens of a row between two consolidations.
+    Salience gate:
+        salience_n_heads: heads of its global attention; at most `recall_n_heads`, whose keys it reads.
+        salience_min_duration: tokens of its causal smoothing kernel.
+        salience_threshold_init: initial threshold, in logits.
+        salience_hidden_size: width of its local pathway.
+        importance_weight_range: weight at salience 0.5+ and at salience 1.
+        untagged_weight: weight at salience <= 0.5.
+        selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
+            "random", or "fifo" (first in, first out). The last three are the usual baselines.
+    Episodic memory and replay:
+        buffer_size: episodes kept per row, beyond the window.
+        decay_rate: factor on the priority per segment since the last reactivation.
+        max_replay_rounds: replay rounds at each segment end; 0 switches replay off.
+        replay_batch: memories reactivated in a round.
+        replay_rate: share of the way to the highest importance that a reactivation raises a priority.
+        merge_threshold: cosine of two keys from which episodes with the same token are one memory.
+        priority_threshold: effective priority below which a memory is forgotten at consolidation.
+        soft_topk_temperature: softness, in units of log-priority, of the relaxed competition through which the loss
+            reaches the gate in training; the forward pass itself is always the hard competition.
+        seed: of the replay draws.
+    Recall and fusion:
+        memory_layer: where queries and keys are taken and the residual enters: -1 is the final hidden state, k >= 1 the
+            output of decoder layer k.
+        recall_n_heads, recall_head_dim: width of the episodic keys. The original's fusion_n_heads is the same setting.
+        recall_value_dim: width of an episode's value for the residual read-out.
+        recall_top_k: episodes a query may recall; 0 for all of them.
+        residual_readout, distribution_readout: the two ways recall changes a prediction.
+        fusion_dropout: dropout on the residual read-out in training.
+    Drift calibrator:
+        n_anchors, anchor_len: number and tokens of the probe inputs.
+        drift_threshold: drift, relative to the anchors' own spread, above which a loaded memory is mapped.
+        drift_update_momentum: of the moving reference that training measures its own drift against.
+    Losses:
+        lm_loss_weight, salience_weighted_loss_weight, sparsity_loss_weight, memory_util_loss_weight,
+        credit_loss_weight: weights of the terms.
+        target_tagged_share: share of tokens the sparsity term lets the gate tag.
+        consolidation_r_target: Pearson correlation of salience and retrieval quality to aim for.
+    Training:
+        learning_rate, weight_decay, warmup_steps, max_grad_norm: of AdamW; the base's LoRA trains at a tenth of the rate.
+
+    Raises:
+        ConfigurationError: a value outside its range, or two that contradict each other.
+    """
+
+    model_type = "hippoformer"
+
+    def __init__(
+        self,
+        base_model_name: str = "google/gemma-2b",
+        freeze_base: bool = True,
+        use_lora: bool = True,
+        lora_r: int = 16,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.05,
+        lora_target_modules: tuple[str, ...] | list[str] = ("q_proj", "v_proj"),
+        window: int = 512,
+        sink_tokens: int = 4,
+        segment_len: int = 256,
+        salience_n_heads: int = 4,
+        salience_min_duration: int = 2,
+        salience_threshold_init: float = 0.0,
+        salience_hidden_size: int = 128,
+        importance_weight_range: tuple[float, float] | list[float] = (2.0, 5.0),
+        untagged_weight: float = 1.0,
+        selection: str = "salience",
+        buffer_size: int = 2048,
+        decay_rate: float = 0.9,
+        max_replay_rounds: int = 10,
+        replay_batch: int = 32,
+        replay_rate: float = 0.5,
+        merge_threshold: float = 0.95,
+        priority_threshold: float = 1.0,
+        soft_topk_temperature: float = 1.0,
+        seed: int = 0,
+        memory_layer: int = -1,
+        recall_n_heads: int | None = None,
+        recall_head_dim: int = 64,
+        recall_value_dim: int = 64,
+        recall_top_k: int = 0,
+        residual_readout: bool = True,
+        distribution_readout: bool = True,
+        fusion_n_heads: int | None = None,
+        fusion_dropout: float = 0.1,
+        n_anchors: int = 64,
+        anchor_len: int = 16,
+        drift_threshold: float = 0.3,
+        drift_update_momentum: float = 0.99,
+        lm_loss_weight: float = 1.0,
+        salience_weighted_loss_weight: float = 0.5,
+        sparsity_loss_weight: float = 0.1,
+        memory_util_loss_weight: float = 0.01,
+        credit_loss_weight: float = 1.0,
+        target_tagged_share: float = 0.3,
+        consolidation_r_target: float = 0.86,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 100,
+        max_grad_norm: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self.base_model_name = base_model_name
+        self.freeze_base = freeze_base
+        self.use_lora = use_lora
+        self.lora_r = lora_r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.lora_target_modules = list(lora_target_modules)
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.segment_len = segment_len
+        self.salience_n_heads = salience_n_heads
+        self.salience_min_duration = salience_min_duration
+        self.salience_threshold_init = salience_threshold_init
+        self.salience_hidden_size = salience_hidden_size
+        self.importance_weight_range = list(importance_weight_range)
+        self.untagged_weight = untagged_weight
+        self.selection = selection
+        self.buffer_size = buffer_size
+        self.decay_rate = decay_rate
+        self.max_replay_rounds = max_replay_rounds
+        self.replay_batch = replay_batch
+        self.replay_rate = replay_rate
+        self.merge_threshold = merge_threshold
+        self.priority_threshold = priority_threshold
+        self.soft_topk_temperature = soft_topk_temperature
+        self.seed = seed
+        self.memory_layer = memory_layer
+        if None not in (recall_n_heads, fusion_n_heads) and recall_n_heads != fusion_n_heads:
+            raise ConfigurationError(
+                f"recall_n_heads={recall_n_heads} and fusion_n_heads={fusion_n_heads} name the same setting with two "
+                "values: give one of them"
+            )
+        self.recall_n_heads = recall_n_heads or fusion_n_heads or 8
+        self.fusion_n_heads = self.recall_n_heads
+        self.recall_head_dim = recall_head_dim
+        self.recall_value_dim = recall_value_dim
+        self.recall_top_k = recall_top_k
+        self.residual_readout = residual_readout
+        self.distribution_readout = distribution_readout
+        self.fusion_dropout = fusion_dropout
+        self.n_anchors = n_anchors
+        self.anchor_len = anchor_len
+        self.drift_threshold = drift_threshold
+        self.drift_update_momentum = drift_update_momentum
+        self.lm_loss_weight = lm_loss_weight
+        self.salience_weighted_loss_weight = salience_weighted_loss_weight
+        self.sparsity_loss_weight = sparsity_loss_weight
+        self.memory_util_loss_weight = memory_util_loss_weight
+        self.credit_loss_weight = credit_loss_weight
+        self.target_tagged_share = target_tagged_share
+        self.consolidation_r_target = consolidation_r_target
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.max_grad_norm = max_grad_norm
+        self._check()
+        super().__init__(**kwargs)
+
+    @property
+    def key_dim(self) -> int:
+        """Width K of an episode's key, all heads together."""
+        return self.recall_n_heads * self.recall_head_dim
+
+    @property
+    def window_slots(self) -> int:
+        """Key/value slots C of a row: sinks, window, and the segment being read."""
+        return self.sink_tokens + self.window + self.segment_len
+
+    @property
+    def working_slots(self) -> int:
+        """Episodes of a row that have not yet left the window: they compete at the next segment end at the earliest."""
+        return self.window + self.segment_len
+
+    def _check(self) -> None:
+        low, high = self.importance_weight_range
+        rules = {
+            "window >= 1": self.window >= 1,
+            "sink_tokens >= 0": self.sink_tokens >= 0,
+            "segment_len >= 1": self.segment_len >= 1,
+            "buffer_size >= 0": self.buffer_size >= 0,
+            "0 < decay_rate <= 1": 0 < self.decay_rate <= 1,
+            "max_replay_rounds >= 0": self.max_replay_rounds >= 0,
+            "replay_batch >= 1": self.replay_batch >= 1,
+            "0 <= replay_rate <= 1": 0 <= self.replay_rate <= 1,
+            "soft_topk_temperature > 0": self.soft_topk_temperature > 0,
+            "0 < untagged_weight <= importance_weight_range[0] <= importance_weight_range[1]": 0
+            < self.untagged_weight
+            <= low
+            <= high,
+            "1 <= salience_n_heads <= recall_n_heads": 1 <= self.salience_n_heads <= self.recall_n_heads,
+            "salience_min_duration >= 1": self.salience_min_duration >= 1,
+            "selection in (salience, surprise, random, fifo)": self.selection
+            in ("salience", "surprise", "random", "fifo"),
+            "memory_layer == -1 or memory_layer >= 1": self.memory_layer == -1 or self.memory_layer >= 1,
+            "recall_top_k >= 0": self.recall_top_k >= 0,
+            "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
+            "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ConfigurationError(f"HippoFormerConfig: expected {'; '.join(broken)}")

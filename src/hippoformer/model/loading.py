@@ -1,0 +1,43 @@
+"""The short way to a model: a name, and the options to change."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hippoformer.model import checkpoint
+from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.modeling import HippoFormer
+
+
+def shipped_hippocampus(name: str) -> Path | None:
+    """The folder of the trained hippocampus that the package ships for a base model, or None."""
+    folder = Path(str(files("hippoformer"))) / "pretrained" / name
+    return folder if (folder / checkpoint.WEIGHTS).is_file() else None
+
+
+def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerBase]:
+    """A model ready to read, and its tokenizer.
+
+    Args:
+        name: a saved HippoFormer (folder or hub repository), or a base model: a short name (`smollm2-135m`, with the
+            hippocampus that the package ships), a folder, or a hub repository (a fresh hippocampus, which is the base
+            until it is trained).
+        options: of `HippoFormerConfig`, to change (window, buffer_size, ...); `dtype` of the base.
+
+    Raises:
+        BaseModelNotFoundError, CheckpointError, UnsupportedArchitectureError, ConfigurationError.
+    """
+    saved = shipped_hippocampus(str(name)) or (Path(name) if _is_saved(Path(name)) else None)
+    if saved is not None:
+        model = HippoFormer.from_pretrained(saved, **options)
+    else:
+        base = load_base_model(str(name), dtype=options.pop("dtype", None))
+        model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **({"use_lora": False} | options)), base)
+    return model, load_tokenizer(model.config.base_model_name)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / checkpoint.WEIGHTS).is_file()

@@ -1,0 +1,176 @@
+"""Memories on disk: one safetensors file that carries everything a stream was, and the code it was written in.
+
+Inside: all tensors of the cache; as metadata its counters, and a fingerprint of base, adapters, hippocampus and config; and how
+the writing model encoded the drift anchors. A file read by the very same model comes back bit for bit. Under a changed model
+of the same shape (LoRA steps, another quantisation) the anchors are encoded again: beyond `drift_threshold` keys and values
+are mapped to the new code, and the window is read again, since its keys/values belong to the old weights. A file of another
+kind of model is refused.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hippoformer.errors import MemoryFileError
+from hippoformer.hippocampus.circuit import MemoryState, Vote, window_fill
+from hippoformer.hippocampus.drift import relative_drift
+from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.checkpoint import write_tensors
+
+if TYPE_CHECKING:
+    from hippoformer.model.modeling import HippoFormer
+
+_FORMAT = "hippoformer-memory-1"
+_SAMPLES = 1024
+# Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
+_UNRELATED = 1.2
+# Options that shape the stored tensors; a file and a model must agree on them.
+_SHAPING = (
+    "window",
+    "sink_tokens",
+    "segment_len",
+    "buffer_size",
+    "recall_n_heads",
+    "recall_head_dim",
+    "recall_value_dim",
+    "salience_min_duration",
+    "memory_layer",
+    "hidden_size",
+    "vocab_size",
+    "num_hidden_layers",
+)
+
+
+def base_fingerprint(module: nn.Module) -> str:
+    """Digest of a module's weights: of every tensor its name, shape and up to 1,024 evenly spaced elements."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model: "HippoFormer") -> dict[str, str]:
+    """Digests of what a memory's numbers depend on: base with adapters, hippocampus, and the shaping options."""
+    return {
+        "base": base_fingerprint(model.base),
+        "hippocampus": base_fingerprint(model.hippocampus),
+        "shape": json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True),
+    }
+
+
+def save_memory(cache: HippoCache, path: str | Path) -> None:
+    """Writes a cache's whole state atomically.
+
+    Raises:
+        CheckpointError: the file could not be written; an earlier one at this place is unchanged.
+    """
+    model = cache.model
+    ids = model.hippocampus.drift_calibrator.anchor_ids
+    keys, values = model.anchors(ids)
+    tensors = {f"memory.{name}": tensor for name, tensor in cache.memory.tensors().items()}
+    tensors |= {"window.tokens": cache.tokens, "window.last_output": cache.last_output}
+    for number, layer in enumerate(cache.layers):
+        if layer.is_initialized:
+            tensors |= {f"window.{number}.keys": layer.keys, f"window.{number}.values": layer.values}
+    tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
+    counters = {
+        "lengths": cache.lengths,
+        "columns": cache.columns,
+        "frozen": cache.frozen,
+        "written": cache.written,
+        "stored_bound": cache.memory.stored_bound,
+    }
+    metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(fingerprint(model))}
+    write_tensors(Path(path), tensors, metadata)
+
+
+@torch.no_grad()
+def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
+    """Reads a memory for a model.
+
+    Returns:
+        The cache. Its `drift` says what was measured: `keys` and `values` (0 for an unchanged model), `calibrated`.
+
+    Raises:
+        MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code has
+            nothing in common with this one's.
+    """
+    tensors, metadata = _read(Path(path))
+    mine, theirs = fingerprint(model), json.loads(metadata["fingerprint"])
+    if mine["shape"] != theirs["shape"]:
+        ours, other = json.loads(mine["shape"]), json.loads(theirs["shape"])
+        differing = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in ours if ours[n] != other.get(n))
+        raise MemoryFileError(f"{path} was written by a model of another shape: {differing}; load that model")
+    counters: dict[str, Any] = json.loads(metadata["counters"])
+    cache = model.new_cache(len(counters["lengths"]))
+    state = {n.removeprefix("memory."): t.to(model.device) for n, t in tensors.items() if n.startswith("memory.")}
+    episodes = Episodes(**{name: state[name] for name in cache.memory.episodes.tensors()})
+    vote = Vote(**{name: state[f"vote_{name}"] for name in cache.memory.vote.tensors()})
+    cache.memory = MemoryState(
+        episodes, vote, state["last_hidden"], state["recent_salience"], stored_bound=counters["stored_bound"]
+    )
+    cache.lengths, cache.columns = counters["lengths"], counters["columns"]
+    cache.frozen, cache.written = counters["frozen"], counters["written"]
+    cache.tokens, cache.last_output = tensors["window.tokens"].to(model.device), tensors["window.last_output"].to(model.device)
+    if mine == theirs:
+        for number, layer in enumerate(cache.layers):
+            if f"window.{number}.keys" in tensors:
+                keys, values = (tensors[f"window.{number}.{part}"].to(model.device) for part in ("keys", "values"))
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+        cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
+    else:
+        _translate(cache, tensors, model, str(path))
+    return cache
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise MemoryFileError(f"there is no memory file at {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise MemoryFileError(f"{path} is truncated or not a memory file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise MemoryFileError(f"{path} is a safetensors file, but not a memory of format {_FORMAT}")
+    return tensors, metadata
+
+
+def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str) -> None:
+    """Carries a memory written in another code into this model's, as far as the anchors tell how."""
+    calibrator, memory = model.hippocampus.drift_calibrator, cache.memory
+    new_keys, new_values = model.anchors(tensors["anchors.ids"])
+    old_keys, old_values = tensors["anchors.keys"].to(model.device), tensors["anchors.values"].to(model.device)
+    drift = {"keys": relative_drift(old_keys, new_keys), "values": relative_drift(old_values, new_values)}
+    if drift["keys"] > _UNRELATED:
+        raise MemoryFileError(
+            f"{path} was written by an unrelated model: its anchors moved by {drift['keys']:.2f} times their own spread; "
+            "load it with the model, or a fine-tuned version of the model, that wrote it"
+        )
+    key_map, value_map = calibrator.correction(old_keys, new_keys), calibrator.correction(old_values, new_values)
+    filled = memory.episodes.valid.unsqueeze(-1)
+    if key_map is not None:
+        mapped = model.hippocampus.recall.unit_heads(key_map(memory.episodes.key))
+        memory.episodes.key = torch.where(filled, mapped, 0.0).to(memory.episodes.key.dtype)
+    if value_map is not None:
+        memory.episodes.value = torch.where(filled, value_map(memory.episodes.value), 0.0).to(memory.episodes.value.dtype)
+    cache.drift = drift | {"calibrated": key_map is not None or value_map is not None}
+
+    fill = [window_fill(done, model.config) for done in cache.lengths]
+    if max(fill):
+        width, layer = max(fill), model.config.memory_layer
+        hidden, inner = model.window.reread(cache, cache.tokens[:, :width].long(), fill, layer)
+        index = (torch.tensor(fill, device=model.device) - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        cache.last_output = hidden.gather(1, index).squeeze(1)
+        memory.last_hidden = inner.gather(1, index).squeeze(1)

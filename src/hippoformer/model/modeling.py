@@ -1,0 +1,512 @@
+"""HippoFormer: a causal language model with a hippocampus.
+
+One path serves everything. A call is cut into steps, each at most to the end of every row's own segment; a step reads the
+base through its window, lets the hippocampus encode and recall, and fuses. Padding is squeezed out first, so rows of any
+padding advance by their own tokens. Prefill, chunks, single tokens, scoring and training on text are this one stream.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hippoformer.errors import ConfigurationError, InputError, NonFiniteError
+from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
+from hippoformer.hippocampus.fusion import mix_distribution, mix_target
+from hippoformer.hippocampus.replay import ReplayReport
+from hippoformer.model import checkpoint
+from hippoformer.model.adapters import add_lora
+from hippoformer.model.base_models import load_base_model
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.statistics import memory_stats, salience_stats
+from hippoformer.model.window import WindowCache, WindowedBase
+
+
+@dataclass
+class HippoFormerOutput(ModelOutput):
+    """What `HippoFormer.forward` returns.
+
+    Attributes:
+        loss: mean -log p of the labels, or None without labels.
+        logits: (R, T, V) float32 normalised log-probabilities of the fused distribution; 0 at padding.
+        past_key_values: the state, when `use_cache`.
+        salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
+        importance_weights: (R, T) weights the transitions were stored with, with `return_salience`.
+        memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HippoCache | None = None
+    salience_scores: Tensor | None = None
+    importance_weights: Tensor | None = None
+    memory_stats: dict[str, Any] | None = None
+    drift_stats: dict[str, Any] | None = None
+    salience_stats: dict[str, Any] | None = None
+
+
+@dataclass
+class Step:
+    """One step of the stream, in the rows' own tokens.
+
+    Attributes:
+        start: tokens of this call each row had read before the step. new: tokens it reads in it.
+        target_log_prob: (R, N) fused log-probability of the step's tokens, 0 for a row's very first.
+        hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
+        logits: (R, N, V) after each token, of the hidden states that the residual has touched.
+        found: what the hippocampus found, or None with memory off.
+        report: replay at the segment end this step came to, if it came to one.
+    """
+
+    start: list[int]
+    new: list[int]
+    target_log_prob: Tensor
+    hidden: Tensor
+    logits: Tensor
+    found: StepOutput | None
+    report: ReplayReport | None = None
+
+    def log_probs(self, first: int) -> Tensor:
+        """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
+        log_probs = torch.log_softmax(self.logits[:, first:].float(), dim=-1)
+        if self.found is None:
+            return log_probs
+        recollection = self.found.recollection.since(first)
+        return mix_distribution(
+            log_probs, self.found.mixture[:, first:], recollection.nothing, recollection.weights, self.found.token
+        )
+
+
+class HippoFormer(PreTrainedModel, GenerationMixin):
+    """Any causal language model of transformers with a bounded, learned, persistent memory.
+
+    Args:
+        config: every option; `base_model_name` is loaded unless `base_model` is given.
+        base_model: a causal language model of transformers to wrap; with `use_lora` it gets adapters in place.
+
+    Raises:
+        UnsupportedArchitectureError, ConfigurationError, NonFiniteError, BaseModelNotFoundError.
+    """
+
+    config_class = HippoFormerConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
+        if base_model is None:
+            base_model = load_base_model(config.base_model_name)
+        text = base_model.config.get_text_config(decoder=True)
+        config.vocab_size, config.hidden_size = base_model.get_input_embeddings().weight.shape[0], text.hidden_size
+        config.num_hidden_layers = text.num_hidden_layers
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(text, name, None))
+        super().__init__(config)
+        window = WindowedBase(base_model, config)
+        if config.memory_layer > window.n_layers:
+            raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")
+        if config.use_lora:
+            add_lora(base_model, config)
+        elif config.freeze_base:
+            base_model.requires_grad_(False)
+        self.base = base_model
+        self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
+        self.window = window
+        self.generation_config = base_model.generation_config
+        self._memory_on = True
+        self.eval()
+
+    # ---------------------------------------------------------------- state
+
+    def new_cache(self, batch_size: int = 1) -> HippoCache:
+        """The state of `batch_size` rows that have read nothing."""
+        if batch_size < 1:
+            raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
+        device, dtype = self.device, self.dtype
+        tokens = torch.zeros(batch_size, self.config.window_slots + 1, dtype=torch.int32, device=device)
+        memory = MemoryState.empty(batch_size, self.config.hidden_size, self.config, dtype, device)
+        last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
+        return HippoCache(WindowCache(self.window.new_layers(), tokens), memory, last_output, self)
+
+    @contextmanager
+    def memory_off(self) -> Iterator[None]:
+        """Within it the model is exactly its base with the same window and sinks: nothing is recalled or stored."""
+        before, self._memory_on = self._memory_on, False
+        try:
+            yield
+        finally:
+            self._memory_on = before
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the base model, and so of its window and the episodes."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model reads its tokens."""
+        return self.base.get_input_embeddings().weight.device
+
+    # ---------------------------------------------------------------- reading
+
+    def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
+        """Reads text step by step; the cache moves along.
+
+        Args:
+            ids: (R, L) int64 without padding on the left.
+            lengths: real tokens of each row, at most L.
+
+        Yields:
+            One Step per piece of a segment.
+        """
+        start = [0] * len(lengths)
+        segment_len = self.config.segment_len
+        while any(s < n for s, n in zip(start, lengths, strict=True)):
+            new = [
+                min(n - s, segment_len - done % segment_len)
+                for s, n, done in zip(start, lengths, cache.lengths, strict=True)
+            ]
+            yield self._step(_piece(ids, start, new), start, new, cache)
+            start = [s + n for s, n in zip(start, new, strict=True)]
+
+    def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
+        done, memory = cache.lengths, cache.memory
+        # A row's very first token is predicted by nothing.
+        predicted = (_column(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
+        found: StepOutput | None = None
+        untouched = memory.last_hidden
+
+        def recall(hidden: Tensor, log_prob: Tensor) -> Tensor:
+            """Hands untouched hidden states to the hippocampus; returns them as recall leaves them."""
+            nonlocal found, untouched
+            untouched = hidden
+            if not torch.isfinite(hidden).all():
+                raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
+            if not self._memory_on:
+                cache.memory = memory.without_vote(_last(hidden, new, memory.last_hidden))
+                return hidden
+            found, cache.memory = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
+            cache.written = True
+            return hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
+
+        if self.config.memory_layer == -1:
+            untouched = self.window.read(cache, ids, done, new)
+            logits = self.window.head(torch.cat((memory.last_hidden.unsqueeze(1), untouched), dim=1))  # (R, N + 1, V)
+            log_prob = _target_log_prob(logits, ids, predicted)
+            hidden = recall(untouched, log_prob)
+            reread = hidden is not untouched
+        else:
+            with self._recall_at_layer(memory.last_hidden, ids, predicted, recall):
+                hidden = self.window.read(cache, ids, done, new)
+            reread = True
+        if reread:
+            logits = self.window.head(torch.cat((cache.last_output.unsqueeze(1), hidden), dim=1))
+            log_prob = _target_log_prob(logits, ids, predicted)
+        if found is not None:
+            fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
+            log_prob = torch.where(predicted, fused, 0.0)
+        cache.last_output = _last(hidden, new, cache.last_output)
+        step = Step(start, new, log_prob, untouched, logits[:, 1:], found)
+        step.report = self._advance(cache, new)
+        return step
+
+    def _advance(self, cache: HippoCache, new: list[int]) -> ReplayReport | None:
+        """Counts the step's tokens, and lets rows that ended a segment sleep."""
+        cache.lengths = [done + n for done, n in zip(cache.lengths, new, strict=True)]
+        ended = [r for r, n in enumerate(new) if n and cache.lengths[r] % self.config.segment_len == 0]
+        if not ended:
+            return None
+        self.window.end_segment(cache, cache.lengths, ended)
+        if not cache.written:
+            return None
+        frozen = cache.frozen or not self._memory_on
+        cache.memory, report = self.hippocampus.end_segment(cache.memory, cache.lengths, ended, frozen)
+        return report
+
+    @contextmanager
+    def _recall_at_layer(
+        self, last_hidden: Tensor, ids: Tensor, predicted: Tensor, recall: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Lets the hippocampus work on the output of an inner layer while the base reads.
+
+        The surprise of a token must not depend on recall, so it is read off that layer by the base's own final norm and
+        head (the logit lens).
+        """
+        norm = self.window.final_norm
+
+        def touch(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            lens = self.window.head(norm(torch.cat((last_hidden.unsqueeze(1), hidden), dim=1)))
+            touched = recall(hidden, _target_log_prob(lens, ids, predicted))
+            return (touched, *output[1:]) if isinstance(output, tuple) else touched
+
+        handle = self.window.layer(self.config.memory_layer).register_forward_hook(touch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: HippoCache | None = None,
+    ) -> Tensor:
+        """Log-probability of every token given the tokens of its row before it.
+
+        Streamed: never more than a segment of logits is held, whatever T.
+
+        Args:
+            input_ids: (R, T). attention_mask: (R, T), 1 for real tokens.
+            past_key_values: state to continue; it is updated.
+
+        Returns:
+            (R, T - 1) float32, entry t - 1 for token t; 0 at padding and at each row's first token.
+        """
+        with torch.no_grad():
+            ids, lengths, order, cache = self._prepare(input_ids, attention_mask, past_key_values)
+            log_probs = torch.zeros(ids.shape, device=ids.device)
+            for step in self.stream(ids, lengths, cache):
+                _place(log_probs, step.target_log_prob, step.start, step.new, order)
+        return log_probs[:, 1:]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: HippoCache | None = None,
+        use_cache: bool | None = None,
+        return_salience: bool = False,
+        return_memory_stats: bool = False,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> HippoFormerOutput:
+        """Reads `input_ids` after whatever the cache has read.
+
+        Args:
+            input_ids: (R, T).
+            attention_mask: (R, T), or (R, what the cache has read + T); 0 marks padding, on either side.
+            labels: (R, T), -100 where not counted; usually input_ids itself. Padding is never counted.
+            past_key_values: state to continue, updated in place; None starts anew.
+            use_cache: whether the output carries the state.
+            return_salience, return_memory_stats: what else the output carries.
+            logits_to_keep: only the last so many columns of logits; 0 for all.
+
+        Raises:
+            InputError: empty input, ids outside the vocabulary, a mask or labels of a wrong shape, a row that has read
+                nothing but padding. NonFiniteError: NaN in what the base computes.
+        """
+        unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
+        if unknown:
+            raise InputError(f"forward does not take {', '.join(unknown)}: it reads token ids, positions are its own")
+        ids, lengths, order, cache = self._prepare(input_ids, attention_mask, past_key_values)
+        n_columns = ids.shape[1]
+        following = None if labels is None else self._following_labels(labels, input_ids, lengths, order)
+        keep = n_columns if logits_to_keep == 0 or following is not None else min(logits_to_keep, n_columns)
+        # Of each row, how many real tokens come before the kept columns.
+        skipped = [sum(1 for c in row[:n] if c < n_columns - keep) for row, n in zip(order.tolist(), lengths, strict=True)]
+
+        logits: Tensor | None = None
+        nll, counted = torch.zeros((), device=ids.device), 0
+        salience, importance = torch.zeros_like(ids, dtype=torch.float), torch.zeros_like(ids, dtype=torch.float)
+        replayed: list[ReplayReport] = []
+        for step in self.stream(ids, lengths, cache):
+            wanted = [max(0, k - s) for k, s, n in zip(skipped, step.start, step.new, strict=True) if s + n > k]
+            if wanted:
+                first = min(wanted)
+                log_probs = step.log_probs(first)
+                start, new = [s + first for s in step.start], [max(0, n - first) for n in step.new]
+                if following is not None:
+                    target = _piece(following, start, new, fill=-100)
+                    chosen = log_probs.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+                    nll = nll - torch.where(target != -100, chosen, 0.0).sum()
+                    counted += int((target != -100).sum())
+                if log_probs.shape[1] == keep == n_columns and min(new) == keep:
+                    logits = log_probs  # one step, no padding: nothing to put together
+                else:
+                    if logits is None:
+                        logits = log_probs.new_zeros(ids.shape[0], keep, log_probs.shape[-1])
+                    _place(logits, log_probs, start, new, order - (n_columns - keep))
+            if step.found is not None:
+                _place(salience, step.found.salience.detach().float(), step.start, step.new, order)
+                _place(importance, step.found.importance.detach().float(), step.start, step.new, order)
+            if step.report is not None:
+                replayed.append(step.report)
+        use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
+        denominator = kwargs.get("num_items_in_batch")
+        denominator = max(counted, 1) if denominator is None else denominator
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        _place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
+        return HippoFormerOutput(
+            loss=None if following is None else nll / denominator,
+            logits=logits if logits is not None else torch.zeros(ids.shape[0], keep, self.config.vocab_size),
+            past_key_values=cache if use_cache else None,
+            salience_scores=salience if return_salience else None,
+            importance_weights=importance if return_salience else None,
+            memory_stats=memory_stats(cache, replayed) if return_memory_stats else None,
+            drift_stats=dict(cache.drift) if return_memory_stats else None,
+            salience_stats=salience_stats(salience[real]) if return_memory_stats else None,
+        )
+
+    def _following_labels(self, labels: Tensor, input_ids: Tensor, lengths: list[int], order: Tensor) -> Tensor:
+        """(R, T) in the rows' own tokens: the label that each token should predict, -100 where none is counted."""
+        if labels.shape != input_ids.shape:
+            raise InputError(f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(input_ids.shape)}")
+        own = labels.to(order.device).gather(1, order)
+        own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= _column(lengths, own.device), -100)
+        _check_ids(own[own != -100], self.config.vocab_size, "labels")
+        return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
+
+    def _prepare(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
+    ) -> tuple[Tensor, list[int], Tensor, HippoCache]:
+        """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the state."""
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
+        n_rows, n_columns = input_ids.shape
+        if cache is None:
+            cache = self.new_cache(n_rows)
+        if not isinstance(cache, HippoCache):
+            raise InputError(f"past_key_values must be a HippoCache (model.new_cache()), got {type(cache).__name__}")
+        if cache.batch_size != n_rows:
+            raise InputError(f"the cache holds {cache.batch_size} rows, input_ids {n_rows}")
+        ids = input_ids.to(self.device).long()
+        if attention_mask is None:
+            real = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            if attention_mask.shape not in ((n_rows, n_columns), (n_rows, cache.columns + n_columns)):
+                raise InputError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(n_rows, n_columns)}, or "
+                    f"{(n_rows, cache.columns + n_columns)} with what the cache has read"
+                )
+            real = attention_mask[:, -n_columns:].to(self.device) != 0
+        _check_ids(ids[real], self.config.vocab_size, "input_ids")
+        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        lengths = real.sum(1).tolist()
+        nothing = [r for r, (n, done) in enumerate(zip(lengths, cache.lengths, strict=True)) if n + done == 0]
+        if nothing:
+            raise InputError(f"rows {nothing} are all padding: a row needs at least one real token to predict from")
+        cache.columns += n_columns
+        return ids.masked_fill(~real, 0).gather(1, order), lengths, order, cache
+
+    # ---------------------------------------------------------------- generation
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` leaves the cache to `prepare_inputs_for_generation`."""
+        return False
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Gives `generate` a HippoCache at its first step; all else is transformers' own."""
+        if past_key_values is None and kwargs.get("use_cache", True):
+            past_key_values = self.new_cache(input_ids.shape[0])
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+    # ---------------------------------------------------------------- drift
+
+    @torch.no_grad()
+    def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
+        hidden = self.window.hidden_at(ids.to(self.device).long(), self.config.memory_layer).to(self.hippocampus.recall.key_proj.weight.dtype)
+        recall = self.hippocampus.recall
+        return recall.encode_key(hidden).flatten(0, 1).float(), recall.encode_value(hidden).flatten(0, 1).float()
+
+    # ---------------------------------------------------------------- files and numbers
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Writes hippocampus, adapters and config (not the base, unless its own weights were trained); see `checkpoint`."""
+        checkpoint.save(self, Path(save_directory))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, name_or_path: str | Path, base_model: PreTrainedModel | None = None, **overrides: Any
+    ) -> "HippoFormer":
+        """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see `checkpoint`."""
+        return checkpoint.load(cls, name_or_path, base_model, **overrides)
+
+    def get_num_trainable_params(self) -> int:
+        """Number of parameters that training changes."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def get_num_total_params(self) -> int:
+        """Number of parameters, base included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def reset_memory(self) -> None:
+        """Kept from the original's interface: a model holds no memory here, the cache object does.
+
+        Raises:
+            InputError: always, naming what to call.
+        """
+        raise InputError("the memory is in the cache object: call cache.reset(), or start with model.new_cache()")
+
+
+# Arguments that transformers hands to any model and that have nothing to say here.
+_HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids"}
+
+
+def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise InputError(
+            f"{what} hold ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has ids 0 to {vocab_size - 1}: "
+            "was the text tokenised for another model?"
+        )
+
+
+def _column(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device).unsqueeze(-1)
+
+
+def _piece(sequence: Tensor, start: list[int], new: list[int], fill: int = 0) -> Tensor:
+    """Tokens start..start+new of each row, (R, max new), `fill` where a row has fewer."""
+    width = max(new)
+    if len(set(start)) == 1 and min(new) == width:
+        return sequence[:, start[0] : start[0] + width]
+    column = torch.arange(width, device=sequence.device)
+    index = (_column(start, sequence.device) + column).clamp_max(sequence.shape[1] - 1)
+    return sequence.gather(1, index).masked_fill(column >= _column(new, sequence.device), fill)
+
+
+def _place(target: Tensor, values: Tensor, start: list[int], new: list[int], order: Tensor | None = None) -> None:
+    """The inverse: values (R, N, ...) of tokens start..start+new go to their column of `target` (R, T, ...).
+
+    Args:
+        order: (R, T) column of each of a row's tokens, negative for columns that `target` does not have; None where
+            tokens and columns are the same.
+    """
+    width = max(new)
+    if order is None and len(set(start)) == 1 and min(new) == width:
+        target[:, start[0] : start[0] + width] = values[:, :width]
+        return
+    column = torch.arange(width, device=target.device)
+    index = _column(start, target.device) + column  # (R, N)
+    wanted = column < _column(new, target.device)
+    if order is not None:
+        index = order.gather(1, index.clamp_max(order.shape[1] - 1))
+        wanted = wanted & (index >= 0)
+    rows = torch.arange(target.shape[0], device=target.device).unsqueeze(-1).expand_as(index)
+    target[rows[wanted], index[wanted]] = values[:, :width][wanted].to(target.dtype)
+
+
+def _last(hidden: Tensor, new: list[int], before: Tensor) -> Tensor:
+    """(R, D): the hidden state of each row's last new token, or `before` where it has none."""
+    index = _column([max(n - 1, 0) for n in new], hidden.device).unsqueeze(-1).expand(-1, 1, hidden.shape[-1])
+    last = hidden.gather(1, index).squeeze(1).to(before.dtype)
+    return torch.where(_column(new, hidden.device) > 0, last, before)
+
+
+def _target_log_prob(logits: Tensor, ids: Tensor, started: Tensor) -> Tensor:
+    """(R, N) log p of each token under the logits (R, N + 1, V) of the token before it; 0 for a row's very first token."""
+    before = logits[:, :-1]
+    chosen = before.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float()
+    log_prob = chosen - torch.logsumexp(before.float(), dim=-1)
+    column = torch.arange(ids.shape[1], device=ids.device)
+    return torch.where(started | (column > 0), log_prob, 0.0)

@@ -1,0 +1,389 @@
+"""The base model behind a sliding window with sinks, at positions that never leave its trained range.
+
+Every row owns C = sinks + window + segment key/value slots, and a token's slot *is* its rotary position. Tokens of a segment
+fill slots from the left; at a segment end what has left the window is dropped, the rest moves up, and the moved keys are
+turned to their new positions (StreamingLLM's sinks, Xiao et al. 2023, arXiv:2309.17453). Everything is aligned to the
+row's own segments, so any chunking of a stream gives the same numbers, and no position exceeds C.
+
+Models with learned absolute positions cannot turn their keys: they read the kept tokens again at their new positions.
+
+Nothing here goes by a model's name. `inspect_base` runs a few tokens and measures how each layer moves its keys, and whether
+reading through slots gives what the model itself gives; a model that fails is refused.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from hippoformer.errors import ConfigurationError, NonFiniteError, UnsupportedArchitectureError
+from hippoformer.hippocampus.circuit import window_fill
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.tensors.masks import additive, window_mask
+from hippoformer.tensors.rotation import Rotation, explain_shift
+from hippoformer.tensors.selection import put, take
+
+SUPPORTED = (
+    "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "
+    "(Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Phi, GPT-NeoX/Pythia and their like) or with a learned "
+    "position table (GPT-2)."
+)
+_PROBE_TOKENS = 6
+_PROBE_SHIFT = 37
+# Names under which transformers keeps a learned position table.
+_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+
+
+@dataclass
+class Placement:
+    """Where the tokens of one step go: set on the cache for the time of one call of the base model.
+
+    Attributes:
+        slots: (R, N) slot of each token; padding goes to the spare slot behind the last.
+        limit: slots that any row uses, old and new.
+        contiguous: first slot, where all rows write the same slots without padding.
+    """
+
+    slots: Tensor
+    limit: int
+    contiguous: int | None
+
+
+class WindowLayer(CacheLayerMixin):
+    """Key/value slots of one attention layer: (R, key/value heads, C + 1, head size), the last one spare."""
+
+    is_sliding = False
+
+    def __init__(self, n_slots: int) -> None:
+        super().__init__()
+        self.n_slots = n_slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the slots like the first keys and values, (R, heads, N, head size)."""
+
+        def slots(like: Tensor) -> Tensor:
+            return like.new_zeros(like.shape[0], like.shape[1], self.n_slots + 1, like.shape[3])
+
+        self.keys, self.values = slots(key_states), slots(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, placement: Placement, **_: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes N new keys and values where the placement says; returns all slots in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = _write(self.keys, key_states, placement)
+        self.values = _write(self.values, value_states, placement)
+        return self.keys[:, :, : placement.limit], self.values[:, :, : placement.limit]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset; the masks are made here, so only the outermost length matters."""
+        return self.n_slots, 0
+
+    def get_seq_length(self) -> int:
+        """Slots allocated; positions are derived by the cache, not by its layers."""
+        return self.n_slots if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """No limit on the stream."""
+        return -1
+
+
+def _write(slots: Tensor | None, new: Tensor, placement: Placement) -> Tensor:
+    assert slots is not None
+    if torch.is_grad_enabled() and (slots.requires_grad or new.requires_grad):
+        slots = slots.clone()  # autograd still needs the old values
+    if placement.contiguous is not None:
+        slots[:, :, placement.contiguous : placement.contiguous + new.shape[2]] = new
+    else:
+        rows = torch.arange(new.shape[0], device=new.device).unsqueeze(-1)
+        slots[rows, :, placement.slots] = new.transpose(1, 2)
+    return slots
+
+
+class WindowedBase:
+    """How to read through a base model's window. Holds no state of any stream.
+
+    Args:
+        base: a causal language model of transformers.
+        config: window, sinks and segment.
+
+    Raises:
+        UnsupportedArchitectureError, ConfigurationError, NonFiniteError: see `inspect_base`.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: HippoFormerConfig) -> None:
+        self.base, self.config = base, config
+        self.body: nn.Module = base.base_model
+        text = base.config.get_text_config(decoder=True)
+        self.n_layers: int = text.num_hidden_layers
+        self.vocab_size: int = base.get_input_embeddings().weight.shape[0]
+        self.hidden_size: int = text.hidden_size
+        self._sliding: int | None = getattr(text, "sliding_window", None)
+        self._layer_types: set[str] = set(getattr(text, "layer_types", None) or ())
+        if not getattr(text, "use_sliding_window", True):
+            self._sliding = None
+        self._additive_masks = getattr(base.config, "_attn_implementation", "sdpa") == "eager"
+        self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
+        self._logit_scale = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
+        self.rotations = inspect_base(self)
+        limit = getattr(text, "max_position_embeddings", None)
+        if limit and config.window_slots > limit:
+            raise ConfigurationError(
+                f"window={config.window} + sink_tokens={config.sink_tokens} + segment_len={config.segment_len} need "
+                f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
+            )
+
+    def new_layers(self) -> list[WindowLayer]:
+        """Empty slots for every layer."""
+        return [WindowLayer(self.config.window_slots) for _ in range(self.n_layers)]
+
+    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int], **body_options: object) -> Tensor:
+        """Hidden states of up to a segment's worth of tokens; keys and values go into the cache.
+
+        Args:
+            cache: the window of each row.
+            ids: (R, N), padding on the right.
+            done, new: tokens each row has read, and how many of the N are real.
+
+        Returns:
+            (R, N, D), after the base's final norm.
+        """
+        fill = [window_fill(d, self.config) for d in done]
+        return self._read_at(cache, ids, fill, new, **body_options)
+
+    def _read_at(
+        self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int], **body_options: object
+    ) -> Tensor:
+        device, n = ids.device, ids.shape[1]
+        column = torch.arange(n, device=device)
+        padded = column >= torch.tensor(new, device=device).unsqueeze(-1)
+        slots = torch.tensor(fill, device=device).unsqueeze(-1) + column
+        slots = slots.masked_fill(padded, self.config.window_slots)
+        limit = max(f + m for f, m in zip(fill, new, strict=True))
+        same = len(set(fill)) == 1 and min(new) == n
+        cache.placement = Placement(slots, limit, fill[0] if same else None)
+        cache.tokens = put(cache.tokens, slots, ids)
+        output = self.body(
+            input_ids=ids,
+            attention_mask=self._masks(slots, limit, padded),
+            position_ids=slots,
+            past_key_values=cache,
+            use_cache=True,
+            **body_options,
+        )
+        cache.placement = None
+        return output.last_hidden_state
+
+    def _masks(self, slots: Tensor, limit: int, padded: Tensor) -> Tensor | dict[str, Tensor]:
+        config = self.config
+        full = window_mask(slots, limit, config.window, config.sink_tokens, padded)
+        masks = {"full_attention": full, "sliding_attention": full}
+        if self._sliding is not None and self._sliding < config.window_slots:
+            # A layer with a narrower window of its own keeps it; slots are its positions.
+            near = torch.arange(limit, device=slots.device) > slots.unsqueeze(-1) - self._sliding
+            masks["sliding_attention"] = torch.where(padded[:, None, :, None], full, full & near.unsqueeze(1))
+        if self._additive_masks:
+            dtype = next(self.body.parameters()).dtype
+            masks = {kind: additive(mask, dtype) for kind, mask in masks.items()}
+        if len(self._layer_types) > 1:
+            return {kind: masks[kind] for kind in self._layer_types}
+        only_sliding = self._layer_types == {"sliding_attention"} or not self._layer_types
+        return masks["sliding_attention" if only_sliding else "full_attention"]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (R, N, V) of final hidden states, exactly as the base computes them."""
+        logits = self.base.get_output_embeddings()(hidden)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        if self._soft_cap is not None:
+            logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
+        return logits
+
+    def layer(self, number: int) -> nn.Module:
+        """Decoder layer `number`, counted from 1."""
+        stacks = [m for m in self.body.children() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        if len(stacks) != 1:
+            raise UnsupportedArchitectureError(
+                f"{type(self.base).__name__} has no single stack of {self.n_layers} layers: use memory_layer=-1"
+            )
+        return stacks[0][number - 1]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the head."""
+        norms = [m for m in self.body.children() if "norm" in type(m).__name__.lower()]
+        if not norms:
+            raise UnsupportedArchitectureError(f"{type(self.base).__name__} has no final norm: use memory_layer=-1")
+        return norms[-1]
+
+    def hidden_at(self, ids: Tensor, layer: int) -> Tensor:
+        """(R, N, D) hidden states of short texts read from position 0, final (-1) or after a layer."""
+        with self.captured(layer) as inner:
+            final = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return inner[0] if inner else final
+
+    def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int], layer: int) -> tuple[Tensor, Tensor]:
+        """Fills the window anew from its tokens (R, N); returns final hidden states and those of a layer (-1: the same)."""
+        with self.captured(layer) as inner:
+            final = self._read_at(cache, ids, [0] * len(lengths), lengths)
+        return final, inner[0] if inner else final
+
+    @contextmanager
+    def captured(self, layer: int) -> Iterator[list[Tensor]]:
+        """The outputs of a decoder layer during the calls within; nothing for -1."""
+        outputs: list[Tensor] = []
+        if layer == -1:
+            yield outputs
+            return
+        handle = self.layer(layer).register_forward_hook(
+            lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        try:
+            yield outputs
+        finally:
+            handle.remove()
+
+    def end_segment(self, cache: "WindowCache", done: list[int], rows: list[int]) -> None:
+        """Drops what left the window of the given rows, each at a segment end, and moves the rest up."""
+        config = self.config
+        shift = {r: window_fill(done[r] - 1, config) + 1 - window_fill(done[r], config) for r in rows}
+        rows = [r for r in rows if shift[r] > 0]
+        if not rows:
+            return
+        index = torch.tensor(rows, device=cache.tokens.device)
+        moved = torch.tensor([shift[r] for r in rows], device=cache.tokens.device)
+        slot = torch.arange(config.window_slots + 1, device=cache.tokens.device)
+        source = torch.where(slot < config.sink_tokens, slot, slot + moved.unsqueeze(-1))  # (r, C + 1)
+        source = source.clamp_max(config.window_slots)
+        everyone = len(rows) == cache.tokens.shape[0]
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor if everyone else tensor.index_select(0, index)
+
+        def store(tensor: Tensor, new: Tensor) -> Tensor:
+            return new if everyone else tensor.index_copy(0, index, new)
+
+        tokens = take(pick(cache.tokens), source)
+        cache.tokens = store(cache.tokens, tokens)
+        if self.rotations is None:
+            fresh = WindowCache(self.new_layers(), tokens)
+            kept = config.sink_tokens + config.window
+            self._read_at(fresh, tokens[:, :kept].long(), [0] * len(rows), [kept] * len(rows))
+            layers = [(layer.keys, layer.values) for layer in fresh.layers]
+        else:
+            layers = [
+                (self._turned(pick(layer.keys), source, moved, rotation), self._moved(pick(layer.values), source))
+                for layer, rotation in zip(cache.layers, self.rotations, strict=True)
+            ]
+        for layer, (keys, values) in zip(cache.layers, layers, strict=True):
+            layer.keys, layer.values = store(layer.keys, keys), store(layer.values, values)
+
+    @staticmethod
+    def _moved(slots: Tensor, source: Tensor) -> Tensor:
+        index = source[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
+        return slots.gather(2, index)
+
+    def _turned(self, keys: Tensor, source: Tensor, moved: Tensor, rotation: Rotation) -> Tensor:
+        keys, sinks = self._moved(keys, source), self.config.sink_tokens
+        return torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
+
+
+class WindowCache(Cache):
+    """The key/value slots of all layers with the token of each slot: the window part of a row's state.
+
+    Attributes:
+        tokens: (R, C + 1) int32, the token in each slot.
+        placement: where the step in progress writes; None between steps.
+    """
+
+    def __init__(self, layers: list[WindowLayer], tokens: Tensor) -> None:
+        super().__init__(layers=layers)
+        self.tokens = tokens
+        self.placement: Placement | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the base's attention layers."""
+        return self.layers[layer_idx].update(key_states, value_states, self.placement)
+
+
+@torch.no_grad()
+def inspect_base(window: WindowedBase) -> list[Rotation] | None:
+    """Measures on a few tokens how a base model places its keys, and that it can be read through slots.
+
+    Returns:
+        The rotation of each layer, or None for a model with a learned position table.
+
+    Raises:
+        UnsupportedArchitectureError: not a decoder with ordinary caches, keys that no rotation explains, or other numbers
+            through slots than the model's own.
+        NonFiniteError: NaN or infinity in what the model computes from ordinary tokens.
+    """
+    base, body = window.base, window.body
+    name = type(base).__name__
+    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(f"{name} is not a decoder with a language-model head. {SUPPORTED}")
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
+    device = base.get_input_embeddings().weight.device
+    ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 7 % window.vocab_size
+    was_training = base.training
+    base.eval()
+    here, expected = _keys_at(window, ids, 0)
+    there, _ = _keys_at(window, ids, _PROBE_SHIFT)
+    if not torch.isfinite(expected).all():
+        raise NonFiniteError(f"{name} computes NaN or infinity from ordinary tokens: its weights are damaged")
+
+    tables = _frequency_tables(body)
+    rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in zip(here, there, strict=True)]
+    known = [rotation for rotation in rotations if rotation is not None]
+    has_table = any(n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding))
+    if len(known) != len(rotations) and (known or not has_table):
+        raise UnsupportedArchitectureError(f"{name}: no rotary rule explains the keys of its layers. {SUPPORTED}")
+
+    cache = WindowCache(window.new_layers(), ids.new_zeros(1, window.config.window_slots + 1, dtype=torch.int32))
+    half = _PROBE_TOKENS // 2
+    first = window._read_at(cache, ids[:, :half], [0], [half])
+    second = window._read_at(cache, ids[:, half:], [half], [_PROBE_TOKENS - half])
+    if window.config.window >= _PROBE_TOKENS:
+        logits = base(input_ids=ids, use_cache=False).logits
+        tolerance = 8.0 * torch.finfo(expected.dtype).eps ** 0.75
+        for mine, theirs in ((torch.cat((first, second), 1), expected), (window.head(expected), logits)):
+            error = (mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)
+            if not error <= tolerance:
+                raise UnsupportedArchitectureError(
+                    f"{name}: read in pieces through a window it computes other numbers than as a whole (relative "
+                    f"error {error:.2g}). {SUPPORTED}"
+                )
+    base.train(was_training)
+    return known if len(known) == len(rotations) else None
+
+
+def _keys_at(window: WindowedBase, ids: Tensor, offset: int) -> tuple[list[Tensor], Tensor]:
+    """Keys of every layer and the final hidden state of the probe tokens, read from position `offset` on."""
+    cache = DynamicCache()
+    position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + offset
+    output = window.body(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    layers = getattr(cache, "layers", [])
+    ordinary = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    if len(ordinary) != window.n_layers or any(layer.keys.shape[2] != ids.shape[1] for layer in ordinary):
+        raise UnsupportedArchitectureError(
+            f"{type(window.base).__name__} keeps {len(ordinary)} ordinary key/value caches for {window.n_layers} layers. "
+            f"{SUPPORTED}"
+        )
+    return [layer.keys for layer in ordinary], output.last_hidden_state
+
+
+def _frequency_tables(body: nn.Module) -> list[Tensor]:
+    """All rotary frequency tables among the model's buffers, and the empty one for layers without positions."""
+    tables = [b.float() for n, b in body.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    return [*tables, torch.zeros(0, device=next(body.parameters()).device)]
