@@ -105,6 +105,23 @@ class MemoryState:
             recent_salience=function(self.recent_salience),
         )
 
+    def with_tensors(self, tensors: dict[str, Tensor], stored_bound: int) -> "MemoryState":
+        """A state made of what `tensors` gave."""
+        return MemoryState(
+            Episodes(**{name: tensors[name] for name in self.episodes.tensors()}),
+            Vote(**{name: tensors[f"vote_{name}"] for name in self.vote.tensors()}),
+            tensors["last_hidden"],
+            tensors["recent_salience"],
+            stored_bound,
+        )
+
+    def without_rows(self, index: Tensor) -> "MemoryState":
+        """The state with the given rows as new, on a copy."""
+        state = self.map(lambda tensor: tensor.index_fill(0, index, 0))
+        state.episodes.position.index_fill_(0, index, -1)
+        state.vote.nothing.index_fill_(0, index, 1.0)
+        return state
+
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape
@@ -200,7 +217,8 @@ class Hippocampus(nn.Module):
         )
         known = episodes.slots(low, high)
         visible = recall_mask(known.valid, first - low, n_new + 1)
-        recollection = self.recall(queries, known, visible).since(1)  # query 0 only leads the way to query 1
+        mass = known.effective_priority(config.decay_rate) * known.strength
+        recollection = self.recall(queries, known, mass, visible).since(1)  # query 0 only leads the way to query 1
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.

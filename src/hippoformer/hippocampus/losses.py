@@ -63,7 +63,7 @@ class HippoFormerLoss(nn.Module):
             counted: (R, N) bool, False for padding and for tokens without a prediction.
             salience_logit: (R, N) before the sigmoid. importance: (R, N) weights.
             nothing: (R, N) null mass of the query that predicted the token.
-            useful: (R, N) in [0, 1], how useful each episode turned out to be; None where it is not known.
+            useful: (R, N) in [0, 1], how useful each episode turned out to be, NaN where it is not known; None for nowhere.
 
         Returns:
             The parts; means over counted tokens, 0 when none is counted.
@@ -82,8 +82,10 @@ class HippoFormerLoss(nn.Module):
             "credit": nll.new_zeros(()),
         }
         if useful is not None:
-            surprise = binary_cross_entropy_with_logits(salience_logit, useful, reduction="none")
-            parts["credit"] = (torch.where(counted, surprise, 0.0) * share).sum()
+            known = counted & ~useful.isnan()
+            target = torch.where(known, useful, 0.0)
+            error = binary_cross_entropy_with_logits(salience_logit, target.to(salience_logit.dtype), reduction="none")
+            parts["credit"] = torch.where(known, error, 0.0).sum() / known.sum().clamp_min(1)
         total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return LossParts(total=total, **parts)
 

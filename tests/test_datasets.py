@@ -1,0 +1,158 @@
+"""Datasets become documents: local folders for real, the hub through a stand-in for `load_dataset`."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hippoformer.data import dataset_documents
+from hippoformer.errors import ConfigurationError, TextError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset of three records, one of them without text."""
+    path = tmp_path / "dataset"
+    path.mkdir()
+    records = [
+        {"text": "one\n", "title": "One"},
+        {"text": "", "title": "Empty"},
+        {"text": "three é\u2028", "title": None},
+    ]
+    (path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, rows: Any) -> dict[str, Any]:
+    """Replaces `load_dataset` by something that returns rows; what it was called with comes back."""
+    seen: dict[str, Any] = {}
+
+    def load_dataset(path: str, **arguments: Any) -> Any:
+        seen.update(path=path, **arguments)
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return seen
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_folder(folder: Path, streaming: bool) -> None:
+    documents = list(dataset_documents(str(folder), streaming=streaming))
+    assert [document.text for document in documents] == ["one\n", "three é\u2028"]
+    assert documents[0].title == "One"
+    assert documents[1].title.endswith(" 2")  # the number of its row
+    assert documents[0].source == f"{folder}:train"
+
+
+def test_max_samples_counts_documents(folder: Path) -> None:
+    assert len(list(dataset_documents(str(folder), max_samples=2, streaming=True))) == 2
+    assert [document.title for document in dataset_documents(str(folder), max_samples=1)] == ["One"]
+    with pytest.raises(ConfigurationError, match="max_samples=0"):
+        dataset_documents(str(folder), max_samples=0)
+
+
+def test_streaming_reads_no_further_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = itertools.count()
+    stand_in(monkeypatch, ({"text": f"document {next(read)}"} for _ in itertools.count()))
+    documents = dataset_documents("openwebtext", streaming=True, max_samples=3)
+    assert next(read) == 0  # opened, nothing read
+    assert [document.text for document in documents] == ["document 1", "document 2", "document 3"]
+    assert next(read) == 4
+
+
+def test_wikitext_lines_become_articles(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = (
+        " \n = One = \n \n Text of one .\n \n = = Section = = \n \n = 1 henry and C = \n more .\n"
+        " \n = Two = \n \n Text of two .\n \n"
+    )
+    rows = [{"text": "" if line == " " else line + "\n"} for line in raw.split("\n")[:-1]]
+    seen = stand_in(monkeypatch, rows)
+    documents = list(dataset_documents("wikitext", split="test"))
+    assert seen == {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test", "streaming": False}
+    assert [document.title for document in documents] == ["One", "Two"]
+    assert "".join(document.text for document in documents) == raw
+    assert [document.title for document in dataset_documents("wikitext", max_samples=1)] == ["One"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "path", "loaded_config"),
+    [
+        ("wikitext", "wikitext-103-raw-v1", "Salesforce/wikitext", "wikitext-103-raw-v1"),
+        ("wikitext-103", None, "Salesforce/wikitext", "wikitext-103-raw-v1"),
+        ("openwebtext", None, "Skylion007/openwebtext", None),
+        ("pile", None, "monology/pile-uncopyrighted", None),
+        ("pg19", None, "emozilla/pg19", None),
+        ("somebody/texts", "english", "somebody/texts", "english"),
+    ],
+)
+def test_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, config: str | None, path: str, loaded_config: str | None
+) -> None:
+    seen = stand_in(monkeypatch, [{"text": "text"}])
+    assert len(list(dataset_documents(name, config))) == 1
+    assert (seen["path"], seen.get("name")) == (path, loaded_config)
+
+
+def test_redpajama_records_of_different_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\n", "meta": {"url": "x"}}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "meta": "y", "source": 1}\n{"text": ""}\n', encoding="utf-8")
+    load_dataset = datasets.load_dataset
+    asked = {}
+
+    def local(path: str, data_files: str, **arguments: Any) -> Any:
+        asked["data_files"] = data_files
+        return load_dataset(path, data_files=str(tmp_path / "*.jsonl"), **arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    for streaming in (False, True):
+        documents = dataset_documents("RedPajama-Data-1T-Sample", streaming=streaming)
+        assert [document.text for document in documents] == ["one\n", "two"]
+    assert asked["data_files"] == "hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/*.jsonl"
+
+
+def test_unreachable_is_told_at_once_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    cause = ConnectionError("Couldn't reach the hub")
+    stand_in(monkeypatch, cause)
+    with pytest.raises(
+        TextError, match=r"wikitext:wikitext-2-raw-v1:train could not be read .*reach the hub"
+    ) as caught:
+        dataset_documents("wikitext")
+    assert caught.value.__cause__ is cause
+
+
+def test_a_connection_lost_while_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"text": "first"}
+        raise TimeoutError("read timed out")
+
+    stand_in(monkeypatch, rows())
+    documents = dataset_documents("openwebtext", streaming=True)
+    assert next(documents).text == "first"
+    with pytest.raises(TextError, match="read timed out"):
+        next(documents)
+
+
+def test_a_missing_folder_split_column_or_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TextError, match="could not be read"):
+        dataset_documents(str(folder), split="nowhere")
+    stand_in(monkeypatch, [{"content": "text", "id": 3}])
+    with pytest.raises(TextError, match="no `text` column of strings; its columns are content, id"):
+        next(dataset_documents("somebody/texts"))
+    stand_in(monkeypatch, [{"text": " "}, {"text": None}])
+    with pytest.raises(TextError, match="holds no text"):
+        list(dataset_documents("somebody/texts"))

@@ -1,0 +1,169 @@
+"""Tiny random models for the behaviour tests: one of every architecture, and a hippocampus that is wide awake.
+
+A fresh HippoFormer is its base, so a test on a fresh one would pass with the memory broken. `awake` opens the fusion, lowers
+the null slot, spreads the salience and lets the residual in; `test_awake.py` asserts that this is enough to change logits and
+to tag some tokens and not others, so that the other tests mean something.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.modeling import HippoFormer
+
+VOCAB = 97
+LAYERS = 2
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # larger than a real model's, so that a tiny one has opinions
+}
+_NO_GROUPS = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
+_HEAD = {"head_dim": 8}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "mistral-narrow": lambda: MistralConfig(**_SIZES, sliding_window=7),  # narrower than the window of 12
+    "mistral-wide": lambda: MistralConfig(**_SIZES, sliding_window=64),  # wider than all slots
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, **_HEAD),
+    "gemma": lambda: GemmaConfig(**_SIZES, **_HEAD),
+    "gemma2": lambda: Gemma2Config(  # soft caps, and every second layer slides
+        **_SIZES, **_HEAD, sliding_window=7, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, query_pre_attn_scalar=8
+    ),
+    "gemma3": lambda: Gemma3TextConfig(  # two rotary tables, one for each kind of layer
+        **_SIZES,
+        **_HEAD,
+        sliding_window=7,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": lambda: PhiConfig(**_NO_GROUPS),  # rotates half of a head
+    "gpt-neox": lambda: GPTNeoXConfig(**_NO_GROUPS),
+    "cohere": lambda: CohereConfig(**_SIZES),  # interleaved pairs, scaled logits
+    "smollm3": lambda: SmolLM3Config(**_SIZES, no_rope_layers=[1, 0]),  # the second layer knows no positions
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        initializer_range=0.2,
+    ),
+}
+ARCHITECTURES = list(CONFIGS)
+ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
+
+SMALL: dict[str, Any] = {
+    "base_model_name": "tiny",
+    "use_lora": False,
+    "window": 12,
+    "sink_tokens": 2,
+    "segment_len": 6,
+    "buffer_size": 16,
+    "recall_n_heads": 4,
+    "recall_head_dim": 8,
+    "recall_value_dim": 8,
+    "salience_n_heads": 2,
+    "salience_hidden_size": 16,
+    "replay_batch": 3,
+    "max_replay_rounds": 2,
+    "priority_threshold": 0.7,
+    "n_anchors": 12,
+    "anchor_len": 4,
+}
+
+
+def tiny_base(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random base model in eval mode, the same for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+
+
+def small_config(**options: Any) -> HippoFormerConfig:
+    """Options that make a few dozen tokens pass through everything: window, store, replay."""
+    return HippoFormerConfig(**(SMALL | options))
+
+
+def fresh(name: str = "llama", seed: int = 0, **options: Any) -> HippoFormer:
+    """An untrained HippoFormer, which must be its base."""
+    base = tiny_base(name, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        return HippoFormer(small_config(**options), base)
+
+
+def awake(name: str = "llama", seed: int = 0, **options: Any) -> HippoFormer:
+    """A HippoFormer whose memory is heard in every logit."""
+    model = fresh(name, seed, **options)
+    hippocampus = model.hippocampus
+    with torch.no_grad():
+        hippocampus.fusion.open()
+        hippocampus.fusion.gate_out.bias.fill_(1.0)
+        hippocampus.fusion.residual_scale.fill_(0.5)
+        hippocampus.recall.null_proj.bias.zero_()
+        # Salience far on both sides of 0.5, so that no test hangs on the rounding of one that is near it.
+        hippocampus.salience_gate.local_out.weight.mul_(20.0)
+    return model
+
+
+def text(rows: int = 2, length: int = 60, seed: int = 0) -> Tensor:
+    """(rows, length) random ids in which every second stretch of ten tokens comes again 30 tokens later: recall finds votes."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
+    for start in range(30, length, 20):
+        stop = min(start + 10, length)
+        ids[:, start:stop] = ids[:, start - 30 : stop - 30]
+    return ids
+
+
+def read_in_chunks(model: HippoFormer, ids: Tensor, size: int) -> Tensor:
+    """Logits of a text read `size` tokens at a time through one cache."""
+    cache = model.new_cache(ids.shape[0])
+    with torch.no_grad():
+        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(size, dim=1)], dim=1)
+
+
+def state_of(cache: Any) -> dict[str, Tensor]:
+    """A copy of every tensor of a cache."""
+    return {name: tensor.clone() for name, tensor in cache.tensors().items()}
+
+
+def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors in which two states differ; empty where they are equal bit for bit."""
+    if one.keys() != other.keys():
+        return sorted(one.keys() ^ other.keys())
+    return [name for name in one if not torch.equal(one[name], other[name])]
