@@ -1,8 +1,8 @@
 """HippoFormer: a hippocampus for any Hugging Face causal language model.
 
-    import hippoformer
+import hippoformer
 
-    model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048)
+model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048)
 """
 
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator

@@ -1,6 +1,5 @@
 """`python -m hippoformer.train` and `hippoformer train`: from texts to a trained hippocampus in `output_dir`."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -36,7 +35,11 @@ def run(arguments: TrainArguments) -> HippoFormer:
     tokenizer = load_tokenizer(arguments.base_model)
     documents = _documents(arguments)
     texts = _encode(documents, tokenizer, arguments.max_document_tokens)
-    held_out = _encode(read_documents(arguments.eval_text), tokenizer, arguments.max_document_tokens) if arguments.eval_text else []
+    held_out = (
+        _encode(read_documents(arguments.eval_text), tokenizer, arguments.max_document_tokens)
+        if arguments.eval_text
+        else []
+    )
     options = _options(arguments, model.config, texts)
     frozen = model.config.freeze_base and not model.config.use_lora
     cache = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
@@ -50,7 +53,9 @@ def run(arguments: TrainArguments) -> HippoFormer:
     history = trainer.train(Path(resume) if resume else None)
     model.save_pretrained(options.output_dir)
     facts = provenance(seed=arguments.seed, documents=documents)
-    write_json(options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts})
+    write_json(
+        options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts}
+    )
     return model
 
 
@@ -83,7 +88,10 @@ def _documents(arguments: TrainArguments) -> list[Document]:
         return read_documents(arguments.text)[: arguments.max_samples]
     return list(
         dataset_documents(
-            arguments.dataset, arguments.dataset_config, streaming=arguments.streaming, max_samples=arguments.max_samples
+            arguments.dataset,
+            arguments.dataset_config,
+            streaming=arguments.streaming,
+            max_samples=arguments.max_samples,
         )
     )
 

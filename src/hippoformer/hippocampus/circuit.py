@@ -202,11 +202,18 @@ class Hippocampus(nn.Module):
         low, high = self._occupied(state, done, new)
         blank = state.episodes.position.shape[1] - 1
         place = torch.where(is_real, first.unsqueeze(-1) + column, blank)  # (R, N)
-        episodes = state.episodes.write(place, self._encode(before, after, tokens, read.unsqueeze(-1) + column, is_real))
+        episodes = state.episodes.write(
+            place, self._encode(before, after, tokens, read.unsqueeze(-1) + column, is_real)
+        )
         # The gate judges token t by what was complete before t; recall of query t may already use t.
         known = episodes.slots(low, high)
         logit, extended = self.salience_gate(
-            before, after, surprise.to(dtype), known, recall_mask(known.valid, first - low, n_new), state.recent_salience
+            before,
+            after,
+            surprise.to(dtype),
+            known,
+            recall_mask(known.valid, first - low, n_new),
+            state.recent_salience,
         )
         salience = self._salience(logit, surprise)
         weight = importance(salience, config)
@@ -226,7 +233,9 @@ class Hippocampus(nn.Module):
         prior_mixture = torch.cat((vote.mixture.unsqueeze(-1), mixture[:, :-1]), dim=-1)
         prior_nothing = torch.cat((vote.nothing.unsqueeze(-1), recollection.nothing[:, :-1]), dim=-1)
         carried = vote.weights * (vote.token == tokens[:, :1])  # (R, E)
-        foretold = recollection.weights[:, :-1] * (known.token.unsqueeze(1) == tokens[:, 1:].unsqueeze(-1))  # (R, N-1, e)
+        foretold = recollection.weights[:, :-1] * (
+            known.token.unsqueeze(1) == tokens[:, 1:].unsqueeze(-1)
+        )  # (R, N-1, e)
         hit = torch.cat((carried.sum(-1, keepdim=True), foretold.sum(-1)), dim=-1)
         with torch.no_grad():
             own = (-surprise).exp() * (1.0 - prior_mixture * (1.0 - prior_nothing))

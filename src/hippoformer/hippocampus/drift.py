@@ -83,7 +83,9 @@ def _ridge(old: Tensor, new: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     centre, movement = old.mean(0), new - old
     x, y = old - centre, movement - movement.mean(0)
     gram = x.T @ x
-    penalty = strength * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(gram.shape[0], dtype=x.dtype, device=x.device)
+    penalty = (
+        strength * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(gram.shape[0], dtype=x.dtype, device=x.device)
+    )
     change = torch.linalg.solve(gram + penalty, x.T @ y)
     return change, movement.mean(0) - centre @ change
 

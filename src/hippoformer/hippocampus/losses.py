@@ -77,7 +77,8 @@ class HippoFormerLoss(nn.Module):
             "salience_weighted": (nll * weight).sum() / weight.sum().clamp_min(1e-12),
             "sparsity": (
                 (torch.sigmoid(salience_logit) * share).sum() - self.target_tagged_share * share.sum()
-            ).clamp_min(0.0) ** 2,
+            ).clamp_min(0.0)
+            ** 2,
             "memory_util": (torch.where(counted, nothing, 0.0) * share).sum(),
             "credit": nll.new_zeros(()),
         }

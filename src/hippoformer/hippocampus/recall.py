@@ -21,7 +21,6 @@ from torch.nn.functional import normalize
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
 
-
 # Queries whose scores exist at once without gradients.
 _QUERY_BLOCK = 16
 
@@ -99,7 +98,9 @@ class Recall(nn.Module):
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
         null = self.null_proj(hidden).transpose(1, 2)  # (R, H, N)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
-        follows = (episodes.position[:, 1:] == episodes.position[:, :-1] + 1) & (episodes.position[:, :-1] >= 0)  # (R, E-1)
+        follows = (episodes.position[:, 1:] == episodes.position[:, :-1] + 1) & (
+            episodes.position[:, :-1] >= 0
+        )  # (R, E-1)
         if torch.is_grad_enabled() or 0 < self.top_k < key.shape[-1]:
             weights, nothing = self._attend(query.to(key.dtype), key, bias, null, mixture, follows, visible)
         else:

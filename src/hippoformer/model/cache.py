@@ -58,9 +58,7 @@ class HippoCache(WindowCache):
         drift: what loading this memory measured; empty for one that was not loaded.
     """
 
-    def __init__(
-        self, window: WindowCache, memory: MemoryState, last_output: Tensor, model: "HippoFormer"
-    ) -> None:
+    def __init__(self, window: WindowCache, memory: MemoryState, last_output: Tensor, model: "HippoFormer") -> None:
         super().__init__(window.layers, window.tokens)
         self.model = model
         self.config: HippoFormerConfig = model.config
@@ -129,10 +127,7 @@ class HippoCache(WindowCache):
                     context=tuple(context[-16:]),
                     position=position,
                     in_window=slot >= working,
-                    **{
-                        name: fields[name][slot]
-                        for name in ("salience", "priority", "age", "strength", "credit")
-                    },
+                    **{name: fields[name][slot] for name in ("salience", "priority", "age", "strength", "credit")},
                 )
             )
         return found

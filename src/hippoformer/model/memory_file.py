@@ -150,13 +150,17 @@ def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoForme
         mapped = model.hippocampus.recall.unit_heads(key_map(memory.episodes.key))
         memory.episodes.key = torch.where(filled, mapped, 0.0).to(memory.episodes.key.dtype)
     if value_map is not None:
-        memory.episodes.value = torch.where(filled, value_map(memory.episodes.value), 0.0).to(memory.episodes.value.dtype)
+        memory.episodes.value = torch.where(filled, value_map(memory.episodes.value), 0.0).to(
+            memory.episodes.value.dtype
+        )
     cache.drift = drift | {"calibrated": key_map is not None or value_map is not None}
 
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
         width, layer = max(fill), model.config.memory_layer
         hidden, inner = model.window.reread(cache, cache.tokens[:, :width].long(), fill, layer)
-        index = (torch.tensor(fill, device=model.device) - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        index = (
+            (torch.tensor(fill, device=model.device) - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        )
         cache.last_output = hidden.gather(1, index).squeeze(1)
         memory.last_hidden = inner.gather(1, index).squeeze(1)

@@ -318,7 +318,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         following = None if labels is None else self._following_labels(labels, input_ids, lengths, order)
         keep = n_columns if logits_to_keep == 0 or following is not None else min(logits_to_keep, n_columns)
         # Of each row, how many real tokens come before the kept columns.
-        skipped = [sum(1 for c in row[:n] if c < n_columns - keep) for row, n in zip(order.tolist(), lengths, strict=True)]
+        skipped = [
+            sum(1 for c in row[:n] if c < n_columns - keep) for row, n in zip(order.tolist(), lengths, strict=True)
+        ]
 
         logits: Tensor | None = None
         nll, counted = torch.zeros((), device=ids.device), 0
@@ -365,7 +367,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def _following_labels(self, labels: Tensor, input_ids: Tensor, lengths: list[int], order: Tensor) -> Tensor:
         """(R, T) in the rows' own tokens: the label that each token should predict, -100 where none is counted."""
         if labels.shape != input_ids.shape:
-            raise InputError(f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(input_ids.shape)}")
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
+            )
         own = labels.to(order.device).gather(1, order)
         own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= _column(lengths, own.device), -100)
         _check_ids(own[own != -100], self.config.vocab_size, "labels")
@@ -376,7 +380,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, list[int], Tensor, HippoCache]:
         """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the state."""
         if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
+            raise InputError(
+                f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}"
+            )
         n_rows, n_columns = input_ids.shape
         if cache is None:
             cache = self.new_cache(n_rows)
@@ -410,7 +416,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """`generate` leaves the cache to `prepare_inputs_for_generation`."""
         return False
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Gives `generate` a HippoCache at its first step; all else is transformers' own."""
         if past_key_values is None and kwargs.get("use_cache", True):
             past_key_values = self.new_cache(input_ids.shape[0])
@@ -421,7 +429,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
-        hidden = self.window.hidden_at(ids.to(self.device).long(), self.config.memory_layer).to(self.hippocampus.recall.key_proj.weight.dtype)
+        hidden = self.window.hidden_at(ids.to(self.device).long(), self.config.memory_layer).to(
+            self.hippocampus.recall.key_proj.weight.dtype
+        )
         recall = self.hippocampus.recall
         return recall.encode_key(hidden).flatten(0, 1).float(), recall.encode_value(hidden).flatten(0, 1).float()
 

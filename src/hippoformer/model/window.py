@@ -154,7 +154,9 @@ class WindowedBase:
         """Empty slots for every layer."""
         return [WindowLayer(self.config.window_slots) for _ in range(self.n_layers)]
 
-    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int], **body_options: object) -> Tensor:
+    def read(
+        self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int], **body_options: object
+    ) -> Tensor:
         """Hidden states of up to a segment's worth of tokens; keys and values go into the cache.
 
         Args:
@@ -373,7 +375,9 @@ def inspect_base(window: WindowedBase) -> list[Rotation] | None:
     tables = _frequency_tables(body)
     rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in zip(here, there, strict=True)]
     known = [rotation for rotation in rotations if rotation is not None]
-    has_table = any(n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding))
+    has_table = any(
+        n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding)
+    )
     if len(known) != len(rotations) and (known or not has_table):
         raise UnsupportedArchitectureError(f"{name}: no rotary rule explains the keys of its layers. {SUPPORTED}")
 

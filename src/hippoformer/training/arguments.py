@@ -19,12 +19,18 @@ class TrainArguments:
     streaming: bool = field(default=False, metadata={"help": "read the dataset as a stream; needs --max_samples"})
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
     max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
-    max_seq_length: int = field(default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"})
+    max_seq_length: int = field(
+        default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
+    )
     batch_size: int = field(default=4, metadata={"help": "documents side by side"})
     gradient_accumulation_steps: int = 1
-    num_epochs: float | None = field(default=None, metadata={"help": "passes over the documents, instead of --max_steps"})
+    num_epochs: float | None = field(
+        default=None, metadata={"help": "passes over the documents, instead of --max_steps"}
+    )
     max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; 400 if neither is given"})
-    recall_share: float = field(default=0.5, metadata={"help": "part of the steps before the gate takes over selection"})
+    recall_share: float = field(
+        default=0.5, metadata={"help": "part of the steps before the gate takes over selection"}
+    )
     credit_documents: int = field(default=128, metadata={"help": "documents whose credit is measured; 0 for none"})
     learning_rate: float | None = field(default=None, metadata={"help": "default: 1e-3 frozen, 1e-4 with LoRA"})
     warmup_ratio: float = 0.05
@@ -33,10 +39,14 @@ class TrainArguments:
     train_base: bool = field(default=False, metadata={"help": "train the base's own weights"})
     window: int = 512
     buffer_size: int = 2048
-    set: list[str] = field(default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"})
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "of the base: bfloat16, float16 or float32"})
     output_dir: str = "runs/hippoformer"
-    cache_dir: str | None = field(default=None, metadata={"help": "of hidden states; default: output_dir/hidden_states"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "of hidden states; default: output_dir/hidden_states"}
+    )
     save_steps: int = 100
     logging_steps: int = 10
     eval_steps: int = 0

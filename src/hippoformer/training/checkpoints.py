@@ -29,7 +29,9 @@ _COUNTERS = "training.json"
 _TENSORS = "training.safetensors"
 
 
-def save(output: Path, step: int, model: HippoFormer, tensors: dict[str, Tensor], counters: dict[str, Any], keep: int) -> Path:
+def save(
+    output: Path, step: int, model: HippoFormer, tensors: dict[str, Tensor], counters: dict[str, Any], keep: int
+) -> Path:
     """Writes checkpoint `step` under `output` and removes all but the `keep` newest.
 
     Raises:

@@ -77,7 +77,13 @@ class HiddenStateCache:
             return
         # Side by side go documents of like length, so that few rows idle.
         missing.sort(key=lambda i: self.lengths[i])
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as progress, model.memory_off():
             task = progress.add_task("reading with the base (tokens)", total=sum(self.lengths[i] for i in missing))
             for low in range(0, len(missing), batch_size):

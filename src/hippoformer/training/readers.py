@@ -80,7 +80,9 @@ class CachedReader:
         parts = [self._document(d) for d in piece.documents]
         spans = [slice(s, s + n) for s, n in zip(piece.start, piece.length, strict=True)]
         hidden, tokens, log_prob = (
-            torch.nn.utils.rnn.pad_sequence([getattr(d, name)[s] for d, s in zip(parts, spans, strict=True)], True).to(device)
+            torch.nn.utils.rnn.pad_sequence([getattr(d, name)[s] for d, s in zip(parts, spans, strict=True)], True).to(
+                device
+            )
             for name in ("hidden", "tokens", "log_prob")
         )
         before = self.memory

@@ -73,7 +73,9 @@ class TextStreams:
     def _take(self) -> int:
         epoch, place = divmod(self.taken, len(self._usable))
         self.taken += 1
-        order = torch.randperm(len(self._usable), generator=torch.Generator().manual_seed(self._seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            len(self._usable), generator=torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        )
         return self._usable[int(order[place])]
 
     def state(self) -> dict[str, int | list[int]]:

@@ -33,6 +33,8 @@ from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading
 from hippoformer.training.streams import Piece, TextStreams
 
+_SCALAR_RATE = 10.0
+
 
 @dataclass
 class TrainingOptions:
@@ -103,10 +105,7 @@ class Trainer:
             self.reader = LiveReader(model, documents, options.rows)
         self.streams = TextStreams(lengths, options.rows, config.segment_len, options.seed)
         self.loss = HippoFormerLoss(config)
-        hippocampus = [p for p in model.hippocampus.parameters() if p.requires_grad]
-        base = [p for p in model.base.parameters() if p.requires_grad]
-        groups = [{"params": hippocampus, "lr": config.learning_rate}, {"params": base, "lr": 0.1 * config.learning_rate}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model))
         warmup = math.ceil(options.warmup_ratio * options.max_steps)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, options.max_steps)
         self.drift = DriftMonitor(config.drift_update_momentum)
@@ -130,8 +129,7 @@ class Trainer:
             self._resume(resume_from)
         if self.options.report_to:
             self.accelerator.init_trackers(self.options.project, vars(self.model.config).copy())
-        self.model.train()
-        self.model.base.eval()  # dropout belongs to the hippocampus and the adapters, not to a pretrained base
+        self._learning()
         started, tokens = time.monotonic(), 0
         window: list[dict[str, float]] = []
         while self.step < self.options.max_steps:
@@ -152,6 +150,12 @@ class Trainer:
         if self.options.report_to:
             self.accelerator.end_training()
         return self.history
+
+    def _learning(self) -> None:
+        """Training mode; a frozen base stays in evaluation mode, as its hidden states are those of inference."""
+        self.model.train()
+        if not any(p.requires_grad for p in self.model.base.parameters()):
+            self.model.base.eval()
 
     # ---------------------------------------------------------------- one step
 
@@ -200,7 +204,7 @@ class Trainer:
         return total, {
             "tokens": n,
             "nll": -float(reading.target_log_prob.detach().sum()),
-            "base_nll": -float(reading.base_log_prob[counted].sum()),
+            "base_nll": -float(reading.base_log_prob.detach()[counted].sum()),
             "salience": float(found.salience.detach()[counted].sum()),
             "tagged": float((found.salience.detach()[counted] > 0.5).sum()),
             "mixture": float((found.prior_mixture * (1 - found.prior_nothing)).detach()[counted].sum()),
@@ -225,11 +229,12 @@ class Trainer:
         self.model.eval()
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
         chosen = order[: self.options.credit_documents]
-        for number in track(chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal):
+        for number in track(
+            chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal
+        ):
             credit = measure_credit(self.model.hippocampus, documents[number])
             self.useful[number] = useful(credit, self.model.config.target_tagged_share)
-        self.model.train()
-        self.model.base.eval()
+        self._learning()
 
     @torch.no_grad()
     def _choose_anchors(self) -> None:
@@ -267,8 +272,8 @@ class Trainer:
                     sums["tokens"] += int(reading.counted.sum())
                     sums["nll"] -= float(reading.target_log_prob.sum())
                     sums["base_nll"] -= float(reading.base_log_prob[reading.counted].sum())
-        self.model.train(was_training)
-        self.model.base.eval()
+        if was_training:
+            self._learning()
         base, fused = (math.exp(sums[name] / max(sums["tokens"], 1)) for name in ("base_nll", "nll"))
         return {"eval_base_perplexity": base, "eval_perplexity": fused, "eval_gain": 1 - fused / base}
 
@@ -292,7 +297,9 @@ class Trainer:
             "buffer_use": self.reader.bound / max(self.model.config.buffer_size, 1),
         }
         if self.model.config.use_lora:
-            numbers["drift"] = self.drift.update(self.model.anchors(self.model.hippocampus.drift_calibrator.anchor_ids)[0])
+            numbers["drift"] = self.drift.update(
+                self.model.anchors(self.model.hippocampus.drift_calibrator.anchor_ids)[0]
+            )
         self._record(numbers)
 
     def _record(self, numbers: dict[str, float]) -> None:
@@ -316,7 +323,9 @@ class Trainer:
             "scheduler": self.scheduler.last_epoch,
             "history": self.history,
         }
-        checkpoints.save(self.options.output_dir, self.step, self.model, tensors, counters, self.options.keep_checkpoints)
+        checkpoints.save(
+            self.options.output_dir, self.step, self.model, tensors, counters, self.options.keep_checkpoints
+        )
 
     def _resume(self, path: Path) -> None:
         from hippoformer.model import checkpoint
@@ -324,7 +333,9 @@ class Trainer:
         model, tensors, counters = checkpoints.load(path)
         checkpoint.restore(self.model, model)
         checkpoints.restore_optimizer(self.optimizer, tensors)
-        reader = {n.removeprefix("reader."): t.to(self.model.device) for n, t in tensors.items() if n.startswith("reader.")}
+        reader = {
+            n.removeprefix("reader."): t.to(self.model.device) for n, t in tensors.items() if n.startswith("reader.")
+        }
         self.reader.restore(reader, counters["bound"])
         self.useful = {int(n.removeprefix("useful.")): t for n, t in tensors.items() if n.startswith("useful.")}
         self.drift.reference = tensors.get("drift.reference")
@@ -333,6 +344,22 @@ class Trainer:
         for _ in range(counters["scheduler"]):
             self.scheduler.step()
         self.step, self.history = counters["step"], counters["history"]
+
+
+def _parameter_groups(model: HippoFormer) -> list[dict[str, Any]]:
+    """The original's two learning rates (memory; base x 0.1), and one for the scalars and vectors among the memory's
+    parameters: scales, biases and thresholds must travel far, are few, and are not decayed."""
+    config, memory = model.config, [p for p in model.hippocampus.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in memory if p.dim() > 1], "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": [p for p in memory if p.dim() <= 1], "lr": _SCALAR_RATE * config.learning_rate, "weight_decay": 0.0},
+        {
+            "params": [p for p in model.base.parameters() if p.requires_grad],
+            "lr": 0.1 * config.learning_rate,
+            "weight_decay": config.weight_decay,
+        },
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _length(documents: HiddenStateCache | Sequence[Tensor], number: int) -> int:

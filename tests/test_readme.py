@@ -1,0 +1,231 @@
+"""The README tells the truth: its Python runs, its tree is the tree, its results are those of the files."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import hippoformer
+from test_demo import tiny_load
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("readme_results", ROOT / "scripts" / "readme_results.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"<!-- python:run -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the blocks one after the other, as a reader would: in a folder that holds the README."""
+    shutil.copy(ROOT / "README.md", folder)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    for block in python_blocks():
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_every_python_block_is_run() -> None:
+    assert len(python_blocks()) == README.count("```python") == 1
+
+
+def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return tiny_load(name)
+
+    monkeypatch.setattr(hippoformer, "load", load)
+    run_python(tmp_path, monkeypatch)
+    assert asked == [("smollm2-135m", {"window": 512, "buffer_size": 2048})]
+    shown = capsys.readouterr().out
+    found = re.search(r"perplexity ([\d.]+) with memory, ([\d.]+) without, ([\d,]+) bytes", shown)
+    assert found and found[1] != found[2]
+    model, _ = tiny_load()
+    cache = hippoformer.HippoCache.load(tmp_path / "readme.memory.safetensors", model)
+    assert cache.lengths[0] > 1000
+
+
+@pytest.mark.real
+def test_the_python_runs_with_the_real_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_python(tmp_path, monkeypatch)
+    found = re.search(r"perplexity ([\d.]+) with memory, ([\d.]+) without", capsys.readouterr().out)
+    assert found and 5 < float(found[1]) < 100 and 5 < float(found[2]) < 100
+    assert (tmp_path / "readme.memory.safetensors").stat().st_size > 1_000_000
+
+
+def tree_paths() -> list[str]:
+    """Every path the tree names: two spaces a level, folders end in a slash."""
+    (block,) = re.findall(r"<!-- tree:begin -->\n```\n(.*?)```\n<!-- tree:end -->", README, flags=re.DOTALL)
+    folders: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        level = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        del folders[level:]
+        paths.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_the_tree_names_only_what_exists() -> None:
+    paths = tree_paths()
+    assert len(paths) > 40 and len(set(paths)) == len(paths)
+    wrong = [path for path in paths if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())]
+    assert wrong == []
+
+
+def test_the_tree_names_every_module_of_the_package() -> None:
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "src" / "hippoformer").rglob("*.py")}
+    assert sorted(modules - set(tree_paths())) == []
+
+
+def test_every_file_of_the_tree_is_explained() -> None:
+    (block,) = re.findall(r"<!-- tree:begin -->\n```\n(.*?)```", README, flags=re.DOTALL)
+    bare = [line.split()[0] for line in block.splitlines() if len(line.split()) == 1]
+    assert set(bare) <= {
+        "src/hippoformer/",
+        "training/",
+        "evaluation/",
+        "benchmarks/",
+        "scripts/",
+        "docs/",
+        "__init__.py",
+    }
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert {"docs/how-it-works.md", "docs/memory-files.md", "LICENSE"} <= set(links)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_results_are_those_of_the_files(script: ModuleType) -> None:
+    assert script.main(["--check"]) == 0, "run python scripts/readme_results.py"
+
+
+# ---------------------------------------------------------------- the script itself
+
+PROVENANCE = {
+    "command": "hippoformer eval | more",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "cpu": "Some CPU",
+    "cpus": 2,
+    "torch_threads": 2,
+    "gpu": None,
+    "date": "2030-01-02T03:04:05+00:00",
+}
+MODEL = {"dtype": "bfloat16", "window": 512, "buffer_size": 2048}
+
+
+def perplexity_report() -> dict[str, Any]:
+    memory = {
+        "tokens_scored": 12345,
+        "token_perplexity": {"estimate": 19.5, "low": 18.25, "high": 21.0},
+        "bits_per_byte": 0.98765,
+        "window_nbytes": 17_800_000,
+        "memory_nbytes": 3_300_000,
+        "against_off": {"ratio": {"estimate": 0.925, "low": 0.915, "high": None}},
+    }
+    off = memory | {"against_off": None, "memory_nbytes": 0, "bits_per_byte": None}
+    return {
+        "format": "hippoformer.perplexity/1",
+        "model": MODEL,
+        "conditions": {"memory": memory, "off": off},
+        "documents": [{}, {}, {}],
+        "provenance": PROVENANCE,
+    }
+
+
+def speed_report() -> dict[str, Any]:
+    scoring = {
+        "measure": "scoring",
+        "unit": "tokens/s",
+        "value": 900.0,
+        "reference": 1000.0,
+        "ratio": 0.9,
+        "tokens": 64,
+    }
+    write = {"measure": "write", "unit": "µs/token", "value": 9.876, "reference": None, "ratio": None, "tokens": 128}
+    origin = PROVENANCE | {"dirty": True, "gpu": "Some GPU"}
+    return {"format": "hippoformer.speed/1", "settings": MODEL, "results": [scoring, write], "provenance": origin}
+
+
+def test_rows_say_figures_and_where_they_come_from(script: ModuleType) -> None:
+    block = script.render(
+        {"wiki.json": perplexity_report(), "speed.json": speed_report(), "other.json": {"format": "?"}}
+    )
+    lines = block.splitlines()
+    memory = (
+        "| [wiki](results/wiki.json) | memory | 3 | 12,345 | 19.50 [18.25, 21.00] | -7.5 % | 0.9877 | 17.8 + 3.3 MB |"
+    )
+    assert memory in lines
+    assert "| [wiki](results/wiki.json) | off | 3 | 12,345 | 19.50 [18.25, 21.00] |  |  | 17.8 + 0.0 MB |" in lines
+    assert "| [speed](results/speed.json) | scoring | 900.0 tokens/s | 1,000.0 tokens/s | 0.900 | 64 |" in lines
+    assert "| [speed](results/speed.json) | write | 9.88 µs/token |  |  | 128 |" in lines
+    assert (
+        "| [wiki](results/wiki.json) | `hippoformer eval \\| more` | bfloat16, window 512, buffer 2048 "
+        "| Some CPU, 2 CPUs, 2 threads | `0123456789ab` | 2030-01-02 |"
+    ) in lines
+    assert "Some GPU | `0123456789ab` with uncommitted changes |" in block
+    assert "other" not in block
+
+
+def test_filling_replaces_the_block_and_nothing_else(script: ModuleType) -> None:
+    readme = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
+    assert script.fill(readme, "new") == f"before\n{script.BEGIN}\nnew\n{script.END}\nafter\n"
+    assert script.fill(script.fill(readme, "new"), "new") == script.fill(readme, "new")
+    for broken in ("no markers", readme + script.BEGIN, f"{script.END}\n{script.BEGIN}"):
+        with pytest.raises(ValueError, match="README"):
+            script.fill(broken, "new")
+
+
+def test_the_check_tells_an_old_block_from_a_new_one(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"{script.BEGIN}\n{script.END}\n", encoding="utf-8")
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert script.main(arguments) == 0
+    assert script.EMPTY in readme.read_text(encoding="utf-8")
+    results.mkdir()
+    (results / "wiki.json").write_text(json.dumps(perplexity_report()), encoding="utf-8")
+    assert script.main([*arguments, "--check"]) == 1
+    assert "out of date" in capsys.readouterr().err
+    assert script.EMPTY in readme.read_text(encoding="utf-8")  # checking changes nothing
+    assert script.main(arguments) == 0
+    assert script.main([*arguments, "--check"]) == 0
+    assert "19.50" in readme.read_text(encoding="utf-8")
+
+
+def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Path) -> None:
+    """The file as `hippoformer eval perplexity` writes it, not as this test imagines it."""
+    from hippoformer.data import Document
+    from hippoformer.evaluation import evaluate_perplexity
+
+    model, tokenizer = tiny_load()
+    documents = [Document(f"text {i}", "some words come again, " * 20, "made up") for i in range(2)]
+    report = evaluate_perplexity(model, tokenizer, documents, conditions=("memory", "off"), resamples=20)
+    report.save(tmp_path / "tiny.json")
+    block = script.render(script.read_results(tmp_path))
+    assert f"| {report['memory'].tokens_scored:,} | {report['memory'].token_perplexity.estimate:.2f} [" in block
+    assert f"{100 * (report['memory'].against_off.ratio.estimate - 1):+.1f} %" in block

@@ -1,0 +1,162 @@
+"""Invariant 2: rows never meet. A row alone is that row in any batch, with any padding, up to rounding."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, text
+from torch import Tensor
+
+LENGTHS = (57, 1, 23, 40)
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def padded(rows: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one batch (R, T) with its mask; side is left, right, or mixed (also inside the text)."""
+    width = max(map(len, rows)) + (5 if side == "mixed" else 0)
+    ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.long)
+    generator = torch.Generator().manual_seed(3)
+    for number, row in enumerate(rows):
+        n = len(row)
+        places = {
+            "left": torch.arange(width - n, width),
+            "right": torch.arange(n),
+            "mixed": torch.randperm(width, generator=generator)[:n].sort().values,
+        }[side]
+        ids[number, places], mask[number, places] = row, 1
+    return ids, mask
+
+
+def rows_of_many_lengths() -> list[Tensor]:
+    return [text(rows=1, length=n, seed=n)[0] for n in LENGTHS]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_a_row_alone_is_the_row_in_a_batch(name: str, side: str) -> None:
+    model, rows = awake(name), rows_of_many_lengths()
+    ids, mask = padded(rows, side)
+    out = model(ids, attention_mask=mask, return_salience=True)
+    for number, row in enumerate(rows):
+        alone = model(row.unsqueeze(0), return_salience=True)
+        real = mask[number] == 1
+        torch.testing.assert_close(out.logits[number, real], alone.logits[0], **TOLERANCE)
+        torch.testing.assert_close(out.salience_scores[number, real], alone.salience_scores[0], **TOLERANCE)
+        assert not out.logits[number, ~real].any(), "padding has logits"
+
+
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@torch.no_grad()
+def test_scores_and_state_of_a_row_alone(side: str) -> None:
+    model, rows = awake(), rows_of_many_lengths()
+    ids, mask = padded(rows, side)
+    cache = model.new_cache(len(rows))
+    scores = model.score(ids, mask, past_key_values=cache)
+    scores = torch.cat((torch.zeros(len(rows), 1), scores), dim=1)
+    for number, row in enumerate(rows):
+        own = model.new_cache(1)
+        if len(row) > 1:
+            alone = model.score(row.unsqueeze(0), past_key_values=own)[0]
+            torch.testing.assert_close(scores[number, mask[number] == 1][1:], alone, **TOLERANCE)
+        else:
+            model(row.unsqueeze(0), past_key_values=own)
+        assert not scores[number, mask[number] == 0].any()
+        assert cache.lengths[number] == own.lengths[0] == len(row)
+        mine = cache.episodes(number)
+        assert [(e.position, e.token) for e in mine] == [(e.position, e.token) for e in own.episodes(0)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_garbage_under_the_mask_is_never_read(name: str) -> None:
+    """Ids under the mask may be anything, even no ids at all; every bit of the result stays."""
+    model, rows = awake(name), rows_of_many_lengths()
+    for side in ("left", "right", "mixed"):
+        clean, mask = padded(rows, side)
+        reference = model(clean, attention_mask=mask).logits
+        for garbage in (VOCAB - 1, -7, 10**9):
+            dirty, _ = padded(rows, side, fill=garbage)
+            assert torch.equal(model(dirty, attention_mask=mask).logits, reference)
+
+
+@pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
+@torch.no_grad()
+def test_garbage_hidden_states_in_a_neighbours_padding_stay_there(value: float) -> None:
+    """One level down: the hippocampus is handed padded hidden states by training, whose padding may hold anything."""
+    model = awake()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 6, 32, generator=generator)
+    tokens, surprise = text(rows=3, length=6), torch.rand(3, 6, generator=generator)
+    new = [6, 2, 6]
+
+    def read(fill: float):
+        dirty = hidden.clone()
+        dirty[1, 2:] = fill
+        state = model.new_cache(3).memory
+        _, state = model.hippocampus.step(state, [0, 0, 0], hidden, tokens, surprise, [6, 6, 6])
+        state, _ = model.hippocampus.end_segment(state, [6, 6, 6], [0, 1, 2])
+        return model.hippocampus.step(state, [6, 6, 6], dirty, tokens, surprise, new)
+
+    clean, clean_state = read(0.0)
+    dirty, dirty_state = read(value)
+    for row in (0, 2):
+        assert torch.equal(clean.recollection.weights[row], dirty.recollection.weights[row])
+        assert torch.equal(clean.salience[row], dirty.salience[row])
+        for name, tensor in clean_state.tensors().items():
+            assert torch.equal(tensor[row], dirty_state.tensors()[name][row]), name
+    assert torch.equal(clean.salience[1, :2], dirty.salience[1, :2])
+    for name in ("key", "value", "token", "position", "priority"):
+        mine, theirs = (getattr(state.episodes, name)[1] for state in (clean_state, dirty_state))
+        assert torch.equal(mine, theirs), f"padding was stored in {name}"
+
+
+@torch.no_grad()
+def test_a_row_that_pauses_is_left_alone() -> None:
+    """A later chunk may bring a row nothing: its state and its next prediction stay as they were."""
+    model, one, two = awake(), text(rows=1, length=40, seed=1)[0], text(rows=1, length=20, seed=2)[0]
+    cache = model.new_cache(2)
+    model(torch.stack((one[:20], two)), past_key_values=cache)
+    before = {name: tensor[1].clone() for name, tensor in cache.memory.tensors().items()}
+    ids = torch.stack((one[20:33], torch.zeros(13, dtype=torch.long)))
+    mask = torch.tensor([[1] * 13, [0] * 13])
+    out = model(ids, attention_mask=mask, past_key_values=cache)
+    assert not out.logits[1].any()
+    assert all(torch.equal(before[name], tensor[1]) for name, tensor in cache.memory.tensors().items())
+    ahead = text(rows=2, length=9, seed=3)
+    after = model(ahead, past_key_values=cache).logits
+    for number, past in enumerate((one[:33], two)):
+        alone = model(torch.cat((past, ahead[number])).unsqueeze(0)).logits[0, -9:]
+        torch.testing.assert_close(after[number], alone, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_chosen_rows_go_on_as_themselves() -> None:
+    """select_rows, reordering and repeating rows are what beams do."""
+    model, ids, ahead = awake(), text(rows=3, length=45), text(rows=3, length=10, seed=4)
+    cache = model.new_cache(3)
+    model(ids, past_key_values=cache)
+    expected = model(ahead, past_key_values=cache.copy()).logits
+    order = torch.tensor([2, 0, 0, 1])
+    chosen = cache.select_rows(order)
+    torch.testing.assert_close(model(ahead[order], past_key_values=chosen).logits, expected[order], **TOLERANCE)
+    turned = cache.copy()
+    turned.reorder_cache(torch.tensor([1, 2, 0]))
+    order = torch.tensor([1, 2, 0])
+    torch.testing.assert_close(model(ahead[order], past_key_values=turned).logits, expected[order], **TOLERANCE)
+    twice = cache.copy()
+    twice.batch_repeat_interleave(2)
+    order = torch.tensor([0, 0, 1, 1, 2, 2])
+    torch.testing.assert_close(model(ahead[order], past_key_values=twice).logits, expected[order], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_one_row_reset_among_others() -> None:
+    """A document boundary in one row: that row is new, its neighbours go on."""
+    model, ids, ahead = awake(), text(rows=2, length=45), text(rows=2, length=30, seed=4)
+    cache = model.new_cache(2)
+    model(ids, past_key_values=cache)
+    cache.reset([0])
+    logits = model(ahead, past_key_values=cache).logits
+    torch.testing.assert_close(logits[:1], model(ahead[:1]).logits, **TOLERANCE)
+    torch.testing.assert_close(
+        logits[1:], read_in_chunks(model, torch.cat((ids, ahead), 1)[1:], 45)[:, 45:], **TOLERANCE
+    )
