@@ -102,8 +102,8 @@ def _origins(reports: dict[str, Content]) -> str:
         rows.append([_link(name), f"`{origin['command']}`", model, hardware, commit, origin["date"][:10]])
     table = _table(("report", "command", "model", "hardware", "commit", "date"), rows)
     return (
-        "Brackets: 95 % bootstrap intervals over documents. State: window + memory. Speed: medians of alternating runs.\n\n"
-        + table
+        "Brackets: 95 % bootstrap intervals over documents. State: window + memory. "
+        "Speed: medians of alternating runs.\n\n" + table
     )
 
 

@@ -41,6 +41,7 @@ def run_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_python_block_is_run() -> None:
     assert len(python_blocks()) == README.count("```python") == 1
+    assert len([line for line in python_blocks()[0].splitlines() if line]) == 10
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +55,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     run_python(tmp_path, monkeypatch)
     assert asked == [("smollm2-135m", {"window": 512, "buffer_size": 2048})]
     shown = capsys.readouterr().out
-    found = re.search(r"perplexity ([\d.]+) with memory, ([\d.]+) without, ([\d,]+) bytes", shown)
+    found = re.search(r"perplexity ([\d.]+) with memory, ([\d.]+) without; ([\d,]+) bytes", shown)
     assert found and found[1] != found[2]
     model, _ = tiny_load()
     cache = hippoformer.HippoCache.load(tmp_path / "readme.memory.safetensors", model)

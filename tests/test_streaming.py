@@ -84,9 +84,13 @@ def talkative(name: str = "llama") -> HippoFormer:
 
 
 def greedy_by_hand(model: HippoFormer, ids: Tensor, count: int) -> Tensor:
-    """Greedy decoding with a fresh reading of the whole text for every token."""
+    """Greedy decoding, no pair of tokens twice, with a fresh reading of the whole text for every token."""
     for _ in range(count):
-        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+        logits = model(ids).logits[:, -1]
+        for row, tokens in enumerate(ids.tolist()):
+            banned = [after for before, after in itertools.pairwise(tokens) if before == tokens[-1]]
+            logits[row, banned] = -torch.inf
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
     return ids
 
 
@@ -97,7 +101,8 @@ def test_generate_with_and_without_cache(name: str) -> None:
     mask = torch.ones_like(prompt)
     expected = greedy_by_hand(model, prompt, 16)
     for use_cache in (True, False):
-        out = model.generate(prompt, attention_mask=mask, max_new_tokens=16, use_cache=use_cache, **GREEDY)
+        options = {"max_new_tokens": 16, "no_repeat_ngram_size": 2, "use_cache": use_cache} | GREEDY
+        out = model.generate(prompt, attention_mask=mask, **options)
         assert torch.equal(out, expected), f"use_cache={use_cache}"
     assert len(set(expected[:, 31:].flatten().tolist())) > 4, "a degenerate text tests nothing"
 

@@ -309,7 +309,7 @@ def state_table(cache: HippoCache, tokens: int) -> Table:
 
 def kv_bytes_per_token(cache: HippoCache) -> int:
     """Bytes of one token's keys and values in all layers of a cache that has read something."""
-    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]  # type: ignore[union-attr]
+    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
     return sum(tensor[0, :, 0].nbytes for tensor in states if isinstance(tensor, Tensor))
 
 

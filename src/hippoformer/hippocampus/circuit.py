@@ -4,10 +4,10 @@
 sleep between segments. What is stored is computed from hidden states that no recollection has touched, so encoding and
 retrieval are separate phases (Hasselmo 1995) and any chunking of a stream gives the same numbers.
 
-Time, exactly: row token t (0-based) completes the episode t-1 -> t. Query t sees the episodes completed at or before t, and
-predicts token t+1. Two things are carried over a step's edge: the hidden state of the last token (its key is made when the
-next token completes the episode, and its attention is the contiguity bonus of the next query), and the vote of the last
-query, by which the next token will be judged.
+Time, exactly: row token t (0-based) completes the episode t-1 -> t. Query t sees the episodes completed at or before
+t, and predicts token t+1. Two things are carried over a step's edge: the hidden state of the last token (its key is
+made when the next token completes the episode, and its attention is the contiguity bonus of the next query), and the
+vote of the last query, by which the next token will be judged.
 """
 
 from dataclasses import dataclass, replace
@@ -137,7 +137,8 @@ class StepOutput:
         token: (R, high - low) int32, what those episodes vote for.
         mixture: (R, N) lambda of each query.
         residual: (R, N, D) for the hidden states, or None where that read-out is off.
-        prior_mixture, prior_nothing, hit: (R, N) lambda and null mass of the query before each token, and its attention on
+        prior_mixture, prior_nothing, hit: (R, N) lambda and null mass of the query before each token, and its
+            attention on
             episodes of that very token: how each token was foretold.
         salience_logit: (R, N). salience: (R, N) its sigmoid, or the baseline's measure.
         importance: (R, N) weight each transition was stored with.
@@ -189,7 +190,7 @@ class Hippocampus(nn.Module):
             What was found, and the new state.
         """
         config, device = self.config, hidden.device
-        n_rows, n_new, _ = hidden.shape
+        n_new = hidden.shape[1]
         length = torch.tensor(new, device=device)
         read = torch.tensor(done, device=device)
         column = torch.arange(n_new, device=device)
@@ -320,8 +321,8 @@ class Hippocampus(nn.Module):
         return torch.sigmoid(logit)
 
     def _encode(self, before: Tensor, after: Tensor, tokens: Tensor, position: Tensor, is_real: Tensor) -> Episodes:
-        """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot, where
-        padding is written, stays blank."""
+        """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot,
+        where padding is written, stays blank."""
         wide, none = is_real.unsqueeze(-1), torch.zeros(is_real.shape, device=is_real.device)
         return Episodes(
             key=torch.where(wide, self.recall.encode_key(before), 0.0),

@@ -1,10 +1,10 @@
 """The drift calibrator: old memories, new code (homeostasis).
 
 Memories are written in the code of one checkpoint. When LoRA steps or another quantisation change that code, what was
-stored no longer matches what is asked. Fixed probe inputs, the anchors, are encoded whenever a memory is saved and again
-when it is loaded: how far they moved, relative to their own spread, is the drift; the regularised affine map that carries
-the old representations to the new ones, h' = h + h A + b, carries the stored keys and values too. The decision depends on
-the anchors alone, never on the text being read.
+stored no longer matches what is asked. Fixed probe inputs, the anchors, are encoded whenever a memory is saved and
+again when it is loaded: how far they moved, relative to their own spread, is the drift; the regularised affine map
+that carries the old representations to the new ones, h' = h + h A + b, carries the stored keys and values too. The
+decision depends on the anchors alone, never on the text being read.
 """
 
 from dataclasses import dataclass

@@ -163,8 +163,8 @@ def _let_gradient_reach_priority(
 ) -> Tensor:
     """Straight-through soft top-k: the numbers stay, the gradient is that of a relaxed competition.
 
-    Where more episodes compete than fit, staying is relaxed to sigmoid((log p - log p_min) / temperature) with p_min the
-    lowest priority that still won, so that the loss can tell the gate which memories were worth more room.
+    Where more episodes compete than fit, staying is relaxed to sigmoid((log p - log p_min) / temperature) with p_min
+    the lowest priority that still won, so that the loss can tell the gate which memories were worth more room.
     """
     stored = moved.valid[:, : config.buffer_size]
     full = contender.sum(-1, keepdim=True) > config.buffer_size

@@ -2,10 +2,11 @@
 
     total = lm + salience_weighted + sparsity + memory_util + credit        (each with its weight from the config)
 
-lm is the next-token loss of the fused distribution. The salience-weighted term repeats it with each token weighted by its
-importance, detached: a gate must not lower a loss by looking away. Sparsity holds the mean salience at or under its
-target share. Memory utilisation is the mass that recall gives to nothing. Credit is what makes salience useful: the share of
-later predictions owed to an episode is known after the fact, and the gate learns to foresee whether it will be large.
+lm is the next-token loss of the fused distribution. The salience-weighted term repeats it with each token weighted by
+its importance, detached: a gate must not lower a loss by looking away. Sparsity holds the mean salience at or under its
+target share. Memory utilisation is the mass that recall gives to nothing. Credit is what makes salience useful: the
+share of later predictions owed to an episode is known after the fact, and the gate learns to foresee whether it will
+be large.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class HippoFormerLoss(nn.Module):
             counted: (R, N) bool, False for padding and for tokens without a prediction.
             salience_logit: (R, N) before the sigmoid. importance: (R, N) weights.
             nothing: (R, N) null mass of the query that predicted the token.
-            useful: (R, N) in [0, 1], how useful each episode turned out to be, NaN where it is not known; None for nowhere.
+            useful: (R, N) in [0, 1], how useful each episode turned out to be, NaN where it is not known; None for
+                nowhere.
 
         Returns:
             The parts; means over counted tokens, 0 when none is counted.

@@ -128,7 +128,8 @@ class Recall(nn.Module):
     def _attend_in_blocks(
         self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, visible: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's cache.
+        """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's
+        cache.
 
         Cosines are bounded, so exp needs no running maximum: the shift is the highest score that could be.
         """

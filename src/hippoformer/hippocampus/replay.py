@@ -1,11 +1,11 @@
 """Replay: the offline pass at a segment end in which memories are reactivated, merged, refreshed or let go.
 
-Each round cues the store with some of its own memories, drawn without replacement in proportion to need x gain (Mattar &
-Daw 2018): need is the effective priority, gain the credit a memory earned, the share of later predictions owed to it.
-What a round reactivates - the cues, and the memory each cue resembles most - moves towards the highest importance and is
-young again. Near-duplicates, two memories of the same token whose keys agree, become one: strengths and credits add,
-the newer key stays. What was not reactivated has aged by one segment, and what falls under `priority_threshold` is
-forgotten.
+Each round cues the store with some of its own memories. They are drawn at the start, without replacement, in
+proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the share
+of later predictions owed to it. What a round reactivates - the cues, and the memory each cue resembles most - moves towards the highest
+importance and is young again. Near-duplicates, two memories of the same token whose keys agree, become one: strengths
+and credits add, the newer key stays. What was not reactivated has aged by one segment, and what falls under
+`priority_threshold` is forgotten.
 
 Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position,
 segment and round alone, so a row replays the same in any batch.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
@@ -49,36 +50,39 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
     store = {name: tensor[:, :n_stored] for name, tensor in episodes.tensors().items()}
     position, priority, strength = store["position"].clone(), store["priority"], store["strength"]
     age, credit = store["age"] + 1.0, store["credit"] * config.decay_rate
-    replayed = torch.zeros_like(position, dtype=torch.bool)
-    merged = torch.zeros_like(segment)
     before = (position >= 0).sum(-1)
+    reactivations, merged = torch.zeros_like(segment), torch.zeros_like(segment)
 
     rounds = config.max_replay_rounds if n_stored > 1 else 0
+    if rounds:
+        weight = priority.detach() * config.decay_rate**age * (credit + _UNPROVEN_GAIN)
+        cues, are_cues = _draw_cues(weight, position, segment, rounds, config)
+        relatives = _relatives(key, token, position >= 0, cues, config.recall_n_heads)
     for number in range(rounds):
-        alive = position >= 0
-        cue, cued = _draw_cues(priority, age, credit, alive & ~replayed, position, segment, number, config)
-        similar, partner, twin_similar, twin = _most_similar(key, token, alive, cue, config.recall_n_heads)
-        reactivated = _marked(replayed, torch.cat((cue, partner), -1), torch.cat((cued, cued & (similar > 0)), -1))
-        replayed = replayed | _marked(replayed, cue, cued)
-        priority = torch.where(
-            reactivated,
-            priority + config.replay_rate * (config.importance_weight_range[1] - priority).clamp_min(0.0),
-            priority,
-        )
+        part = slice(number * config.replay_batch, (number + 1) * config.replay_batch)
+        cue, similar, partner, twin_similar, twin = (tensor[:, part] for tensor in (cues, *relatives))
+        alive = position >= 0  # an earlier round may have merged a cue, or a relative, into another memory
+        cued = are_cues[:, part] & take(alive, cue)
+        woken = cued & (similar > 0) & take(alive, partner)
+        reactivated = _marked(position, torch.cat((cue, partner), -1), torch.cat((cued, woken), -1))
+        reactivations = reactivations + cued.sum(-1)
+        room = (config.importance_weight_range[1] - priority).clamp_min(0.0)
+        priority = torch.where(reactivated, priority + config.replay_rate * room, priority)
         age = age.masked_fill(reactivated, 0.0)
 
         older, newer = torch.minimum(cue, twin), torch.maximum(cue, twin)  # slots are ordered by age of the text
-        fuse = _without_conflicts(older, newer, cued & (twin_similar >= config.merge_threshold), n_stored)
+        twins = cued & take(alive, twin) & (twin_similar >= config.merge_threshold)
+        fuse = _without_conflicts(older, newer, twins, n_stored)
         strength = strength.scatter_add(-1, newer, take(strength, older) * fuse)
         credit = credit.scatter_add(-1, newer, take(credit, older) * fuse)
         priority = priority.scatter_reduce(-1, newer, take(priority, older) * fuse, "amax")
-        position = position.masked_fill(_marked(replayed, older, fuse), -1)
+        position = position.masked_fill(_marked(position, older, fuse), -1)
         merged = merged + fuse.sum(-1)
 
     alive = position >= 0
     forgotten = alive & (priority * config.decay_rate**age < config.priority_threshold)
     position = position.masked_fill(forgotten, -1)
-    report = ReplayReport(replayed.sum(-1), merged, before - merged - (position >= 0).sum(-1))
+    report = ReplayReport(reactivations, merged, before - merged - (position >= 0).sum(-1))
 
     changed = {"position": position, "priority": priority, "age": age, "strength": strength, "credit": credit}
     return Episodes(
@@ -90,25 +94,20 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
 
 
 def _draw_cues(
-    priority: Tensor,
-    age: Tensor,
-    credit: Tensor,
-    eligible: Tensor,
-    position: Tensor,
-    segment: Tensor,
-    number: int,
-    config: HippoFormerConfig,
+    weight: Tensor, position: Tensor, segment: Tensor, rounds: int, config: HippoFormerConfig
 ) -> tuple[Tensor, Tensor]:
-    """Cues of one round, (R, Q) slots and (R, Q) whether the slot is a real cue: a Gumbel top-k draw."""
-    weight = priority.detach() * config.decay_rate**age * (credit + _UNPROVEN_GAIN)
-    uniform = hashed_uniform(config.seed, segment.unsqueeze(-1), number, position.long())
-    score = weight.log() - (-uniform.log()).log()
-    score = score.masked_fill(~eligible, -torch.inf)
-    best = score.topk(min(config.replay_batch, score.shape[-1]), dim=-1)
+    """The cues of all rounds, in the order they are drawn: a Gumbel top-k, which is drawing without replacement.
+
+    Returns:
+        (R, rounds x replay_batch) slots, and whether each is a real cue; a small store has fewer.
+    """
+    uniform = hashed_uniform(config.seed, segment.unsqueeze(-1), position.long())
+    score = (weight.log() - (-uniform.log()).log()).masked_fill(position < 0, -torch.inf)
+    best = score.topk(min(rounds * config.replay_batch, score.shape[-1]), dim=-1)
     return best.indices, ~best.values.isneginf()
 
 
-def _most_similar(
+def _relatives(
     key: Tensor, token: Tensor, alive: Tensor, cue: Tensor, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each cue the memory most like it, and the one most like it among those of the same token.
@@ -117,12 +116,15 @@ def _most_similar(
         (cosine, slot, cosine among the same token, slot among the same token), each (R, Q); the cosine is the mean over
         heads, -inf where there is none.
     """
-    similarity = (take(key, cue) @ key.transpose(-1, -2)).float() / n_heads  # (R, Q, M)
-    similarity = similarity.masked_fill(~alive.unsqueeze(1), -torch.inf)
-    similarity = similarity.scatter(-1, cue.unsqueeze(-1), -torch.inf)
-    closest = similarity.max(-1)
-    twins = similarity.masked_fill(token.unsqueeze(1) != take(token, cue).unsqueeze(-1), -torch.inf).max(-1)
-    return closest.values, closest.indices, twins.values, twins.indices
+    found: list[tuple[Tensor, ...]] = []
+    for row in range(key.shape[0]):
+        similarity = linear(key[row, cue[row]], key[row]).float().div_(n_heads)  # (Q, M)
+        similarity.masked_fill_(~alive[row], -torch.inf).scatter_(-1, cue[row].unsqueeze(-1), -torch.inf)
+        closest = similarity.max(-1)
+        twins = similarity.masked_fill_(token[row] != token[row, cue[row]].unsqueeze(-1), -torch.inf).max(-1)
+        found.append((closest.values, closest.indices, twins.values, twins.indices))
+    similar, partner, twin_similar, twin = (torch.stack(column) for column in zip(*found, strict=True))
+    return similar, partner, twin_similar, twin
 
 
 def _marked(like: Tensor, index: Tensor, on: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The salience gate: which transitions are worth keeping? (the sharp-wave ripple's tag)
 
 Two pathways look at the transition s -> s+1 once s+1 has been read: a local MLP on both hidden states and on how
-surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A learned
-weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
+surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A
+learned weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
 
     salience = sigmoid(smooth(w local + (1 - w) global) - threshold)
 

@@ -21,8 +21,8 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
     if missing:
         linear = sorted({n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
         raise ConfigurationError(
-            f"lora_target_modules {missing} are not layers of {type(base).__name__}: choose from {linear or sorted(names)}, "
-            "or set use_lora=False"
+            f"lora_target_modules {missing} are not layers of {type(base).__name__}: choose from "
+            f"{linear or sorted(names)}, or set use_lora=False"
         )
     lora = LoraConfig(
         r=config.lora_r,

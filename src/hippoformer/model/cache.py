@@ -79,7 +79,7 @@ class HippoCache(WindowCache):
         """Columns read so far, as `generate` counts them."""
         return self.columns
 
-    def get_max_length(self) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """No limit on the stream."""
         return -1
 
@@ -148,8 +148,8 @@ class HippoCache(WindowCache):
         theirs, mine = other.memory.episodes.tensors(), self.memory.episodes.tensors()
         if theirs["key"].shape[1:] != mine["key"].shape[1:] or other.batch_size not in (1, self.batch_size):
             raise InputError(
-                f"a memory of {other.batch_size} rows with keys {tuple(theirs['key'].shape[1:])} does not fit a cache of "
-                f"{self.batch_size} rows with keys {tuple(mine['key'].shape[1:])}: use caches of one model"
+                f"a memory of {other.batch_size} rows with keys {tuple(theirs['key'].shape[1:])} does not fit a cache "
+                f"of {self.batch_size} rows with keys {tuple(mine['key'].shape[1:])}: use caches of one model"
             )
         for name, tensor in mine.items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]

@@ -60,7 +60,8 @@ class HippoFormerConfig(PreTrainedConfig):
         target_tagged_share: share of tokens the sparsity term lets the gate tag.
         consolidation_r_target: Pearson correlation of salience and retrieval quality to aim for.
     Training:
-        learning_rate, weight_decay, warmup_steps, max_grad_norm: of AdamW; the base's LoRA trains at a tenth of the rate.
+        learning_rate, weight_decay, warmup_steps, max_grad_norm: of AdamW; the base's LoRA trains at a tenth of the
+            rate.
 
     Raises:
         ConfigurationError: a value outside its range, or two that contradict each other.
@@ -90,7 +91,7 @@ class HippoFormerConfig(PreTrainedConfig):
         buffer_size: int = 2048,
         decay_rate: float = 0.9,
         max_replay_rounds: int = 10,
-        replay_batch: int = 32,
+        replay_batch: int = 16,
         replay_rate: float = 0.5,
         merge_threshold: float = 0.95,
         priority_threshold: float = 1.0,

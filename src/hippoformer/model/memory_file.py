@@ -1,10 +1,10 @@
 """Memories on disk: one safetensors file that carries everything a stream was, and the code it was written in.
 
-Inside: all tensors of the cache; as metadata its counters, and a fingerprint of base, adapters, hippocampus and config; and how
-the writing model encoded the drift anchors. A file read by the very same model comes back bit for bit. Under a changed model
-of the same shape (LoRA steps, another quantisation) the anchors are encoded again: beyond `drift_threshold` keys and values
-are mapped to the new code, and the window is read again, since its keys/values belong to the old weights. A file of another
-kind of model is refused.
+Inside: all tensors of the cache; as metadata its counters, and a fingerprint of base, adapters, hippocampus and
+config; and how the writing model encoded the drift anchors. A file read by the very same model comes back bit for
+bit. Under a changed model of the same shape (LoRA steps, another quantisation) the anchors are encoded again: beyond
+`drift_threshold` keys and values are mapped to the new code, and the window is read again, since its keys/values
+belong to the old weights. A file of another kind of model is refused.
 """
 
 import hashlib
@@ -96,8 +96,8 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         The cache. Its `drift` says what was measured: `keys` and `values` (0 for an unchanged model), `calibrated`.
 
     Raises:
-        MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code has
-            nothing in common with this one's.
+        MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code
+            has nothing in common with this one's.
     """
     tensors, metadata = _read(Path(path))
     mine, theirs = fingerprint(model), json.loads(metadata["fingerprint"])
@@ -141,8 +141,8 @@ def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoForme
     drift = {"keys": relative_drift(old_keys, new_keys), "values": relative_drift(old_values, new_values)}
     if drift["keys"] > _UNRELATED:
         raise MemoryFileError(
-            f"{path} was written by an unrelated model: its anchors moved by {drift['keys']:.2f} times their own spread; "
-            "load it with the model, or a fine-tuned version of the model, that wrote it"
+            f"{path} was written by an unrelated model: its anchors moved by {drift['keys']:.2f} times their own "
+            "spread; load it with the model, or a fine-tuned version of the model, that wrote it"
         )
     key_map, value_map = calibrator.correction(old_keys, new_keys), calibrator.correction(old_values, new_values)
     filled = memory.episodes.valid.unsqueeze(-1)

@@ -1,8 +1,9 @@
 """HippoFormer: a causal language model with a hippocampus.
 
-One path serves everything. A call is cut into steps, each at most to the end of every row's own segment; a step reads the
-base through its window, lets the hippocampus encode and recall, and fuses. Padding is squeezed out first, so rows of any
-padding advance by their own tokens. Prefill, chunks, single tokens, scoring and training on text are this one stream.
+One path serves everything. A call is cut into steps, each at most to the end of every row's own segment; a step reads
+the base through its window, lets the hippocampus encode and recall, and fuses. Padding is squeezed out first, so rows
+of any padding advance by their own tokens. Prefill, chunks, single tokens, scoring and training on text are this one
+stream.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hippoformer.errors import ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
@@ -98,6 +99,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         UnsupportedArchitectureError, ConfigurationError, NonFiniteError, BaseModelNotFoundError.
     """
 
+    config: HippoFormerConfig
     config_class = HippoFormerConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
@@ -107,12 +109,12 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if base_model is None:
             base_model = load_base_model(config.base_model_name)
         text = base_model.config.get_text_config(decoder=True)
-        config.vocab_size, config.hidden_size = base_model.get_input_embeddings().weight.shape[0], text.hidden_size
-        config.num_hidden_layers = text.num_hidden_layers
+        window = WindowedBase(base_model, config)
+        config.vocab_size, config.hidden_size = window.vocab_size, window.hidden_size
+        config.num_hidden_layers = window.n_layers
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(text, name, None))
         super().__init__(config)
-        window = WindowedBase(base_model, config)
         if config.memory_layer > window.n_layers:
             raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")
         if config.use_lora:
@@ -155,7 +157,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where the base model reads its tokens."""
-        return self.base.get_input_embeddings().weight.device
+        return next(self.base.parameters()).device
 
     # ---------------------------------------------------------------- reading
 
@@ -232,7 +234,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         return report
 
     def _target_log_prob(self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
-        """(R, N) log p of each token by the state (last (R, D), then states (R, N, D)) before it; 0 where not predicted."""
+        """(R, N) log p of each token by the state (last (R, D), then states (R, N, D)) before it; 0 where not
+        predicted.
+        """
         before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
         return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
 
@@ -378,7 +382,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def _prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
     ) -> tuple[Tensor, list[int], Tensor, HippoCache]:
-        """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the state."""
+        """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the
+        state.
+        """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise InputError(
                 f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}"
@@ -416,13 +422,15 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """`generate` leaves the cache to `prepare_inputs_for_generation`."""
         return False
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Gives `generate` a HippoCache at its first step; all else is transformers' own."""
         if past_key_values is None and kwargs.get("use_cache", True):
             past_key_values = self.new_cache(input_ids.shape[0])
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
 
     # ---------------------------------------------------------------- drift
 
@@ -437,15 +445,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     # ---------------------------------------------------------------- files and numbers
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Writes hippocampus, adapters and config (not the base, unless its own weights were trained); see `checkpoint`."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **_: Any
+    ) -> None:
+        """Writes hippocampus, adapters and config (not the base, unless its own weights were trained); see
+        `checkpoint`.
+        """
         checkpoint.save(self, Path(save_directory))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, name_or_path: str | Path, base_model: PreTrainedModel | None = None, **overrides: Any
     ) -> "HippoFormer":
-        """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see `checkpoint`."""
+        """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see
+        `checkpoint`.
+        """
         return checkpoint.load(cls, name_or_path, base_model, **overrides)
 
     def get_num_trainable_params(self) -> int:
@@ -472,8 +486,8 @@ _HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_positio
 def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise InputError(
-            f"{what} hold ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has ids 0 to {vocab_size - 1}: "
-            "was the text tokenised for another model?"
+            f"{what} hold ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has ids 0 to "
+            f"{vocab_size - 1}: was the text tokenised for another model?"
         )
 
 

@@ -13,8 +13,9 @@ def memory_stats(cache: HippoCache, replayed: list[ReplayReport]) -> dict[str, A
     """State of the store after a call, means over all rows.
 
     Returns:
-        utilisation (share of `buffer_size`), stored (episodes per row), mean priority, effective priority, age, strength and
-        credit of stored episodes (0 for an empty store), counts of what replay did in this call, and bytes of state.
+        utilisation (share of `buffer_size`), stored (episodes per row), mean priority, effective priority, age,
+        strength and credit of stored episodes (0 for an empty store), counts of what replay did in this call, and
+        bytes of state.
     """
     n_stored = cache.config.buffer_size
     store = cache.memory.episodes.slots(0, n_stored)

@@ -1,14 +1,14 @@
 """The base model behind a sliding window with sinks, at positions that never leave its trained range.
 
-Every row owns C = sinks + window + segment key/value slots, and a token's slot *is* its rotary position. Tokens of a segment
-fill slots from the left; at a segment end what has left the window is dropped, the rest moves up, and the moved keys are
-turned to their new positions (StreamingLLM's sinks, Xiao et al. 2023, arXiv:2309.17453). Everything is aligned to the
-row's own segments, so any chunking of a stream gives the same numbers, and no position exceeds C.
+Every row owns C = sinks + window + segment key/value slots, and a token's slot *is* its rotary position. Tokens of a
+segment fill slots from the left; at a segment end what has left the window is dropped, the rest moves up, and the
+moved keys are turned to their new positions (StreamingLLM's sinks, Xiao et al. 2023, arXiv:2309.17453). Everything is
+aligned to the row's own segments, so any chunking of a stream gives the same numbers, and no position exceeds C.
 
 Models with learned absolute positions cannot turn their keys: they read the kept tokens again at their new positions.
 
-Nothing here goes by a model's name. `inspect_base` runs a few tokens and measures how each layer moves its keys, and whether
-reading through slots gives what the model itself gives; a model that fails is refused.
+Nothing here goes by a model's name. `inspect_base` runs a few tokens and measures how each layer moves its keys, and
+whether reading through slots gives what the model itself gives; a model that fails is refused.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from hippoformer.errors import ConfigurationError, NonFiniteError, UnsupportedArchitectureError
+from hippoformer.errors import ConfigurationError, InputError, NonFiniteError, UnsupportedArchitectureError
 from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.masks import additive, window_mask
@@ -61,6 +61,8 @@ class WindowLayer(CacheLayerMixin):
     """Key/value slots of one attention layer: (R, key/value heads, C + 1, head size), the last one spare."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, n_slots: int) -> None:
         super().__init__()
@@ -105,8 +107,7 @@ class WindowLayer(CacheLayerMixin):
         return -1
 
 
-def _write(slots: Tensor | None, new: Tensor, placement: Placement) -> Tensor:
-    assert slots is not None
+def _write(slots: Tensor, new: Tensor, placement: Placement) -> Tensor:
     if torch.is_grad_enabled() and (slots.requires_grad or new.requires_grad):
         slots = slots.clone()  # autograd still needs the old values
     if placement.contiguous is not None:
@@ -133,7 +134,7 @@ class WindowedBase:
         self.body: nn.Module = base.base_model
         text = base.config.get_text_config(decoder=True)
         self.n_layers: int = text.num_hidden_layers
-        self.vocab_size: int = base.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = base.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
         self.hidden_size: int = text.hidden_size
         self._sliding: int | None = getattr(text, "sliding_window", None)
         self._layer_types: set[str] = set(getattr(text, "layer_types", None) or ())
@@ -260,7 +261,9 @@ class WindowedBase:
         return inner[0] if inner else final
 
     def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int], layer: int) -> tuple[Tensor, Tensor]:
-        """Fills the window anew from its tokens (R, N); returns final hidden states and those of a layer (-1: the same)."""
+        """Fills the window anew from its tokens (R, N); returns final hidden states and those of a layer (-1: the
+        same).
+        """
         with self.captured(layer) as inner:
             final = self._read_at(cache, ids, [0] * len(lengths), lengths)
         return final, inner[0] if inner else final
@@ -333,8 +336,10 @@ class WindowCache(Cache):
         placement: where the step in progress writes; None between steps.
     """
 
+    layers: list[WindowLayer]  # type: ignore[assignment]
+
     def __init__(self, layers: list[WindowLayer], tokens: Tensor) -> None:
-        super().__init__(layers=layers)
+        super().__init__(layers=list(layers))
         self.tokens = tokens
         self.placement: Placement | None = None
 
@@ -342,6 +347,8 @@ class WindowCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Called by the base's attention layers."""
+        if self.placement is None:
+            raise InputError("the window's cache is written by HippoFormer alone; call the model, not its base")
         return self.layers[layer_idx].update(key_states, value_states, self.placement)
 
 
@@ -353,8 +360,8 @@ def inspect_base(window: WindowedBase) -> list[Rotation] | None:
         The rotation of each layer, or None for a model with a learned position table.
 
     Raises:
-        UnsupportedArchitectureError: not a decoder with ordinary caches, keys that no rotation explains, or other numbers
-            through slots than the model's own.
+        UnsupportedArchitectureError: not a decoder with ordinary caches, keys that no rotation explains, or other
+            numbers through slots than the model's own.
         NonFiniteError: NaN or infinity in what the model computes from ordinary tokens.
     """
     base, body = window.base, window.body
@@ -363,7 +370,7 @@ def inspect_base(window: WindowedBase) -> list[Rotation] | None:
         raise UnsupportedArchitectureError(f"{name} is not a decoder with a language-model head. {SUPPORTED}")
     if "position_ids" not in inspect.signature(body.forward).parameters:
         raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
-    device = base.get_input_embeddings().weight.device
+    device = next(body.parameters()).device
     ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 7 % window.vocab_size
     was_training = base.training
     base.eval()
@@ -406,12 +413,14 @@ def _keys_at(window: WindowedBase, ids: Tensor, offset: int) -> tuple[list[Tenso
     output = window.body(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
     layers = getattr(cache, "layers", [])
     ordinary = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-    if len(ordinary) != window.n_layers or any(layer.keys.shape[2] != ids.shape[1] for layer in ordinary):
+    if len(ordinary) != window.n_layers or any(
+        layer.keys is None or layer.keys.shape[2] != ids.shape[1] for layer in ordinary
+    ):
         raise UnsupportedArchitectureError(
-            f"{type(window.base).__name__} keeps {len(ordinary)} ordinary key/value caches for {window.n_layers} layers. "
-            f"{SUPPORTED}"
+            f"{type(window.base).__name__} keeps {len(ordinary)} ordinary key/value caches for {window.n_layers} "
+            f"layers. {SUPPORTED}"
         )
-    return [layer.keys for layer in ordinary], output.last_hidden_state
+    return [layer.keys for layer in ordinary if layer.keys is not None], output.last_hidden_state
 
 
 def _frequency_tables(body: nn.Module) -> list[Tensor]:

@@ -35,8 +35,8 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def recall_mask(valid: Tensor, first_new: Tensor, n_queries: int) -> Tensor:
     """Which episodes each query of a step may recall.
 
-    The step's new episodes lie in slots first_new, first_new + 1, ... of their row. Query i (query 0 is the token before
-    the step) has seen exactly i of them; everything stored earlier it has seen as a whole.
+    The step's new episodes lie in slots first_new, first_new + 1, ... of their row. Query i (query 0 is the token
+    before the step) has seen exactly i of them; everything stored earlier it has seen as a whole.
 
     Args:
         valid: (R, E) bool, slots that hold an episode.

@@ -5,8 +5,8 @@
         training.safetensors                     optimizer, stream state, random state
         training.json                            counters; written last, so a folder without it is not a checkpoint
 
-A checkpoint is written under another name and renamed when whole: a kill or a full disk leaves the previous one loadable.
-No pickle: nothing in a checkpoint can run code.
+A checkpoint is written under another name and renamed when whole: a kill or a full disk leaves the previous one
+loadable. No pickle: nothing in a checkpoint can run code.
 """
 
 import json

@@ -1,11 +1,11 @@
 """What each episode turns out to be worth: the target that salience learns to foresee.
 
-With recall trained, every document is read once more with a store large enough to keep everything, all memories equal. At
-the end each episode has earned its credit: the share of later predictions, beyond the window, that it is owed. The best
-`target_tagged_share` of a document is what the gate should tag.
+With recall trained, every document is read once more with a store large enough to keep everything, all memories
+equal. At the end each episode has earned its credit: the share of later predictions, beyond the window, that it is
+owed. The best `target_tagged_share` of a document is what the gate should tag.
 
-Measuring with everything kept is what makes the target honest: with the working capacity, an episode that the present gate
-lets go could never prove it.
+Measuring with everything kept is what makes the target honest: with the working capacity, an episode that the present
+gate lets go could never prove it.
 """
 
 from collections.abc import Iterator

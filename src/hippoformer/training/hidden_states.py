@@ -1,9 +1,9 @@
 """Hidden states of a frozen base, computed once: training the hippocampus then takes minutes, not hours.
 
-The base's hidden states do not depend on the memory, so a text is streamed through the window with the memory off, and each
-document becomes one safetensors file: `hidden` (T, D) in the base's dtype, `tokens` (T,), `log_prob` (T,) of each token under the
-base. The folder's name is a digest of everything the numbers depend on; files that are there are not computed again, so an
-interrupted run continues where it was.
+The base's hidden states do not depend on the memory, so a text is streamed through the window with the memory off,
+and each document becomes one safetensors file: `hidden` (T, D) in the base's dtype, `tokens` (T,), `log_prob` (T,) of
+each token under the base. The folder's name is a digest of everything the numbers depend on; files that are there are
+not computed again, so an interrupted run continues where it was.
 """
 
 import hashlib

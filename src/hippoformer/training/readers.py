@@ -1,7 +1,7 @@
 """Two ways to give the hippocampus something to read while it learns.
 
-`CachedReader` takes a frozen base's hidden states from disk; `LiveReader` runs the base, with LoRA or full gradients. Both
-carry the state of R rows from piece to piece, reset a row where a document begins, and cut the graph on request.
+`CachedReader` takes a frozen base's hidden states from disk; `LiveReader` runs the base, with LoRA or full gradients.
+Both carry the state of R rows from piece to piece, reset a row where a document begins, and cut the graph on request.
 """
 
 from collections import OrderedDict
@@ -96,7 +96,9 @@ class CachedReader:
         return Reading(found, torch.where(counted, fused, 0.0), base_log_prob, counted, tokens)
 
     def _touched_log_prob(self, hidden: Tensor, found: StepOutput, last: Tensor, tokens: Tensor) -> Tensor:
-        """log p of the tokens after the residual; the step's first token is judged without it, its touched state is gone."""
+        """log p of the tokens after the residual; the step's first token is judged without it, its touched state is
+        gone.
+        """
         assert found.residual is not None
         touched = hidden + found.residual.to(hidden.dtype)
         return self.model.window.log_prob_of(torch.cat((last.unsqueeze(1), touched[:, :-1]), dim=1), tokens)

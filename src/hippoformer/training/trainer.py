@@ -1,12 +1,15 @@
 """The training run: two phases over streamed text.
 
-    recall   queries, keys and fusion learn to predict with surprise deciding what is kept, since the gate knows nothing yet
-    credit   no learning: every document is read with room for everything, to see what each episode turns out to be worth
-    joint    everything learns under the working capacity and the gate's own selection; the gate learns to foresee credit
+    recall   queries, keys and fusion learn to predict with surprise deciding what is kept, since the gate knows
+    nothing yet
+    credit   no learning: every document is read with room for everything, to see what each episode turns out to be
+        worth
+    joint    everything learns under the working capacity and the gate's own selection; the gate learns to foresee
+    credit
 
-A step reads `segments_per_step` segments in every row and then steps the optimizer; the state is carried on, the graph is cut.
-`accelerate` places the run on its device and reports to trackers. A run is a function of its arguments: draws come
-from the seed, and a resumed run continues bit for bit.
+A step reads `segments_per_step` segments in every row and then steps the optimizer; the state is carried on, the
+graph is cut. `accelerate` places the run on its device and reports to trackers. A run is a function of its arguments:
+draws come from the seed, and a resumed run continues bit for bit.
 """
 
 import math
@@ -221,7 +224,9 @@ class Trainer:
         return target.to(counted.device)
 
     def _measure_credit(self) -> None:
-        """Credit of every measured document under the recall learnt so far; a function of weights and documents alone."""
+        """Credit of every measured document under the recall learnt so far; a function of weights and documents
+        alone.
+        """
         if not isinstance(self.documents, HiddenStateCache) or not self.options.credit_documents:
             self.useful = {-1: torch.zeros(0)}  # nothing is known of any document
             return

@@ -1,0 +1,173 @@
+"""Slow references: what the fast paths compute, said once more with loops over rows, queries, heads and episodes.
+
+Plain Python numbers (float64) and lists; nothing is shared with the package but the meaning of its options.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hippoformer import HippoFormerConfig
+from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.hippocampus.recall import Recall
+
+
+@dataclass
+class Memory:
+    """One episode as a plain value."""
+
+    key: list[list[float]]  # per head
+    token: int
+    position: int
+    salience: float
+    priority: float
+    age: float
+    strength: float
+    credit: float
+
+
+def uniform(*keys: int) -> float:
+    """MurmurHash3's finaliser over 32-bit words, by hand."""
+    state = 0x9E3779B9
+    for key in keys:
+        state = (state ^ (key & 0xFFFFFFFF)) & 0xFFFFFFFF
+        state = ((state ^ (state >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        state = ((state ^ (state >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        state ^= state >> 16
+    return ((state >> 8) + 0.5) / 2**24
+
+
+def memories(episodes: Episodes, row: int, slots: range, heads: int) -> list[Memory | None]:
+    """The episodes in the given slots, None where a slot is empty."""
+    found: list[Memory | None] = []
+    for slot in slots:
+        position = int(episodes.position[row, slot])
+        key = episodes.key[row, slot].double().unflatten(0, (heads, -1)).tolist()
+        numbers = {
+            name: float(getattr(episodes, name)[row, slot]) for name in ("salience", "priority", "age", "strength", "credit")
+        }
+        found.append(None if position < 0 else Memory(key, int(episodes.token[row, slot]), position, **numbers))
+    return found
+
+
+def winners(score: list[float], k: int) -> list[int]:
+    """The k best, the newer of equals, in their old order; fewer where fewer can win."""
+    able = [index for index, value in enumerate(score) if value != -math.inf]
+    best = sorted(able, key=lambda index: (score[index], index), reverse=True)[:k]
+    return sorted(best)
+
+
+def admit(contenders: list[Memory], config: HippoFormerConfig) -> list[Memory]:
+    """Who stays when stored and leaving episodes compete, oldest first."""
+    measure = {
+        "salience": lambda m: m.priority * config.decay_rate**m.age,
+        "surprise": lambda m: m.salience,
+        "random": lambda m: uniform(config.seed, m.position),
+        "fifo": lambda m: float(m.position),
+    }[config.selection]
+    return [contenders[index] for index in winners([measure(m) for m in contenders], config.buffer_size)]
+
+
+def cosine(one: Memory, other: Memory) -> float:
+    """Mean over heads; keys are unit vectors per head."""
+    return sum(a * b for x, y in zip(one.key, other.key, strict=True) for a, b in zip(x, y, strict=True)) / len(one.key)
+
+
+def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) -> tuple[list[Memory], dict[str, int]]:
+    """One consolidation of a store, oldest first; changes the memories in it."""
+    alive, replayed = list(store), []
+    merged = 0
+    for memory in alive:
+        memory.age += 1.0
+        memory.credit *= config.decay_rate
+    for number in range(config.max_replay_rounds if config.buffer_size > 1 else 0):
+
+        def drawn(memory: Memory, number: int = number) -> float:
+            weight = memory.priority * config.decay_rate**memory.age * (memory.credit + 0.1)
+            return math.log(weight) - math.log(-math.log(uniform(config.seed, segment, number, memory.position)))
+
+        eligible = [memory for memory in alive if not any(memory is other for other in replayed)]
+        cues = sorted(eligible, key=drawn, reverse=True)[: config.replay_batch]
+        awakened, wanted = list(cues), []
+        for cue in cues:
+            others = [memory for memory in alive if memory is not cue]
+            if others:
+                partner = max(others, key=lambda other, cue=cue: cosine(cue, other))
+                if cosine(cue, partner) > 0:
+                    awakened.append(partner)
+            twins = [memory for memory in others if memory.token == cue.token]
+            if twins:
+                twin = max(twins, key=lambda other, cue=cue: cosine(cue, other))
+                if cosine(cue, twin) >= config.merge_threshold:
+                    older, newer = sorted((cue, twin), key=lambda memory: memory.position)
+                    wanted.append((older, newer))
+        replayed += cues
+        for memory in {id(memory): memory for memory in awakened}.values():
+            memory.priority += config.replay_rate * max(0.0, config.importance_weight_range[1] - memory.priority)
+            memory.age = 0.0
+        # The first cue that claims a memory moves it, and a memory that is to go takes nobody in.
+        claims: list[tuple[Memory, Memory]] = []
+        for older, newer in wanted:
+            if not any(older is claimed for claimed, _ in claims):
+                claims.append((older, newer))
+        leaving = [older for older, _ in claims]
+        for older, newer in claims:
+            if any(newer is memory for memory in leaving):
+                continue
+            newer.strength += older.strength
+            newer.credit += older.credit
+            newer.priority = max(newer.priority, older.priority)
+            alive = [memory for memory in alive if memory is not older]
+            merged += 1
+    kept = [m for m in alive if m.priority * config.decay_rate**m.age >= config.priority_threshold]
+    return kept, {"reactivated": len(replayed), "merged": merged, "forgotten": len(alive) - len(kept)}
+
+
+def recall(module: Recall, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """Weights (R, N, E), null mass (R, N), content (R, N, U) and peak (R, N), one number at a time."""
+    hidden, mass = hidden.double(), mass.double()
+    rows, n_queries, _ = hidden.shape
+    n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
+    weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+    result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
+    for row in range(rows):
+        position = episodes.position[row].tolist()
+        before: list[list[float]] = []
+        for number in range(n_queries):
+            state = hidden[row, number]
+            share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)
+            attention: list[list[float]] = []
+            for head in range(heads):
+                span = slice(head * width, (head + 1) * width)
+                query = weight["query_proj.weight"][span] @ state
+                query = query / max(float(query.norm()), 1e-12)
+                scores = []
+                for slot in range(n_episodes):
+                    score = float(weight["log_scale"][head].exp() * (query @ episodes.key[row, slot, span].double()))
+                    score += float(weight["priority_weight"][head]) * math.log(max(float(mass[row, slot]), 1e-6))
+                    scores.append(score if visible[row, number, slot] else -math.inf)
+                if 0 < module.top_k < n_episodes:
+                    least = sorted(scores, reverse=True)[module.top_k - 1]
+                    scores = [score if score >= least else -math.inf for score in scores]
+                scores.append(float(weight["null_proj.weight"][head] @ state + weight["null_proj.bias"][head]))
+                highest = max(scores)
+                exponent = [math.exp(score - highest) for score in scores]
+                attention.append([value / sum(exponent) for value in exponent])
+            favoured = []
+            for head in range(heads):
+                kappa, now = math.exp(float(weight["log_contiguity"][head])), list(attention[head])
+                for slot in range(1, n_episodes):
+                    if before and position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1:
+                        now[slot] *= 1.0 + kappa * before[head][slot - 1]
+                favoured.append([value / sum(now) for value in now])
+            before = attention
+            result[row, number] = (torch.tensor(favoured, dtype=torch.float64) * share.unsqueeze(-1)).sum(0)
+    weights = result[..., :-1]
+    return {
+        "weights": weights,
+        "nothing": result[..., -1],
+        "content": weights @ episodes.value.double(),
+        "peak": weights.amax(-1),
+    }

@@ -1,0 +1,313 @@
+"""Invariant 7: the fast paths compute what the slow references of `references.py` say; properties of the pure functions."""
+
+import math
+
+import pytest
+import references
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VOCAB, awake, small_config, text
+from torch import Tensor
+
+from hippoformer import HippoFormerConfig
+from hippoformer.hippocampus.episodes import Episodes, admit, importance
+from hippoformer.hippocampus.recall import Recall
+from hippoformer.hippocampus.replay import consolidate
+from hippoformer.tensors.masks import recall_mask, window_mask
+from hippoformer.tensors.selection import hashed_uniform, winners
+
+FEW = settings(max_examples=60, deadline=None)
+COUNTERS = ("salience", "priority", "age", "strength", "credit")
+
+
+def random_memory(config: HippoFormerConfig, stored: list[int], working: list[int], seed: int) -> Episodes:
+    """A memory of one row per entry, with `stored` and `working` episodes; many near-duplicates, a few tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    episodes = Episodes.empty(len(stored), config, torch.float64, "cpu")
+    n_slots, heads = config.buffer_size + config.working_slots, config.recall_n_heads
+    for row, (in_store, at_work) in enumerate(zip(stored, working, strict=True)):
+        slots = [*range(config.buffer_size - in_store, config.buffer_size)]
+        slots += range(config.buffer_size, config.buffer_size + at_work)
+        places = torch.randperm(4 * n_slots, generator=generator)[: len(slots)].sort().values
+        kinds = torch.randn(5, heads, config.recall_head_dim, generator=generator, dtype=torch.float64)
+        for slot, place in zip(slots, places.tolist(), strict=True):
+            kind = int(torch.randint(0, 5, (), generator=generator))
+            noise = torch.randn(kinds[0].shape, generator=generator, dtype=torch.float64)
+            key = kinds[kind] + noise * (0.05 if torch.rand((), generator=generator) < 0.7 else 2.0)
+            episodes.key[row, slot] = torch.nn.functional.normalize(key, dim=-1).flatten()
+            episodes.value[row, slot] = torch.randn(config.recall_value_dim, generator=generator, dtype=torch.float64)
+            episodes.token[row, slot], episodes.position[row, slot] = kind % 3, place + 1
+            numbers = torch.rand(5, generator=generator)
+            episodes.salience[row, slot] = numbers[0]
+            # Some priorities tie exactly, as the untagged ones do.
+            episodes.priority[row, slot] = 1.0 if numbers[1] < 0.3 else 1.0 + 4.0 * numbers[1]
+            episodes.age[row, slot] = float(int(4 * numbers[2]))
+            episodes.strength[row, slot] = 1.0 + int(2 * numbers[3])
+            episodes.credit[row, slot] = numbers[4] ** 3
+    return episodes
+
+
+def assert_same_memories(fast: Episodes, row: int, slots: range, expected: list[references.Memory], heads: int) -> None:
+    found = [memory for memory in references.memories(fast, row, slots, heads) if memory is not None]
+    assert [(m.position, m.token) for m in found] == [(m.position, m.token) for m in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in COUNTERS:
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-5, abs=1e-7), name
+        assert mine.key == theirs.key
+
+
+@pytest.mark.parametrize("selection", ["salience", "surprise", "random", "fifo"])
+@pytest.mark.parametrize("seed", range(3))
+def test_admit(selection: str, seed: int) -> None:
+    config = small_config(selection=selection, seed=seed)
+    stored, working, leaving = [16, 9, 0, 16], [12, 18, 5, 0], [6, 18, 0, 0]
+    episodes = random_memory(config, stored, working, seed)
+    with torch.no_grad():
+        fast = admit(episodes, torch.tensor(leaving), config)
+    heads, size = config.recall_n_heads, config.buffer_size
+    for row in range(4):
+        everyone = references.memories(episodes, row, range(size + config.working_slots), heads)
+        contenders = [m for m in everyone[: size + leaving[row]] if m is not None]
+        expected = references.admit(contenders, config)
+        assert_same_memories(fast, row, range(size), expected, heads)
+        empty = size - len(expected)
+        assert (fast.position[row, :empty] == -1).all(), "the empty slots of a store come first"
+        staying = [m for m in everyone[size + leaving[row] :] if m is not None]
+        assert_same_memories(fast, row, range(size, size + config.working_slots + 1), staying, heads)
+        assert (fast.position[row, size : size + len(staying)] >= 0).all(), "working episodes fill their part from the left"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_replay_rounds": 6, "replay_batch": 5, "merge_threshold": 0.9},
+        {"max_replay_rounds": 3, "replay_batch": 16, "merge_threshold": 0.5, "replay_rate": 1.0},
+        {"max_replay_rounds": 0},
+        {"max_replay_rounds": 2, "replay_batch": 1, "decay_rate": 0.5, "priority_threshold": 2.0},
+        {"merge_threshold": -1.0, "replay_batch": 8},
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_consolidate(options: dict, seed: int) -> None:
+    config = small_config(seed=seed, **options)
+    stored, working = [16, 7, 1, 0], [12, 12, 3, 0]
+    episodes = random_memory(config, stored, working, seed + 10)
+    segment = torch.tensor([3, 8, 1, 2])
+    with torch.no_grad():
+        fast, report = consolidate(episodes.map(Tensor.clone), segment, config)
+    heads, size = config.recall_n_heads, config.buffer_size
+    for row in range(4):
+        store = [m for m in references.memories(episodes, row, range(size), heads) if m is not None]
+        expected, counts = references.consolidate(store, int(segment[row]), config)
+        assert_same_memories(fast, row, range(size), expected, heads)
+        assert {name: int(getattr(report, name)[row]) for name in counts} == counts
+    for name, tensor in episodes.tensors().items():
+        assert torch.equal(getattr(fast, name)[:, size:], tensor[:, size:]), f"replay touched the working part: {name}"
+
+
+def test_the_cases_of_consolidate_happen() -> None:
+    """The references are compared where it matters: merges, conflicts between them, refreshing and forgetting occur."""
+    config = small_config(max_replay_rounds=3, replay_batch=16, merge_threshold=0.5)
+    merged = forgotten = 0
+    for seed in range(4):
+        episodes = random_memory(small_config(seed=seed), [16], [0], seed + 10)
+        _, report = consolidate(episodes, torch.tensor([3]), config)
+        merged, forgotten = merged + int(report.merged), forgotten + int(report.forgotten)
+        assert int(report.reactivated) > 0
+    for seed in range(4):
+        _, report = consolidate(
+            random_memory(config, [16], [0], seed + 10), torch.tensor([3]), small_config(max_replay_rounds=0)
+        )
+        forgotten += int(report.forgotten)
+    assert merged >= 4 and forgotten >= 2
+
+
+def in_single_precision(episodes: Episodes) -> Episodes:
+    """As the model keeps them; the references compute on the same numbers in double precision."""
+    return episodes.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def random_recall(seed: int, **options: object) -> tuple[Recall, Tensor, Episodes, Tensor, Tensor, HippoFormerConfig]:
+    """A recall module with every parameter away from its start, and something to recall."""
+    config = small_config(**options)
+    torch.manual_seed(seed)
+    module = Recall(32, config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        module.null_proj.bias.fill_(1.0)
+    episodes = in_single_precision(random_memory(config, [16, 5], [12, 12], seed))
+    # Neighbours in the text, so that contiguity has something to favour.
+    episodes.position[0, 4:12] = torch.arange(20, 28)
+    hidden = torch.randn(2, 7, 32)
+    mass = episodes.effective_priority(config.decay_rate) * episodes.strength
+    visible = episodes.valid.unsqueeze(1) & (torch.rand(2, 7, episodes.position.shape[1]) < 0.8)
+    visible[1, 2] = False  # a query that sees nothing at all
+    return module, hidden, episodes, mass, visible, config
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}])
+@pytest.mark.parametrize("seed", range(2))
+def test_recall(options: dict, seed: int, grad: bool) -> None:
+    module, hidden, episodes, mass, visible, _ = random_recall(seed, **options)
+    with torch.set_grad_enabled(grad):
+        fast = module(hidden, episodes, mass, visible)
+    slow = references.recall(module, hidden, episodes, mass, visible)
+    for name, expected in slow.items():
+        torch.testing.assert_close(getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(fast.weights.sum(-1) + fast.nothing, torch.ones(2, 7), rtol=0.0, atol=1e-5)
+    assert not fast.weights[~visible].any() and fast.nothing[1, 2].item() == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_recall_of_many_queries_is_that_of_few() -> None:
+    """Longer than any block the fast path may cut its queries into."""
+    module, _, episodes, mass, _, _ = random_recall(0)
+    hidden = torch.randn(2, 150, 32)
+    visible = episodes.valid.unsqueeze(1).expand(-1, 150, -1)
+    whole = module(hidden, episodes, mass, visible)
+    for start in (0, 40, 101, 130):
+        part = module(hidden[:, start : start + 20], episodes, mass, visible[:, start : start + 20])
+        for name in ("weights", "nothing", "content", "peak"):
+            mine = getattr(whole, name)[:, start + 1 : start + 20]  # the first of a part has no query before it
+            torch.testing.assert_close(mine, getattr(part, name)[:, 1:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loud", [1.0, 60.0, 500.0])
+@torch.no_grad()
+def test_recall_stays_a_distribution_whatever_the_scale(loud: float) -> None:
+    """One query may want nothing with all its might; that must not drown the others."""
+    module, hidden, episodes, mass, visible, _ = random_recall(0)
+    module.null_proj.weight.mul_(loud)
+    fast = module(hidden, episodes, mass, visible)
+    slow = references.recall(module, hidden, episodes, mass, visible)
+    for name, expected in slow.items():
+        torch.testing.assert_close(getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_contiguity_favours_the_successor() -> None:
+    """What the query before recalled makes the episode after it likelier, and only where the text really goes on."""
+    config = small_config()
+    torch.manual_seed(0)
+    module = Recall(32, config)
+    with torch.no_grad():
+        module.null_proj.bias.zero_()
+    episodes = in_single_precision(random_memory(config, [16], [0], 1))
+    episodes.position[0, 8:14] = torch.arange(50, 56)
+    hidden = torch.randn(1, 2, 32)
+    with torch.no_grad():  # the first query asks exactly for slot 9
+        target = episodes.key[0, 9].unflatten(0, (4, 8))
+        hidden[0, 0] = torch.linalg.lstsq(module.query_proj.weight, target.flatten().unsqueeze(-1)).solution.squeeze()
+    mass, visible = torch.ones_like(episodes.priority), episodes.valid.unsqueeze(1).expand(-1, 2, -1)
+    gained = {}
+    for kappa in (-20.0, 5.0):
+        with torch.no_grad():
+            module.log_contiguity.fill_(kappa)
+            gained[kappa] = module(hidden, episodes, mass, visible).weights[0, 1]
+    assert gained[5.0][10] > 1.5 * gained[-20.0][10]
+    episodes.position[0, 10:14] += 5  # now a gap lies between slots 9 and 10
+    with torch.no_grad():
+        assert module(hidden, episodes, mass, visible).weights[0, 1, 10] < gained[5.0][10]
+
+
+@torch.no_grad()
+def test_the_whole_write_path_against_the_references() -> None:
+    """Segment by segment through the model: what is stored is what the references make of the same episodes."""
+    model = awake(max_replay_rounds=3, merge_threshold=0.6)
+    config, ids = model.config, text(rows=1, length=72)
+    heads, size, cache = config.recall_n_heads, config.buffer_size, model.new_cache(1)
+    kept: dict[str, references.Memory] = {}
+    original = model.hippocampus.end_segment
+
+    def end_segment(state, done, rows, frozen=False):
+        everyone = references.memories(state.episodes, 0, range(size + config.working_slots), heads)
+        in_window = [m for m in everyone[size:] if m is not None and m.position >= done[0] - config.window]
+        contenders = [m for m in everyone if m is not None and not any(m is other for other in in_window)]
+        state, report = original(state, done, rows, frozen)
+        expected, _ = references.consolidate(references.admit(contenders, config), done[0] // config.segment_len, config)
+        assert_same_memories(state.episodes, 0, range(size), expected, heads)
+        kept["last"] = expected[0] if expected else None
+        return state, report
+
+    model.hippocampus.end_segment = end_segment
+    model(ids, past_key_values=cache)
+    assert kept["last"] is not None and len(cache.episodes(0, stored_only=True)) > 8
+
+
+# ---------------------------------------------------------------- properties
+
+
+@FEW
+@given(st.data())
+def test_winners(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 12))
+    number = st.one_of(st.just(-math.inf), st.integers(0, 4).map(float), st.floats(-5, 5, width=32))
+    rows = data.draw(st.lists(st.lists(number, min_size=width, max_size=width), min_size=1, max_size=3))
+    k = data.draw(st.integers(0, width))
+    chosen = winners(torch.tensor(rows), k).tolist()
+    for row, mine in zip(rows, chosen, strict=True):
+        expected = references.winners(row, k)
+        empty = k - len(expected)
+        assert mine[empty:] == expected
+        assert all(row[index] == -math.inf for index in mine[:empty])
+
+
+@FEW
+@given(
+    st.integers(1, 14), st.integers(1, 6), st.integers(0, 4), st.lists(st.integers(0, 13), min_size=1, max_size=4), st.booleans()
+)
+def test_window_mask(n_slots: int, window: int, sinks: int, queries: list[int], padded: bool) -> None:
+    queries = [query % n_slots for query in queries]
+    off = [padded and index % 2 == 1 for index in range(len(queries))]
+    mask = window_mask(torch.tensor([queries]), n_slots, window, sinks, torch.tensor([off]))
+    assert mask.shape == (1, 1, len(queries), n_slots)
+    for index, query in enumerate(queries):
+        for slot in range(n_slots):
+            sees = slot == 0 if off[index] else slot <= query and (query - slot < window or slot < sinks)
+            assert bool(mask[0, 0, index, slot]) == sees
+    assert mask.any(-1).all(), "a softmax over nothing"
+
+
+@FEW
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 12), st.integers(1, 6))
+def test_recall_mask(valid: list[bool], first_new: int, n_queries: int) -> None:
+    mask = recall_mask(torch.tensor([valid]), torch.tensor([first_new]), n_queries)
+    assert mask.shape == (1, n_queries, len(valid))
+    for query in range(n_queries):
+        for slot, holds in enumerate(valid):
+            assert bool(mask[0, query, slot]) == (holds and slot < first_new + query)
+
+
+@FEW
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5))
+def test_hashed_uniform(keys: list[int], tensor: list[int]) -> None:
+    drawn = hashed_uniform(*keys, torch.tensor(tensor))
+    assert drawn.dtype == torch.float32 and ((drawn > 0) & (drawn < 1)).all()
+    for value, last in zip(drawn.tolist(), tensor, strict=True):
+        assert value == pytest.approx(references.uniform(*keys, last), abs=1e-7)
+
+
+def test_hashed_uniform_is_uniform() -> None:
+    drawn = hashed_uniform(3, torch.arange(200).unsqueeze(-1), torch.arange(200))
+    histogram = torch.histc(drawn, bins=10, min=0, max=1) / drawn.numel()
+    assert (histogram - 0.1).abs().max() < 0.01
+    assert drawn.unique().numel() > 0.99 * drawn.numel()
+    neighbours = torch.corrcoef(torch.stack((drawn[:, :-1].flatten(), drawn[:, 1:].flatten())))[0, 1]
+    assert abs(neighbours) < 0.02
+
+
+@FEW
+@given(st.floats(0, 1, width=32), st.floats(0.1, 2), st.floats(2, 4), st.floats(0, 5))
+def test_importance(salience: float, untagged: float, low: float, more: float) -> None:
+    config = small_config(untagged_weight=untagged, importance_weight_range=(low, low + more))
+    weight = float(importance(torch.tensor(salience), config))
+    expected = untagged if salience <= 0.5 else low + more * (2 * salience - 1)
+    assert weight == pytest.approx(expected, rel=1e-5)
+
+
+def test_vocabulary_of_the_tiny_models() -> None:
+    """The texts of these tests use most of it: a vote for a token is not a vote for all."""
+    assert len(text(rows=2, length=60).unique()) > VOCAB // 2
