@@ -46,7 +46,8 @@ def memories(episodes: Episodes, row: int, slots: range, heads: int) -> list[Mem
         position = int(episodes.position[row, slot])
         key = episodes.key[row, slot].double().unflatten(0, (heads, -1)).tolist()
         numbers = {
-            name: float(getattr(episodes, name)[row, slot]) for name in ("salience", "priority", "age", "strength", "credit")
+            name: float(getattr(episodes, name)[row, slot])
+            for name in ("salience", "priority", "age", "strength", "credit")
         }
         found.append(None if position < 0 else Memory(key, int(episodes.token[row, slot]), position, **numbers))
     return found
@@ -77,52 +78,56 @@ def cosine(one: Memory, other: Memory) -> float:
 
 def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) -> tuple[list[Memory], dict[str, int]]:
     """One consolidation of a store, oldest first; changes the memories in it."""
-    alive, replayed = list(store), []
-    merged = 0
-    for memory in alive:
+    for memory in store:
         memory.age += 1.0
         memory.credit *= config.decay_rate
-    for number in range(config.max_replay_rounds if config.buffer_size > 1 else 0):
+    gone: set[int] = set()  # positions of what was merged into another
+    reactivated = merged = 0
 
-        def drawn(memory: Memory, number: int = number) -> float:
-            weight = memory.priority * config.decay_rate**memory.age * (memory.credit + 0.1)
-            return math.log(weight) - math.log(-math.log(uniform(config.seed, segment, number, memory.position)))
+    def drawn(memory: Memory) -> float:
+        weight = memory.priority * config.decay_rate**memory.age * (memory.credit + 0.1)
+        return math.log(weight) - math.log(-math.log(uniform(config.seed, segment, memory.position)))
 
-        eligible = [memory for memory in alive if not any(memory is other for other in replayed)]
-        cues = sorted(eligible, key=drawn, reverse=True)[: config.replay_batch]
-        awakened, wanted = list(cues), []
+    rounds = config.max_replay_rounds if config.buffer_size > 1 else 0
+    queue = sorted(store, key=drawn, reverse=True)[: rounds * config.replay_batch]
+    # Whom a cue resembles most, and whom among those of its own token, is looked up once, before anything changes.
+    partner, twin = {}, {}
+    for cue in queue:
+        others = [memory for memory in store if memory is not cue]
+        partner[cue.position] = max(others, key=lambda other, cue=cue: cosine(cue, other), default=None)
+        twins = [memory for memory in others if memory.token == cue.token]
+        twin[cue.position] = max(twins, key=lambda other, cue=cue: cosine(cue, other), default=None)
+
+    for number in range(rounds):
+        cues = queue[number * config.replay_batch : (number + 1) * config.replay_batch]
+        cues = [cue for cue in cues if cue.position not in gone]
+        reactivated += len(cues)
+        awakened = {cue.position: cue for cue in cues}
+        claims: list[tuple[Memory, Memory]] = []
         for cue in cues:
-            others = [memory for memory in alive if memory is not cue]
-            if others:
-                partner = max(others, key=lambda other, cue=cue: cosine(cue, other))
-                if cosine(cue, partner) > 0:
-                    awakened.append(partner)
-            twins = [memory for memory in others if memory.token == cue.token]
-            if twins:
-                twin = max(twins, key=lambda other, cue=cue: cosine(cue, other))
-                if cosine(cue, twin) >= config.merge_threshold:
-                    older, newer = sorted((cue, twin), key=lambda memory: memory.position)
-                    wanted.append((older, newer))
-        replayed += cues
-        for memory in {id(memory): memory for memory in awakened}.values():
+            like, same = partner[cue.position], twin[cue.position]
+            if like is not None and like.position not in gone and cosine(cue, like) > 0:
+                awakened[like.position] = like
+            if same is not None and same.position not in gone and cosine(cue, same) >= config.merge_threshold:
+                older, newer = sorted((cue, same), key=lambda memory: memory.position)
+                # The first cue that claims a memory moves it.
+                if not any(older is claimed for claimed, _ in claims):
+                    claims.append((older, newer))
+        for memory in awakened.values():
             memory.priority += config.replay_rate * max(0.0, config.importance_weight_range[1] - memory.priority)
             memory.age = 0.0
-        # The first cue that claims a memory moves it, and a memory that is to go takes nobody in.
-        claims: list[tuple[Memory, Memory]] = []
-        for older, newer in wanted:
-            if not any(older is claimed for claimed, _ in claims):
-                claims.append((older, newer))
-        leaving = [older for older, _ in claims]
+        leaving = {older.position for older, _ in claims}
         for older, newer in claims:
-            if any(newer is memory for memory in leaving):
+            if newer.position in leaving:  # a memory that is to go takes nobody in
                 continue
             newer.strength += older.strength
             newer.credit += older.credit
             newer.priority = max(newer.priority, older.priority)
-            alive = [memory for memory in alive if memory is not older]
+            gone.add(older.position)
             merged += 1
+    alive = [memory for memory in store if memory.position not in gone]
     kept = [m for m in alive if m.priority * config.decay_rate**m.age >= config.priority_threshold]
-    return kept, {"reactivated": len(replayed), "merged": merged, "forgotten": len(alive) - len(kept)}
+    return kept, {"reactivated": reactivated, "merged": merged, "forgotten": len(alive) - len(kept)}
 
 
 def recall(module: Recall, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,10 @@
-"""The tiny models of `tiny.py` have a memory that matters; without this the other behaviour tests could pass in vain."""
+"""The tiny models of `tiny.py` have a memory that matters; without this the other behaviour tests could pass in
+vain.
+"""
 
 import pytest
 import torch
+
 from tiny import ARCHITECTURES, SMALL, awake, text
 
 CONFIG_STORE = SMALL["buffer_size"]

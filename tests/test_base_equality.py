@@ -6,12 +6,12 @@ explicit mask, or, where sinks make positions move, keys turned by transformers'
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, ROTARY, awake, fresh, text
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hippoformer import HippoFormer
+from tiny import ARCHITECTURES, ROTARY, awake, fresh, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 LENGTH = 53

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, awake, text
 from torch import Tensor
+
+from tiny import ARCHITECTURES, VOCAB, awake, text
 
 LENGTH = 50
 # First token, inside a segment, last of a segment, first of the next, late.

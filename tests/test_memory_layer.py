@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from test_causality import MOMENTS, with_other_future
 from tiny import LAYERS, awake, fresh, read_in_chunks, text
 

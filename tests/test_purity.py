@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, awake, same_state, state_of, text
 from torch import Tensor
 
 from hippoformer import HippoFormer
+from tiny import ARCHITECTURES, awake, same_state, state_of, text
 
 
 def everything(model: HippoFormer) -> dict[str, Tensor]:

@@ -1,21 +1,23 @@
-"""Invariant 7: the fast paths compute what the slow references of `references.py` say; properties of the pure functions."""
+"""Invariant 7: the fast paths compute what the slow references of `references.py` say; properties of the pure
+functions.
+"""
 
 import math
 
 import pytest
-import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, awake, small_config, text
 from torch import Tensor
 
+import references
 from hippoformer import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.recall import Recall
 from hippoformer.hippocampus.replay import consolidate
 from hippoformer.tensors.masks import recall_mask, window_mask
 from hippoformer.tensors.selection import hashed_uniform, winners
+from tiny import VOCAB, awake, small_config, text
 
 FEW = settings(max_examples=60, deadline=None)
 COUNTERS = ("salience", "priority", "age", "strength", "credit")
@@ -75,7 +77,9 @@ def test_admit(selection: str, seed: int) -> None:
         assert (fast.position[row, :empty] == -1).all(), "the empty slots of a store come first"
         staying = [m for m in everyone[size + leaving[row] :] if m is not None]
         assert_same_memories(fast, row, range(size, size + config.working_slots + 1), staying, heads)
-        assert (fast.position[row, size : size + len(staying)] >= 0).all(), "working episodes fill their part from the left"
+        assert (fast.position[row, size : size + len(staying)] >= 0).all(), (
+            "working episodes fill their part from the left"
+        )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,9 @@ def test_recall(options: dict, seed: int, grad: bool) -> None:
         fast = module(hidden, episodes, mass, visible)
     slow = references.recall(module, hidden, episodes, mass, visible)
     for name, expected in slow.items():
-        torch.testing.assert_close(getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     torch.testing.assert_close(fast.weights.sum(-1) + fast.nothing, torch.ones(2, 7), rtol=0.0, atol=1e-5)
     assert not fast.weights[~visible].any() and fast.nothing[1, 2].item() == pytest.approx(1.0)
 
@@ -227,7 +233,9 @@ def test_the_whole_write_path_against_the_references() -> None:
         in_window = [m for m in everyone[size:] if m is not None and m.position >= done[0] - config.window]
         contenders = [m for m in everyone if m is not None and not any(m is other for other in in_window)]
         state, report = original(state, done, rows, frozen)
-        expected, _ = references.consolidate(references.admit(contenders, config), done[0] // config.segment_len, config)
+        expected, _ = references.consolidate(
+            references.admit(contenders, config), done[0] // config.segment_len, config
+        )
         assert_same_memories(state.episodes, 0, range(size), expected, heads)
         kept["last"] = expected[0] if expected else None
         return state, report
@@ -257,7 +265,11 @@ def test_winners(data: st.DataObject) -> None:
 
 @FEW
 @given(
-    st.integers(1, 14), st.integers(1, 6), st.integers(0, 4), st.lists(st.integers(0, 13), min_size=1, max_size=4), st.booleans()
+    st.integers(1, 14),
+    st.integers(1, 6),
+    st.integers(0, 4),
+    st.lists(st.integers(0, 13), min_size=1, max_size=4),
+    st.booleans(),
 )
 def test_window_mask(n_slots: int, window: int, sinks: int, queries: list[int], padded: bool) -> None:
     queries = [query % n_slots for query in queries]
@@ -282,7 +294,10 @@ def test_recall_mask(valid: list[bool], first_new: int, n_queries: int) -> None:
 
 
 @FEW
-@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5))
+@given(
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4),
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5),
+)
 def test_hashed_uniform(keys: list[int], tensor: list[int]) -> None:
     drawn = hashed_uniform(*keys, torch.tensor(tensor))
     assert drawn.dtype == torch.float32 and ((drawn > 0) & (drawn < 1)).all()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import awake, small_config, text
 from torch import Tensor
 
 from hippoformer import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.replay import consolidate
+from tiny import awake, small_config, text
 
 
 def store_of(config: HippoFormerConfig, keys: Tensor, priority: float = 2.0) -> Episodes:
@@ -44,7 +44,9 @@ def alive(episodes: Episodes) -> list[bool]:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_useful_memory_outlives_the_others(seed: int) -> None:
     """One draw a segment among eight: credit decides who is rehearsed, and rehearsal who stays."""
-    config = small_config(buffer_size=8, max_replay_rounds=1, replay_batch=1, decay_rate=0.9, priority_threshold=1.0, seed=seed)
+    config = small_config(
+        buffer_size=8, max_replay_rounds=1, replay_batch=1, decay_rate=0.9, priority_threshold=1.0, seed=seed
+    )
     useful = sleep(store_of(config, orthogonal(config)), config, range(1, 101), useful=3)
     assert alive(useful)[3], "a memory that earned credit in every segment was forgotten"
     assert useful.age[0, 3] < 20 and useful.priority[0, 3] > 4.9
@@ -93,7 +95,9 @@ def test_a_cue_awakens_what_resembles_it() -> None:
 
 
 def test_merging_adds_strength_and_credit_and_keeps_the_newer_key() -> None:
-    config = small_config(buffer_size=8, max_replay_rounds=1, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1)
+    config = small_config(
+        buffer_size=8, max_replay_rounds=1, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1
+    )
     keys = orthogonal(config)
     keys[5] = keys[2] + 0.05
     episodes = store_of(config, keys)
@@ -113,7 +117,9 @@ def test_merging_adds_strength_and_credit_and_keeps_the_newer_key() -> None:
 
 @pytest.mark.parametrize(("cosine", "same_token"), [(0.99, False), (0.90, True)])
 def test_only_near_duplicates_of_one_token_merge(cosine: float, same_token: bool) -> None:
-    config = small_config(buffer_size=8, max_replay_rounds=2, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1)
+    config = small_config(
+        buffer_size=8, max_replay_rounds=2, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1
+    )
     keys = orthogonal(config)
     keys[5] = cosine * keys[2] + (1 - cosine**2) ** 0.5 * keys[5]
     episodes = store_of(config, keys)
@@ -124,11 +130,13 @@ def test_only_near_duplicates_of_one_token_merge(cosine: float, same_token: bool
 
 
 def test_three_of_a_kind_become_one_without_losing_strength() -> None:
-    config = small_config(buffer_size=8, max_replay_rounds=4, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1)
+    config = small_config(
+        buffer_size=8, max_replay_rounds=4, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1
+    )
     keys = orthogonal(config)
     keys[4], keys[7] = keys[1], keys[1]
     episodes = store_of(config, keys)
-    episodes.token[0, [1, 4]] = episodes.token[0, 7]
+    episodes.token[0, [1, 4, 7]] = 7
     for segment in range(1, 5):
         episodes, _ = consolidate(episodes, torch.tensor([segment]), config)
     assert [slot for slot in (1, 4, 7) if alive(episodes)[slot]] == [7]
@@ -147,19 +155,28 @@ def test_draws_depend_on_the_row_alone() -> None:
     drawn = {tuple(consolidate(one, torch.tensor([s]), config)[0].age[0, :8].tolist()) for s in range(12)}
     assert len(drawn) > 4, "every segment rehearses the same memories"
     seeds = {
-        tuple(consolidate(one, torch.tensor([5]), small_config(**{**vars_of(config), "seed": seed}))[0].age[0, :8].tolist())
+        tuple(
+            consolidate(one, torch.tensor([5]), small_config(**{**vars_of(config), "seed": seed}))[0]
+            .age[0, :8]
+            .tolist()
+        )
         for seed in range(12)
     }
     assert len(seeds) > 4, "the seed does not matter"
 
 
 def vars_of(config: HippoFormerConfig) -> dict:
-    return {name: getattr(config, name) for name in ("buffer_size", "max_replay_rounds", "replay_batch", "priority_threshold")}
+    return {
+        name: getattr(config, name)
+        for name in ("buffer_size", "max_replay_rounds", "replay_batch", "priority_threshold")
+    }
 
 
 @torch.no_grad()
 def test_replay_in_the_stream_and_its_report() -> None:
-    """Through the model: with replay old memories remain after 40 segments, without it none is older than the decay lets it."""
+    """Through the model: with replay old memories remain after 40 segments, without it none is older than the decay
+    lets it.
+    """
     ids = text(rows=1, length=240)
     oldest = {}
     for rounds in (0, 2):

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, text
 from torch import Tensor
+
+from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, text
 
 LENGTHS = (57, 1, 23, 40)
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
 def padded(rows: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one batch (R, T) with its mask; side is left, right, or mixed (also inside the text)."""
+    """Rows of different lengths as one batch (R, T) with its mask; side is left, right, or mixed (also inside the
+    text).
+    """
     width = max(map(len, rows)) + (5 if side == "mixed" else 0)
     ids, mask = torch.full((len(rows), width), fill), torch.zeros(len(rows), width, dtype=torch.long)
     generator = torch.Generator().manual_seed(3)

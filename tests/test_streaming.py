@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, same_state, state_of, text
 from torch import Tensor
 
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import InputError
+from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, same_state, state_of, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import LAYERS, VOCAB, read_in_chunks, small_config, text, tiny_base
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -31,6 +30,7 @@ from transformers import (
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError, HippoFormerError, UnsupportedArchitectureError
 from hippoformer.model.window import SUPPORTED
+from tiny import LAYERS, VOCAB, read_in_chunks, small_config, text, tiny_base
 
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "mamba": lambda: MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=LAYERS, state_size=4),
@@ -44,7 +44,12 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, alibi=True
     ),
     "bert": lambda: BertConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, is_decoder=True
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        is_decoder=True,
     ),
 }
 ENCODER_DECODERS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -63,13 +68,25 @@ ENCODER_DECODERS: dict[str, Callable[[], PreTrainedConfig]] = {
 # Not on the list of what is supported, and not on that of what is not: read rightly, or refused.
 OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
     "opt": lambda: OPTConfig(
-        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=LAYERS, num_attention_heads=4, word_embed_proj_dim=32
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
     ),
     "falcon": lambda: FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4),
     "gpt-j": lambda: GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=128),
-    "codegen": lambda: CodeGenConfig(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=128),
+    "codegen": lambda: CodeGenConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, n_positions=128
+    ),
     "gpt-neo": lambda: GPTNeoConfig(
-        vocab_size=VOCAB, hidden_size=32, num_layers=LAYERS, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=LAYERS,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
     ),
     "gpt-bigcode": lambda: GPTBigCodeConfig(vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=128),
     "stablelm": lambda: StableLmConfig(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hippoformer.data import Document, dataset_documents, read_documents
+from hippoformer.data.planted import plant_facts
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
 from hippoformer.model.base_models import load_base_model, load_tokenizer
@@ -17,6 +18,9 @@ from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.arguments import TrainArguments, config_options, parse
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.trainer import Trainer, TrainingOptions
+
+_CHARACTERS_PER_TOKEN = 4
+_FACT_GAP = (2500, 30000)  # characters between the tellings: from just beyond a window to several thousand tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +38,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     model = _model(arguments)
     tokenizer = load_tokenizer(arguments.base_model)
     documents = _documents(arguments)
+    documents += _with_facts(documents, arguments)
     texts = _encode(documents, tokenizer, arguments.max_document_tokens)
     held_out = (
         _encode(read_documents(arguments.eval_text), tokenizer, arguments.max_document_tokens)
@@ -94,6 +99,16 @@ def _documents(arguments: TrainArguments) -> list[Document]:
             max_samples=arguments.max_samples,
         )
     )
+
+
+def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Document]:
+    """Copies of some documents, evenly spread over the list and cut to what is read of them, with facts planted."""
+    if not arguments.planted_documents:
+        return []
+    size = _CHARACTERS_PER_TOKEN * arguments.max_document_tokens
+    spread = documents[:: max(1, len(documents) // arguments.planted_documents)][: arguments.planted_documents]
+    cut = [Document(d.title, d.text[:size], d.source) for d in spread]
+    return plant_facts(cut, arguments.planted_facts, _FACT_GAP, arguments.seed)
 
 
 def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Tensor]:

@@ -120,7 +120,8 @@ class MemoryState:
         state = self.map(lambda tensor: tensor.index_fill(0, index, 0))
         state.episodes.position.index_fill_(0, index, -1)
         state.vote.nothing.index_fill_(0, index, 1.0)
-        return state
+        everyone = index.numel() == self.last_hidden.shape[0]
+        return replace(state, stored_bound=0 if everyone else self.stored_bound)
 
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
@@ -217,7 +218,7 @@ class Hippocampus(nn.Module):
             state.recent_salience,
         )
         salience = self._salience(logit, surprise)
-        weight = importance(salience, config)
+        weight = importance(salience.detach() if config.credit_only_gate else salience, config)
         episodes = replace(
             episodes,
             salience=put(episodes.salience, place, torch.where(is_real, salience, 0.0)),

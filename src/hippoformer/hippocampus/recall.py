@@ -58,7 +58,8 @@ class Recall(nn.Module):
         self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
         self.null_proj = nn.Linear(hidden_size, heads)
         self.head_mixture = nn.Linear(hidden_size, heads)
-        self.log_scale = nn.Parameter(torch.full((heads,), 2.5))
+        # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
+        self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
         self.priority_weight = nn.Parameter(torch.ones(heads))
         self.log_contiguity = nn.Parameter(torch.zeros(heads))
         # Similar queries and keys from the start: an episode is found by the state that is like the one that made it.
@@ -138,7 +139,8 @@ class Recall(nn.Module):
         nothing = torch.empty(n_rows, n_queries, device=query.device)
         kappa = self.log_contiguity.exp()[:, None, None]
         for row in range(n_rows):
-            keys = key[row].contiguous()  # (H, K/H, E)
+            # (H, K/H, E), copied into that order where many queries share the copy.
+            keys = key[row].contiguous() if n_queries > _QUERY_BLOCK else key[row]
             highest = self.log_scale.exp()[:, None, None] + bias[row].amax(-1, keepdim=True)  # (H, 1, 1)
             highest = torch.maximum(highest, null[row].amax(-1)[:, None, None])
             shifted = bias[row] - highest
@@ -146,7 +148,11 @@ class Recall(nn.Module):
             led: Tensor | None = None
             for low in range(0, n_queries, _QUERY_BLOCK):
                 block = slice(low, min(low + _QUERY_BLOCK, n_queries))
-                score = (query[row, :, block] @ keys).float().add_(shifted)  # (H, n, E)
+                if n_queries > _QUERY_BLOCK:
+                    score = (query[row, :, block] @ keys).float()  # (H, n, E)
+                else:
+                    score = (keys.transpose(1, 2) @ query[row, :, block].transpose(1, 2)).float().transpose(1, 2)
+                score = score.contiguous().add_(shifted)
                 score.masked_fill_(~visible[row, block], -torch.inf).exp_()
                 none = (null[row, :, block] - highest.squeeze(-1)).exp()  # (H, n)
                 before = score[:, :, :-1] * (step_follows / (score.sum(-1) + none).unsqueeze(-1))  # (H, n, E-1)

@@ -1,11 +1,11 @@
 """Replay: the offline pass at a segment end in which memories are reactivated, merged, refreshed or let go.
 
 Each round cues the store with some of its own memories. They are drawn at the start, without replacement, in
-proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the share
-of later predictions owed to it. What a round reactivates - the cues, and the memory each cue resembles most - moves towards the highest
-importance and is young again. Near-duplicates, two memories of the same token whose keys agree, become one: strengths
-and credits add, the newer key stays. What was not reactivated has aged by one segment, and what falls under
-`priority_threshold` is forgotten.
+proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the
+share of later predictions owed to it. What a round reactivates - the cues, and the memory each cue resembles most -
+moves towards the highest importance and is young again. Near-duplicates, two memories of the same token whose keys
+agree, become one: strengths and credits add, the newer key stays. What was not reactivated has aged by one segment,
+and what falls under `priority_threshold` is forgotten.
 
 Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position,
 segment and round alone, so a row replays the same in any batch.

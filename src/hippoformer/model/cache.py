@@ -167,7 +167,7 @@ class HippoCache(WindowCache):
         self.memory = self.memory.without_rows(index)
         self.lengths = [0 if row in set(rows) else done for row, done in enumerate(self.lengths)]
         if len(rows) == self.batch_size:
-            self.memory.stored_bound, self.columns, self.frozen, self.written = 0, 0, False, False
+            self.columns, self.frozen, self.written = 0, False, False
 
     def detach(self) -> None:
         """Cuts the state from the graph that made it: gradients of later calls stop here."""

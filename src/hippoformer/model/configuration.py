@@ -57,6 +57,8 @@ class HippoFormerConfig(PreTrainedConfig):
     Losses:
         lm_loss_weight, salience_weighted_loss_weight, sparsity_loss_weight, memory_util_loss_weight,
         credit_loss_weight: weights of the terms.
+        credit_only_gate: the gate learns from credit and sparsity alone; False lets the next-token loss reach it through
+            the priorities as well. Training sets it where credit was measured.
         target_tagged_share: share of tokens the sparsity term lets the gate tag.
         consolidation_r_target: Pearson correlation of salience and retrieval quality to aim for.
     Training:
@@ -115,6 +117,7 @@ class HippoFormerConfig(PreTrainedConfig):
         sparsity_loss_weight: float = 0.1,
         memory_util_loss_weight: float = 0.01,
         credit_loss_weight: float = 1.0,
+        credit_only_gate: bool = False,
         target_tagged_share: float = 0.3,
         consolidation_r_target: float = 0.86,
         learning_rate: float = 1e-4,
@@ -172,6 +175,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.sparsity_loss_weight = sparsity_loss_weight
         self.memory_util_loss_weight = memory_util_loss_weight
         self.credit_loss_weight = credit_loss_weight
+        self.credit_only_gate = credit_only_gate
         self.target_tagged_share = target_tagged_share
         self.consolidation_r_target = consolidation_r_target
         self.learning_rate = learning_rate

@@ -162,7 +162,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     # ---------------------------------------------------------------- reading
 
     def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
-        """Reads text step by step; the cache moves along.
+        """Reads text step by step; the cache moves along, except for `cache.columns`, which counts what calls were
+        given.
 
         Args:
             ids: (R, L) int64 without padding on the left.
@@ -429,7 +430,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if past_key_values is None and kwargs.get("use_cache", True):
             past_key_values = self.new_cache(input_ids.shape[0])
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids,  # type: ignore[arg-type]
+            past_key_values=past_key_values,
+            **kwargs,
         )
 
     # ---------------------------------------------------------------- drift

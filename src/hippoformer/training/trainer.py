@@ -189,8 +189,11 @@ class Trainer:
         return sums | {"grad_norm": float(norm), "pieces": float(passes * self.options.segments_per_step)}
 
     def _phase(self):  # type: ignore[no-untyped-def]
-        selection = "surprise" if self.step < self.recall_steps else self.model.config.selection
-        return reconfigured(self.model.hippocampus, selection=selection)
+        if self.step < self.recall_steps:
+            return reconfigured(self.model.hippocampus, selection="surprise")
+        # All priorities together act like the null slot's opposite, and the next-token loss would rather lower that: it
+        # tags nothing. Where credit is known it is the gate's only teacher.
+        return reconfigured(self.model.hippocampus, credit_only_gate=any(number >= 0 for number in self.useful))
 
     def _loss(self, piece: Piece, reading: Reading) -> tuple[Tensor, dict[str, float]]:
         found, counted = reading.found, reading.counted

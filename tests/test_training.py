@@ -1,0 +1,301 @@
+"""Training: what is read in which order, what enters a loss, and that a run is a function of its arguments."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hippoformer.training.checkpoints as checkpoints
+from hippoformer import HippoFormer
+from hippoformer.errors import CheckpointError, ConfigurationError, TextError
+from hippoformer.train import main
+from hippoformer.training.arguments import config_options, parse
+from hippoformer.training.credit import measure_credit, reconfigured, useful
+from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.readers import CachedReader, LiveReader
+from hippoformer.training.streams import Piece, TextStreams
+from hippoformer.training.trainer import Trainer
+from tiny import fresh
+
+SEGMENT = 6  # of the small models
+
+
+def model(**options: object) -> HippoFormer:
+    return fresh("llama", **options)
+
+
+def texts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 64, (n,), generator=generator) for n in lengths]
+
+
+# ---------------------------------------------------------------- the order of reading
+
+
+def test_every_document_is_read_whole_and_from_its_beginning() -> None:
+    lengths = [13, 5, 1, 20]  # the third has no prediction to learn from
+    streams = TextStreams(lengths, rows=2, segment_len=6, seed=1)
+    read: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 3: []}
+    for _ in range(40):
+        piece = streams.next()
+        for row, (document, start, n) in enumerate(zip(piece.documents, piece.start, piece.length, strict=True)):
+            assert (start == 0) == (row in piece.fresh)
+            assert 1 <= n <= 6 and start % 6 == 0
+            read[document].append((start, n))
+    for document, spans in read.items():
+        whole = [(s, min(6, lengths[document] - s)) for s in range(0, lengths[document], 6)]
+        assert len(spans) >= len(whole)
+        # Up to the piece a row is in just now, what was read is whole passes in order.
+        finished = [span for span in spans if span[0] == whole[-1][0]]
+        assert len(finished) >= len(spans) // len(whole) - 2
+
+
+def test_an_epoch_takes_every_document_once() -> None:
+    streams = TextStreams([6] * 7, rows=1, segment_len=6, seed=5)
+    taken = [streams.next().documents[0] for _ in range(14)]
+    assert sorted(taken[:7]) == sorted(taken[7:]) == list(range(7))
+    assert taken[:7] != taken[7:]
+
+
+def test_schedule_resumes_exactly() -> None:
+    streams = TextStreams([13, 40, 7, 22], rows=3, segment_len=6, seed=2)
+    for _ in range(5):
+        streams.next()
+    state = json.loads(json.dumps(streams.state()))
+    expected = [streams.next() for _ in range(20)]
+    again = TextStreams([13, 40, 7, 22], rows=3, segment_len=6, seed=2)
+    again.restore(state)
+    assert [again.next() for _ in range(20)] == expected
+
+
+def test_nothing_to_train_on_is_said() -> None:
+    with pytest.raises(TextError, match="two tokens"):
+        TextStreams([1, 0], rows=1, segment_len=6, seed=0)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_cached_and_live_reading_agree_and_match_scoring(tmp_path: Path) -> None:
+    m = model()
+    m.hippocampus.fusion.open()
+    m.hippocampus.recall.null_proj.bias.data.fill_(1.0)
+    documents = texts(40, 29)
+    cached = CachedReader(m, HiddenStateCache(m, documents, tmp_path), 2)
+    live = LiveReader(m, documents, 2)
+    expected = [m.score(ids.unsqueeze(0))[0] for ids in documents]
+    got: list[list[torch.Tensor]] = [[], []]
+    with torch.no_grad():
+        for start in range(0, 29, SEGMENT):
+            lengths = [min(SEGMENT, len(d) - start) for d in documents]
+            piece = Piece([0, 1], [start, start], lengths, [0, 1] if start == 0 else [])
+            one, other = cached.read(piece), live.read(piece)
+            torch.testing.assert_close(one.target_log_prob, other.target_log_prob, rtol=1e-4, atol=1e-5)
+            for row, n in enumerate(lengths):
+                got[row].append(one.target_log_prob[row, :n])
+    for row, n in ((0, 30), (1, 29)):
+        torch.testing.assert_close(torch.cat(got[row])[1:n], expected[row][: n - 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_row_knows_nothing_of_the_document_before(tmp_path: Path) -> None:
+    m = model()
+    m.hippocampus.fusion.open()
+    documents = HiddenStateCache(m, texts(24, 12), tmp_path)
+    used, new = CachedReader(m, documents, 1), CachedReader(m, documents, 1)
+    with torch.no_grad():
+        for start in range(0, 24, SEGMENT):
+            used.read(Piece([0], [start], [SEGMENT], [0] if start == 0 else []))
+        after = used.read(Piece([1], [0], [SEGMENT], [0]))
+        alone = new.read(Piece([1], [0], [SEGMENT], [0]))
+    assert torch.equal(after.target_log_prob, alone.target_log_prob)
+    assert torch.equal(after.found.salience_logit, alone.found.salience_logit)
+
+
+def test_padding_is_not_counted(tmp_path: Path) -> None:
+    m = model()
+    reader = CachedReader(m, HiddenStateCache(m, texts(24, 3), tmp_path), 2)
+    reading = reader.read(Piece([0, 1], [0, 0], [SEGMENT, 3], [0, 1]))
+    assert reading.counted.tolist() == [[False] + [True] * 5, [False, True, True, False, False, False]]
+    assert (reading.target_log_prob[~reading.counted] == 0).all()
+
+
+def test_hidden_states_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, documents = model(), texts(20, 31)
+    first = HiddenStateCache(m, documents, tmp_path)
+    monkeypatch.setattr(m, "stream", None)  # a second computation would call it
+    again = HiddenStateCache(m, documents, tmp_path)
+    assert torch.equal(first[1].hidden, again[1].hidden) and torch.equal(again[1].tokens, documents[1])
+    with m.memory_off():
+        monkeypatch.undo()
+        torch.testing.assert_close(again[1].log_prob[1:], m.score(documents[1].unsqueeze(0))[0])
+
+
+# ---------------------------------------------------------------- credit
+
+
+def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
+    """In a text that repeats itself beyond the window, the first copy earns credit and noise does not."""
+    m = model(window=6)
+    m.hippocampus.fusion.open()
+    m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
+    m.hippocampus.recall.log_scale.data.fill_(3.0)
+    phrase, noise = torch.arange(8), torch.arange(20, 50)
+    text = torch.cat((phrase, noise, phrase, torch.arange(50, 56)))
+    credit = measure_credit(m.hippocampus, HiddenStateCache(m, [text], tmp_path)[0])
+    assert math.isnan(credit[0]) and credit[-1].isnan()
+    assert credit[1:8].sum() > 5 * credit[8:38].sum()
+    target = useful(credit, 0.2)
+    assert target[1:8].mean() > 0.9 and set(target[~target.isnan()].tolist()) == {0.0, 1.0}
+
+
+def test_reconfigured_puts_the_options_back() -> None:
+    m = model()
+    before = m.hippocampus.config
+    with pytest.raises(RuntimeError), reconfigured(m.hippocampus, selection="fifo") as config:
+        assert m.hippocampus.config is config and config.selection == "fifo"
+        raise RuntimeError
+    assert m.hippocampus.config is before
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def small_base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes)).eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=alphabet[0])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    small_base().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("the memory keeps what the window loses. " * 25, encoding="utf-8")
+    return tmp_path
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    sizes = ["segment_len=6", "recall_n_heads=4", "recall_head_dim=8", "recall_value_dim=8", "salience_n_heads=2"]
+    fixed = ["--base_model", str(folder / "base"), "--text", str(folder / "text.txt"), "--dtype", "float32"]
+    fixed += ["--window", "12", "--buffer-size", "16", "--max-seq-length", "12", "--batch_size", "2"]
+    fixed += ["--max_steps", "8", "--save_steps", "3", "--logging_steps", "2", "--output_dir", str(folder / output)]
+    return [*fixed, *more, "--set", *sizes, "replay_batch=4", "anchor_len=4", "n_anchors=8"]
+
+
+@pytest.mark.parametrize("mode", [[], ["--lora_r", "2"], ["--train_base"]])
+def test_a_killed_run_resumes_to_the_same_weights(
+    folder: Path, mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments(folder, "whole", *mode)) == 0
+    save = Trainer._save
+
+    def killed(self: Trainer) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(folder, "parts", *mode))
+    monkeypatch.undo()
+    assert main(arguments(folder, "parts", *mode, "--resume_from_checkpoint", str(folder / "parts"))) == 0
+    files = ["hippocampus.safetensors"] + (["base/model.safetensors"] if mode == ["--train_base"] else [])
+    for file in files:
+        whole, parts = load_file(folder / "whole" / file), load_file(folder / "parts" / file)
+        assert whole.keys() == parts.keys()
+        assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_training_lowers_the_loss_and_leaves_a_frozen_base_alone(folder: Path) -> None:
+    from hippoformer.model.memory_file import base_fingerprint
+
+    assert main(arguments(folder, "run", "--eval_text", str(folder / "text.txt"), "--eval_steps", "8")) == 0
+    log = json.loads((folder / "run" / "training_log.json").read_text())
+    evaluation = [entry for entry in log["history"] if "eval_perplexity" in entry]
+    assert evaluation[-1]["eval_perplexity"] < evaluation[-1]["eval_base_perplexity"]
+    model = HippoFormer.from_pretrained(folder / "run")
+    assert base_fingerprint(model.base) == base_fingerprint(small_base())
+    assert log["run"]["seed"] == 42 and log["arguments"]["max_steps"] == 8
+
+
+def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments(folder, "run")) == 0
+    output = folder / "run"
+    before = checkpoints.whole(output)
+    m = HippoFormer.from_pretrained(output)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hippoformer.model.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoints.save(output, 99, m, {"x": torch.zeros(1)}, {}, keep=2)
+    assert checkpoints.whole(output) == before
+    assert checkpoints.load(output)[2]["step"] == 8
+    assert not list(output.glob("*99*")) and not list(output.glob(".*99*"))
+
+
+def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
+    assert main(arguments(folder, "run")) == 0
+    broken = folder / "run" / "checkpoint-00000099"
+    broken.mkdir()
+    (broken / "hippocampus.safetensors").write_bytes(b"\x00" * 10)
+    assert checkpoints.load(folder / "run")[2]["step"] == 8
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        checkpoints.load(broken)
+
+
+def test_checkpoints_hold_no_pickle(folder: Path) -> None:
+    assert main(arguments(folder, "run")) == 0
+    for file in (folder / "run").rglob("*"):
+        assert file.is_dir() or file.suffix in {".safetensors", ".json"}, file
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_flags_are_accepted_with_either_dash() -> None:
+    one = parse(["--text", "a", "--max_seq_length", "512", "--lora_r", "4", "--no_wandb"])
+    other = parse(["--text", "a", "--max-seq-length", "512", "--lora-r", "4", "--no-wandb"])
+    assert one == other and one.max_seq_length == 512 and one.no_wandb
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--text"),
+        (["--text", "a", "--dataset", "wikitext"], "either"),
+        (["--text", "a", "--max_steps", "3", "--num_epochs", "1"], "one of them"),
+        (["--dataset", "openwebtext", "--streaming"], "max_samples"),
+    ],
+)
+def test_contradicting_flags_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        parse(argv)
+
+
+def test_config_options_are_json_or_text() -> None:
+    assert config_options(["a=1", "b=[1, 2]", "c=fifo"]) == {"a": 1, "b": [1, 2], "c": "fifo"}
+    with pytest.raises(ConfigurationError, match="name=value"):
+        config_options(["a"])
+
+
+def test_errors_are_explained_not_raised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--base_model", str(folder / "base"), "--text", str(folder / "missing.txt")]) == 2
+    assert "missing.txt" in capsys.readouterr().err
+    assert main(arguments(folder, "run", "--max-seq-length", "7")) == 2
+    assert "multiple of segment_len" in capsys.readouterr().err
