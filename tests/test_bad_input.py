@@ -95,7 +95,7 @@ def test_foreign_caches_are_refused() -> None:
         model.new_cache(0)
     with pytest.raises(InputError, match="row 2"):
         model.new_cache(2).episodes(2)
-    with pytest.raises(InputError, match="cache.reset"):
+    with pytest.raises(InputError, match=r"cache\.reset"):
         model.reset_memory()
 
 

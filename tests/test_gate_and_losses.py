@@ -1,5 +1,6 @@
 """The salience gate, what trains it, and what it decides."""
 
+import itertools
 import math
 
 import numpy
@@ -188,7 +189,7 @@ def test_the_loss_of_forward_is_the_mean_over_real_labels() -> None:
     total, count = 0.0, 0
     for row in range(2):
         real = [t for t in range(40) if mask[row, t]]
-        for before, after in zip(real[:-1], real[1:], strict=True):
+        for before, after in itertools.pairwise(real):
             if labels[row, after] != -100:
                 total -= float(out.logits[row, before, labels[row, after]])
                 count += 1
@@ -234,6 +235,16 @@ def test_the_lm_loss_reaches_everything_with_a_full_store() -> None:
         "fusion.residual_proj.weight",
     ):
         assert gradients.get(name, 0.0) > 1e-7 and math.isfinite(gradients[name]), f"no gradient reaches {name}"
+
+
+def test_a_gate_that_learns_from_credit_only() -> None:
+    """credit_only_gate shuts the next-token loss out of the gate and changes nothing else."""
+    both = [awake(fusion_dropout=0.0, credit_only_gate=only) for only in (False, True)]
+    with torch.no_grad():
+        assert torch.equal(*(model(text(rows=1, length=60)).logits for model in both))
+    gradients = gradients_of_lm_loss(both[1])
+    assert not any(norm for name, norm in gradients.items() if name.startswith("salience_gate"))
+    assert gradients["recall.key_proj.weight"] > 1e-7
 
 
 def test_the_lm_loss_reaches_what_was_stored_long_ago() -> None:

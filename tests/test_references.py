@@ -201,6 +201,7 @@ def test_contiguity_favours_the_successor() -> None:
     module = Recall(32, config)
     with torch.no_grad():
         module.null_proj.bias.zero_()
+        module.log_scale.fill_(2.5)
     episodes = in_single_precision(random_memory(config, [16], [0], 1))
     episodes.position[0, 8:14] = torch.arange(50, 56)
     hidden = torch.randn(1, 2, 32)

@@ -279,7 +279,7 @@ def test_a_memory_of_another_base_is_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- drift
 
-KEEP_ALL = {"buffer_size": 64, "max_replay_rounds": 0, "priority_threshold": 0.0, "n_anchors": 96, "anchor_len": 8}
+KEEP_ALL = {"buffer_size": 64, "max_replay_rounds": 0, "priority_threshold": 0.0, "n_anchors": 256, "anchor_len": 8}
 
 
 def keys_by_position(cache: HippoCache) -> dict[int, torch.Tensor]:
@@ -297,7 +297,7 @@ def error_to(truth: dict[int, torch.Tensor], keys: dict[int, torch.Tensor]) -> f
 @torch.no_grad()
 def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Path) -> None:
     """Written by a model, read after its weights moved: nearer to what the new one would have written than before."""
-    options = KEEP_ALL | {"lora_target_modules": ("down_proj",), "drift_threshold": 0.1}
+    options = KEEP_ALL | {"lora_target_modules": ("down_proj", "o_proj"), "drift_threshold": 0.1}
     old = with_adapters(size=0.05, **options)
     cache = read_some(old, rows=1, length=60)
     path = tmp_path / "memory.safetensors"
@@ -315,7 +315,7 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
     assert loaded.drift["keys"] > 0.1 and loaded.drift["calibrated"] is True
     truth = keys_by_position(read_some(new, rows=1, length=60))
     unmapped, mapped = error_to(truth, keys_by_position(cache)), error_to(truth, keys_by_position(loaded))
-    assert mapped < (0.9 if moved == "adapters" else 0.05) * unmapped
+    assert mapped < (0.95 if moved == "adapters" else 0.05) * unmapped
     norms = loaded.memory.episodes.key[loaded.memory.episodes.valid].unflatten(-1, (4, 8)).norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
     assert not loaded.memory.episodes.key[~loaded.memory.episodes.valid].any(), "empty slots were mapped to something"

@@ -142,6 +142,7 @@ def awake(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoForm
         hippocampus.fusion.gate_out.bias.fill_(1.0)
         hippocampus.fusion.residual_scale.fill_(0.5)
         hippocampus.recall.null_proj.bias.zero_()
+        hippocampus.recall.log_scale.fill_(2.5)
         # Salience far on both sides of 0.5, so that no test hangs on the rounding of one that is near it.
         hippocampus.salience_gate.local_out.weight.mul_(20.0)
         hippocampus.salience_gate.smoothing.add_(0.25)  # or what is carried over the edge of a step would not matter

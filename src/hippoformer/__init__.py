@@ -6,6 +6,7 @@ model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048
 """
 
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
+from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.model.cache import Episode, HippoCache
@@ -15,10 +16,15 @@ from hippoformer.model.modeling import HippoFormer, HippoFormerOutput
 
 __version__ = "0.1.0"
 
+# The name this had in the original research code.
+DifferentiablePriorityBuffer = Episodes
+
 __all__ = [
     "ConsolidationRScore",
+    "DifferentiablePriorityBuffer",
     "EmbeddingDriftCalibrator",
     "Episode",
+    "Episodes",
     "HippoCache",
     "HippoFormer",
     "HippoFormerConfig",

@@ -57,8 +57,8 @@ class HippoFormerConfig(PreTrainedConfig):
     Losses:
         lm_loss_weight, salience_weighted_loss_weight, sparsity_loss_weight, memory_util_loss_weight,
         credit_loss_weight: weights of the terms.
-        credit_only_gate: the gate learns from credit and sparsity alone; False lets the next-token loss reach it through
-            the priorities as well. Training sets it where credit was measured.
+        credit_only_gate: the gate learns from credit and sparsity alone; False lets the next-token loss reach it
+            through the priorities as well. Training sets it where credit was measured.
         target_tagged_share: share of tokens the sparsity term lets the gate tag.
         consolidation_r_target: Pearson correlation of salience and retrieval quality to aim for.
     Training:

@@ -4,12 +4,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from hippoformer.model import checkpoint
 from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
 
 
 def shipped_hippocampus(name: str) -> Path | None:
@@ -25,19 +29,32 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         name: a saved HippoFormer (folder or hub repository), or a base model: a short name (`smollm2-135m`, with the
             hippocampus that the package ships), a folder, or a hub repository (a fresh hippocampus, which is the base
             until it is trained).
-        options: of `HippoFormerConfig`, to change (window, buffer_size, ...); `dtype` of the base.
+        options: of `HippoFormerConfig`, to change (window, buffer_size, ...); `dtype` of the base; `device`.
 
     Raises:
         BaseModelNotFoundError, CheckpointError, UnsupportedArchitectureError, ConfigurationError.
     """
-    saved = shipped_hippocampus(str(name)) or (Path(name) if _is_saved(Path(name)) else None)
+    device = options.pop("device", None)
+    saved = shipped_hippocampus(str(name)) or (name if _is_saved(str(name)) else None)
     if saved is not None:
         model = HippoFormer.from_pretrained(saved, **options)
     else:
         base = load_base_model(str(name), dtype=options.pop("dtype", None))
         model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **({"use_lora": False} | options)), base)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
     return model, load_tokenizer(model.config.base_model_name)
 
 
-def _is_saved(folder: Path) -> bool:
-    return (folder / checkpoint.WEIGHTS).is_file()
+def _is_saved(name: str) -> bool:
+    """Whether a name is a saved HippoFormer; what cannot be asked of the hub is left to the base's loader."""
+    if Path(name).is_dir():
+        return (Path(name) / checkpoint.WEIGHTS).is_file()
+    if name in PINNED_MODELS:
+        return False
+    if isinstance(try_to_load_from_cache(name, checkpoint.WEIGHTS), str):
+        return True
+    try:
+        return hub_failure(name, checkpoint.CONFIG, None) is None and file_exists(name, checkpoint.WEIGHTS)
+    except (HfHubHTTPError, HFValidationError):
+        return False

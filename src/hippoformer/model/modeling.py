@@ -8,84 +8,26 @@ stream.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from hippoformer.errors import ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
-from hippoformer.hippocampus.fusion import mix_distribution, mix_target
+from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.window import WindowCache, WindowedBase
-
-
-@dataclass
-class HippoFormerOutput(ModelOutput):
-    """What `HippoFormer.forward` returns.
-
-    Attributes:
-        loss: mean -log p of the labels, or None without labels.
-        logits: (R, T, V) float32 normalised log-probabilities of the fused distribution; 0 at padding.
-        past_key_values: the state, when `use_cache`.
-        salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
-        importance_weights: (R, T) weights the transitions were stored with, with `return_salience`.
-        memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: HippoCache | None = None
-    salience_scores: Tensor | None = None
-    importance_weights: Tensor | None = None
-    memory_stats: dict[str, Any] | None = None
-    drift_stats: dict[str, Any] | None = None
-    salience_stats: dict[str, Any] | None = None
-
-
-@dataclass
-class Step:
-    """One step of the stream, in the rows' own tokens.
-
-    Attributes:
-        start: tokens of this call each row had read before the step. new: tokens it reads in it.
-        base_log_prob: (R, N) log-probability of the step's tokens as the hippocampus saw it, untouched by recall.
-        target_log_prob: (R, N) the same, fused; both 0 for a row's very first token.
-        hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
-        output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
-        found: what the hippocampus found, or None with memory off.
-        report: replay at the segment end this step came to, if it came to one.
-    """
-
-    start: list[int]
-    new: list[int]
-    base_log_prob: Tensor
-    target_log_prob: Tensor
-    hidden: Tensor
-    output: Tensor
-    window: WindowedBase
-    found: StepOutput | None
-    report: ReplayReport | None = None
-
-    def log_probs(self, first: int) -> Tensor:
-        """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
-        log_probs = torch.log_softmax(self.window.head(self.output[:, first:]).float(), dim=-1)
-        if self.found is None:
-            return log_probs
-        recollection = self.found.recollection.since(first)
-        return mix_distribution(
-            log_probs, self.found.mixture[:, first:], recollection.nothing, recollection.weights, self.found.token
-        )
+from hippoformer.model.window import WindowedBase
+from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
 class HippoFormer(PreTrainedModel, GenerationMixin):
@@ -135,10 +77,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
         device, dtype = self.device, self.dtype
-        tokens = torch.zeros(batch_size, self.config.window_slots + 1, dtype=torch.int32, device=device)
         memory = MemoryState.empty(batch_size, self.config.hidden_size, self.config, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
-        return HippoCache(WindowCache(self.window.new_layers(), tokens), memory, last_output, self)
+        return HippoCache(self.window.new_cache(batch_size, device), memory, last_output, self)
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
@@ -179,13 +120,13 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 min(n - s, segment_len - done % segment_len)
                 for s, n, done in zip(start, lengths, cache.lengths, strict=True)
             ]
-            yield self._step(_piece(ids, start, new), start, new, cache)
+            yield self._step(piece(ids, start, new), start, new, cache)
             start = [s + n for s, n in zip(start, new, strict=True)]
 
     def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
         done, memory = cache.lengths, cache.memory
         # A row's very first token is predicted by nothing.
-        predicted = (_column(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
+        predicted = (column_of(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
         found: StepOutput | None = None
         untouched = base_log_prob = memory.last_hidden
 
@@ -196,7 +137,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             if not torch.isfinite(hidden).all():
                 raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
             if not self._memory_on:
-                cache.memory = memory.without_vote(_last(hidden, new, memory.last_hidden))
+                cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
                 return hidden
             found, cache.memory = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
             cache.written = True
@@ -216,7 +157,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if found is not None:
             fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
             log_prob = torch.where(predicted, fused, 0.0)
-        cache.last_output = _last(hidden, new, cache.last_output)
+        cache.last_output = last_of(hidden, new, cache.last_output)
         step = Step(start, new, base_log_prob, log_prob, untouched, hidden, self.window, found)
         step.report = self._advance(cache, new)
         return step
@@ -285,7 +226,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             ids, lengths, order, cache = self._prepare(input_ids, attention_mask, past_key_values)
             log_probs = torch.zeros(ids.shape, device=ids.device)
             for step in self.stream(ids, lengths, cache):
-                _place(log_probs, step.target_log_prob, step.start, step.new, order)
+                place(log_probs, step.target_log_prob, step.start, step.new, order)
         return log_probs[:, 1:]
 
     def forward(
@@ -338,7 +279,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 log_probs = step.log_probs(first)
                 start, new = [s + first for s in step.start], [max(0, n - first) for n in step.new]
                 if following is not None:
-                    target = _piece(following, start, new, fill=-100)
+                    target = piece(following, start, new, fill=-100)
                     chosen = log_probs.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1)
                     nll = nll - torch.where(target != -100, chosen, 0.0).sum()
                     counted += int((target != -100).sum())
@@ -347,17 +288,17 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 else:
                     if logits is None:
                         logits = log_probs.new_zeros(ids.shape[0], keep, log_probs.shape[-1])
-                    _place(logits, log_probs, start, new, order - (n_columns - keep))
+                    place(logits, log_probs, start, new, order - (n_columns - keep))
             if step.found is not None:
-                _place(salience, step.found.salience.detach().float(), step.start, step.new, order)
-                _place(importance, step.found.importance.detach().float(), step.start, step.new, order)
+                place(salience, step.found.salience.detach().float(), step.start, step.new, order)
+                place(importance, step.found.importance.detach().float(), step.start, step.new, order)
             if step.report is not None:
                 replayed.append(step.report)
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
         denominator = max(counted, 1) if denominator is None else denominator
         real = torch.zeros_like(ids, dtype=torch.bool)
-        _place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
+        place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
         return HippoFormerOutput(
             loss=None if following is None else nll / denominator,
             logits=logits if logits is not None else torch.zeros(ids.shape[0], keep, self.config.vocab_size),
@@ -376,7 +317,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
             )
         own = labels.to(order.device).gather(1, order)
-        own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= _column(lengths, own.device), -100)
+        own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= column_of(lengths, own.device), -100)
         _check_ids(own[own != -100], self.config.vocab_size, "labels")
         return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
 
@@ -492,45 +433,3 @@ def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
             f"{what} hold ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has ids 0 to "
             f"{vocab_size - 1}: was the text tokenised for another model?"
         )
-
-
-def _column(numbers: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, device=device).unsqueeze(-1)
-
-
-def _piece(sequence: Tensor, start: list[int], new: list[int], fill: int = 0) -> Tensor:
-    """Tokens start..start+new of each row, (R, max new), `fill` where a row has fewer."""
-    width = max(new)
-    if len(set(start)) == 1 and min(new) == width:
-        return sequence[:, start[0] : start[0] + width]
-    column = torch.arange(width, device=sequence.device)
-    index = (_column(start, sequence.device) + column).clamp_max(sequence.shape[1] - 1)
-    return sequence.gather(1, index).masked_fill(column >= _column(new, sequence.device), fill)
-
-
-def _place(target: Tensor, values: Tensor, start: list[int], new: list[int], order: Tensor | None = None) -> None:
-    """The inverse: values (R, N, ...) of tokens start..start+new go to their column of `target` (R, T, ...).
-
-    Args:
-        order: (R, T) column of each of a row's tokens, negative for columns that `target` does not have; None where
-            tokens and columns are the same.
-    """
-    width = max(new)
-    if order is None and len(set(start)) == 1 and min(new) == width:
-        target[:, start[0] : start[0] + width] = values[:, :width]
-        return
-    column = torch.arange(width, device=target.device)
-    index = _column(start, target.device) + column  # (R, N)
-    wanted = column < _column(new, target.device)
-    if order is not None:
-        index = order.gather(1, index.clamp_max(order.shape[1] - 1))
-        wanted = wanted & (index >= 0)
-    rows = torch.arange(target.shape[0], device=target.device).unsqueeze(-1).expand_as(index)
-    target[rows[wanted], index[wanted]] = values[:, :width][wanted].to(target.dtype)
-
-
-def _last(hidden: Tensor, new: list[int], before: Tensor) -> Tensor:
-    """(R, D): the hidden state of each row's last new token, or `before` where it has none."""
-    index = _column([max(n - 1, 0) for n in new], hidden.device).unsqueeze(-1).expand(-1, 1, hidden.shape[-1])
-    last = hidden.gather(1, index).squeeze(1).to(before.dtype)
-    return torch.where(_column(new, hidden.device) > 0, last, before)

@@ -7,11 +7,9 @@ aligned to the row's own segments, so any chunking of a stream gives the same nu
 
 Models with learned absolute positions cannot turn their keys: they read the kept tokens again at their new positions.
 
-Nothing here goes by a model's name. `inspect_base` runs a few tokens and measures how each layer moves its keys, and
-whether reading through slots gives what the model itself gives; a model that fails is refused.
+Nothing here goes by a model's name: `inspect_base` measures how each layer moves its keys.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,27 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hippoformer.errors import ConfigurationError, InputError, NonFiniteError, UnsupportedArchitectureError
+from hippoformer.errors import ConfigurationError, InputError, UnsupportedArchitectureError
 from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.inspection import inspect_base
 from hippoformer.tensors.masks import additive, window_mask
-from hippoformer.tensors.rotation import Rotation, explain_shift
+from hippoformer.tensors.rotation import Rotation
 from hippoformer.tensors.selection import put, take
 
-SUPPORTED = (
-    "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "
-    "(Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Phi, GPT-NeoX/Pythia and their like) or with a learned "
-    "position table (GPT-2)."
-)
 # Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
 _HEAD_BLOCK = 64
-_PROBE_TOKENS = 6
-_PROBE_SHIFT = 37
-# Names under which transformers keeps a learned position table.
-_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
 @dataclass
@@ -151,9 +141,10 @@ class WindowedBase:
                 f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
             )
 
-    def new_layers(self) -> list[WindowLayer]:
+    def new_cache(self, rows: int, device: torch.device) -> "WindowCache":
         """Empty slots for every layer."""
-        return [WindowLayer(self.config.window_slots) for _ in range(self.n_layers)]
+        tokens = torch.zeros(rows, self.config.window_slots + 1, dtype=torch.int32, device=device)
+        return WindowCache([WindowLayer(self.config.window_slots) for _ in range(self.n_layers)], tokens)
 
     def read(
         self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int], **body_options: object
@@ -169,11 +160,12 @@ class WindowedBase:
             (R, N, D), after the base's final norm.
         """
         fill = [window_fill(d, self.config) for d in done]
-        return self._read_at(cache, ids, fill, new, **body_options)
+        return self.read_at(cache, ids, fill, new, **body_options)
 
-    def _read_at(
+    def read_at(
         self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int], **body_options: object
     ) -> Tensor:
+        """The same from given slots on: `fill` says how many each row has in use."""
         device, n = ids.device, ids.shape[1]
         column = torch.arange(n, device=device)
         padded = column >= torch.tensor(new, device=device).unsqueeze(-1)
@@ -265,7 +257,7 @@ class WindowedBase:
         same).
         """
         with self.captured(layer) as inner:
-            final = self._read_at(cache, ids, [0] * len(lengths), lengths)
+            final = self.read_at(cache, ids, [0] * len(lengths), lengths)
         return final, inner[0] if inner else final
 
     @contextmanager
@@ -306,9 +298,9 @@ class WindowedBase:
         tokens = take(pick(cache.tokens), source)
         cache.tokens = store(cache.tokens, tokens)
         if self.rotations is None:
-            fresh = WindowCache(self.new_layers(), tokens)
+            fresh = self.new_cache(len(rows), tokens.device)
             kept = config.sink_tokens + config.window
-            self._read_at(fresh, tokens[:, :kept].long(), [0] * len(rows), [kept] * len(rows))
+            self.read_at(fresh, tokens[:, :kept].long(), [0] * len(rows), [kept] * len(rows))
             layers = [(layer.keys, layer.values) for layer in fresh.layers]
         else:
             layers = [
@@ -350,80 +342,3 @@ class WindowCache(Cache):
         if self.placement is None:
             raise InputError("the window's cache is written by HippoFormer alone; call the model, not its base")
         return self.layers[layer_idx].update(key_states, value_states, self.placement)
-
-
-@torch.no_grad()
-def inspect_base(window: WindowedBase) -> list[Rotation] | None:
-    """Measures on a few tokens how a base model places its keys, and that it can be read through slots.
-
-    Returns:
-        The rotation of each layer, or None for a model with a learned position table.
-
-    Raises:
-        UnsupportedArchitectureError: not a decoder with ordinary caches, keys that no rotation explains, or other
-            numbers through slots than the model's own.
-        NonFiniteError: NaN or infinity in what the model computes from ordinary tokens.
-    """
-    base, body = window.base, window.body
-    name = type(base).__name__
-    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
-        raise UnsupportedArchitectureError(f"{name} is not a decoder with a language-model head. {SUPPORTED}")
-    if "position_ids" not in inspect.signature(body.forward).parameters:
-        raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
-    device = next(body.parameters()).device
-    ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 7 % window.vocab_size
-    was_training = base.training
-    base.eval()
-    here, expected = _keys_at(window, ids, 0)
-    there, _ = _keys_at(window, ids, _PROBE_SHIFT)
-    if not torch.isfinite(expected).all():
-        raise NonFiniteError(f"{name} computes NaN or infinity from ordinary tokens: its weights are damaged")
-
-    tables = _frequency_tables(body)
-    rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in zip(here, there, strict=True)]
-    known = [rotation for rotation in rotations if rotation is not None]
-    has_table = any(
-        n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding)
-    )
-    if len(known) != len(rotations) and (known or not has_table):
-        raise UnsupportedArchitectureError(f"{name}: no rotary rule explains the keys of its layers. {SUPPORTED}")
-
-    cache = WindowCache(window.new_layers(), ids.new_zeros(1, window.config.window_slots + 1, dtype=torch.int32))
-    half = _PROBE_TOKENS // 2
-    first = window._read_at(cache, ids[:, :half], [0], [half])
-    second = window._read_at(cache, ids[:, half:], [half], [_PROBE_TOKENS - half])
-    if window.config.window >= _PROBE_TOKENS:
-        logits = base(input_ids=ids, use_cache=False).logits
-        tolerance = 8.0 * torch.finfo(expected.dtype).eps ** 0.75
-        for mine, theirs in ((torch.cat((first, second), 1), expected), (window.head(expected), logits)):
-            error = (mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)
-            if not error <= tolerance:
-                raise UnsupportedArchitectureError(
-                    f"{name}: read in pieces through a window it computes other numbers than as a whole (relative "
-                    f"error {error:.2g}). {SUPPORTED}"
-                )
-    base.train(was_training)
-    return known if len(known) == len(rotations) else None
-
-
-def _keys_at(window: WindowedBase, ids: Tensor, offset: int) -> tuple[list[Tensor], Tensor]:
-    """Keys of every layer and the final hidden state of the probe tokens, read from position `offset` on."""
-    cache = DynamicCache()
-    position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + offset
-    output = window.body(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
-    layers = getattr(cache, "layers", [])
-    ordinary = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-    if len(ordinary) != window.n_layers or any(
-        layer.keys is None or layer.keys.shape[2] != ids.shape[1] for layer in ordinary
-    ):
-        raise UnsupportedArchitectureError(
-            f"{type(window.base).__name__} keeps {len(ordinary)} ordinary key/value caches for {window.n_layers} "
-            f"layers. {SUPPORTED}"
-        )
-    return [layer.keys for layer in ordinary if layer.keys is not None], output.last_hidden_state
-
-
-def _frequency_tables(body: nn.Module) -> list[Tensor]:
-    """All rotary frequency tables among the model's buffers, and the empty one for layers without positions."""
-    tables = [b.float() for n, b in body.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    return [*tables, torch.zeros(0, device=next(body.parameters()).device)]

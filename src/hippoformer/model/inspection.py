@@ -1,0 +1,106 @@
+"""Can this base model be read through a window? Measured on a few tokens, not looked up by name.
+
+Two questions: how does each layer move its keys when the positions move, and does reading through slots, in pieces,
+give what the model itself gives? A model that fails either is refused with a message that names what is supported.
+"""
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hippoformer.errors import NonFiniteError, UnsupportedArchitectureError
+from hippoformer.tensors.rotation import Rotation, explain_shift
+
+if TYPE_CHECKING:
+    from hippoformer.model.window import WindowedBase
+
+SUPPORTED = (
+    "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "
+    "(Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Phi, GPT-NeoX/Pythia and their like) or with a learned "
+    "position table (GPT-2)."
+)
+_PROBE_TOKENS = 6
+_PROBE_SHIFT = 37
+# Names under which transformers keeps a learned position table.
+_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+
+
+@torch.no_grad()
+def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
+    """Measures on a few tokens how a base model places its keys, and that it can be read through slots.
+
+    Returns:
+        The rotation of each layer, or None for a model with a learned position table.
+
+    Raises:
+        UnsupportedArchitectureError: not a decoder with ordinary caches, keys that no rotation explains, or other
+            numbers through slots than the model's own.
+        NonFiniteError: NaN or infinity in what the model computes from ordinary tokens.
+    """
+    base, body = window.base, window.body
+    name = type(base).__name__
+    if base.config.is_encoder_decoder or base.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(f"{name} is not a decoder with a language-model head. {SUPPORTED}")
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
+    device = next(body.parameters()).device
+    ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 7 % window.vocab_size
+    was_training = base.training
+    base.eval()
+    here, expected = _keys_at(window, ids, 0)
+    there, _ = _keys_at(window, ids, _PROBE_SHIFT)
+    if not torch.isfinite(expected).all():
+        raise NonFiniteError(f"{name} computes NaN or infinity from ordinary tokens: its weights are damaged")
+
+    tables = _frequency_tables(body)
+    rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in zip(here, there, strict=True)]
+    known = [rotation for rotation in rotations if rotation is not None]
+    has_table = any(
+        n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding)
+    )
+    if len(known) != len(rotations) and (known or not has_table):
+        raise UnsupportedArchitectureError(f"{name}: no rotary rule explains the keys of its layers. {SUPPORTED}")
+
+    cache = window.new_cache(1, ids.device)
+    half = _PROBE_TOKENS // 2
+    first = window.read_at(cache, ids[:, :half], [0], [half])
+    second = window.read_at(cache, ids[:, half:], [half], [_PROBE_TOKENS - half])
+    if window.config.window >= _PROBE_TOKENS:
+        logits = base(input_ids=ids, use_cache=False).logits
+        tolerance = 8.0 * torch.finfo(expected.dtype).eps ** 0.75
+        for mine, theirs in ((torch.cat((first, second), 1), expected), (window.head(expected), logits)):
+            error = (mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)
+            if not error <= tolerance:
+                raise UnsupportedArchitectureError(
+                    f"{name}: read in pieces through a window it computes other numbers than as a whole (relative "
+                    f"error {error:.2g}). {SUPPORTED}"
+                )
+    base.train(was_training)
+    return known if len(known) == len(rotations) else None
+
+
+def _keys_at(window: "WindowedBase", ids: Tensor, offset: int) -> tuple[list[Tensor], Tensor]:
+    """Keys of every layer and the final hidden state of the probe tokens, read from position `offset` on."""
+    cache = DynamicCache()
+    position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + offset
+    output = window.body(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    layers = getattr(cache, "layers", [])
+    ordinary = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+    if len(ordinary) != window.n_layers or any(
+        layer.keys is None or layer.keys.shape[2] != ids.shape[1] for layer in ordinary
+    ):
+        raise UnsupportedArchitectureError(
+            f"{type(window.base).__name__} keeps {len(ordinary)} ordinary key/value caches for {window.n_layers} "
+            f"layers. {SUPPORTED}"
+        )
+    return [layer.keys for layer in ordinary if layer.keys is not None], output.last_hidden_state
+
+
+def _frequency_tables(body: nn.Module) -> list[Tensor]:
+    """All rotary frequency tables among the model's buffers, and the empty one for layers without positions."""
+    tables = [b.float() for n, b in body.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    return [*tables, torch.zeros(0, device=next(body.parameters()).device)]

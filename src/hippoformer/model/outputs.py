@@ -1,0 +1,72 @@
+"""What reading gives: the output of a call, and of one step of the stream."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from hippoformer.hippocampus.circuit import StepOutput
+from hippoformer.hippocampus.fusion import mix_distribution
+from hippoformer.hippocampus.replay import ReplayReport
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.window import WindowedBase
+
+
+@dataclass
+class HippoFormerOutput(ModelOutput):
+    """What `HippoFormer.forward` returns.
+
+    Attributes:
+        loss: mean -log p of the labels, or None without labels.
+        logits: (R, T, V) float32 normalised log-probabilities of the fused distribution; 0 at padding.
+        past_key_values: the state, when `use_cache`.
+        salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
+        importance_weights: (R, T) weights the transitions were stored with, with `return_salience`.
+        memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HippoCache | None = None
+    salience_scores: Tensor | None = None
+    importance_weights: Tensor | None = None
+    memory_stats: dict[str, Any] | None = None
+    drift_stats: dict[str, Any] | None = None
+    salience_stats: dict[str, Any] | None = None
+
+
+@dataclass
+class Step:
+    """One step of the stream, in the rows' own tokens.
+
+    Attributes:
+        start: tokens of this call each row had read before the step. new: tokens it reads in it.
+        base_log_prob: (R, N) log-probability of the step's tokens as the hippocampus saw it, untouched by recall.
+        target_log_prob: (R, N) the same, fused; both 0 for a row's very first token.
+        hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
+        output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
+        found: what the hippocampus found, or None with memory off.
+        report: replay at the segment end this step came to, if it came to one.
+    """
+
+    start: list[int]
+    new: list[int]
+    base_log_prob: Tensor
+    target_log_prob: Tensor
+    hidden: Tensor
+    output: Tensor
+    window: WindowedBase
+    found: StepOutput | None
+    report: ReplayReport | None = None
+
+    def log_probs(self, first: int) -> Tensor:
+        """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
+        log_probs = torch.log_softmax(self.window.head(self.output[:, first:]).float(), dim=-1)
+        if self.found is None:
+            return log_probs
+        recollection = self.found.recollection.since(first)
+        return mix_distribution(
+            log_probs, self.found.mixture[:, first:], recollection.nothing, recollection.weights, self.found.token
+        )
