@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: TrainArguments) -> HippoFormer:
     """One training run; the trained model is also saved in `output_dir`."""
-    model = _model(arguments)
-    tokenizer = load_tokenizer(arguments.base_model)
     documents = _documents(arguments)
     documents += _with_facts(documents, arguments)
+    model = _model(arguments)
+    tokenizer = load_tokenizer(arguments.base_model)
     texts = _encode(documents, tokenizer, arguments.max_document_tokens)
     held_out = (
         _encode(read_documents(arguments.eval_text), tokenizer, arguments.max_document_tokens)

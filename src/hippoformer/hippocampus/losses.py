@@ -73,14 +73,13 @@ class HippoFormerLoss(nn.Module):
         share = counted.float() / counted.sum().clamp_min(1)
         # Nothing that is not counted may reach a sum: 0 * NaN is NaN.
         nll = torch.where(counted, -target_log_prob, 0.0)
-        weight = importance.detach() * share
+        weight = torch.where(counted, importance.detach(), 0.0) * share
+        salience = torch.where(counted, torch.sigmoid(salience_logit), 0.0)
+        excess = (salience * share).sum() - self.target_tagged_share * share.sum()
         parts = {
             "lm": (nll * share).sum(),
             "salience_weighted": (nll * weight).sum() / weight.sum().clamp_min(1e-12),
-            "sparsity": (
-                (torch.sigmoid(salience_logit) * share).sum() - self.target_tagged_share * share.sum()
-            ).clamp_min(0.0)
-            ** 2,
+            "sparsity": excess.clamp_min(0.0) ** 2,
             "memory_util": (torch.where(counted, nothing, 0.0) * share).sum(),
             "credit": nll.new_zeros(()),
         }

@@ -131,8 +131,6 @@ class Recall(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's
         cache.
-
-        Cosines are bounded, so exp needs no running maximum: the shift is the highest score that could be.
         """
         n_rows, _, n_queries, _ = query.shape
         weights = torch.empty(n_rows, n_queries, key.shape[-1], device=query.device)
@@ -141,9 +139,6 @@ class Recall(nn.Module):
         for row in range(n_rows):
             # (H, K/H, E), copied into that order where many queries share the copy.
             keys = key[row].contiguous() if n_queries > _QUERY_BLOCK else key[row]
-            highest = self.log_scale.exp()[:, None, None] + bias[row].amax(-1, keepdim=True)  # (H, 1, 1)
-            highest = torch.maximum(highest, null[row].amax(-1)[:, None, None])
-            shifted = bias[row] - highest
             step_follows = follows[row].float()
             led: Tensor | None = None
             for low in range(0, n_queries, _QUERY_BLOCK):
@@ -152,9 +147,10 @@ class Recall(nn.Module):
                     score = (query[row, :, block] @ keys).float()  # (H, n, E)
                 else:
                     score = (keys.transpose(1, 2) @ query[row, :, block].transpose(1, 2)).float().transpose(1, 2)
-                score = score.contiguous().add_(shifted)
-                score.masked_fill_(~visible[row, block], -torch.inf).exp_()
-                none = (null[row, :, block] - highest.squeeze(-1)).exp()  # (H, n)
+                score = score.contiguous().add_(bias[row]).masked_fill_(~visible[row, block], -torch.inf)
+                highest = torch.maximum(score.amax(-1), null[row, :, block].float())  # (H, n)
+                score.sub_(highest.unsqueeze(-1)).exp_()
+                none = (null[row, :, block] - highest).exp()  # (H, n)
                 before = score[:, :, :-1] * (step_follows / (score.sum(-1) + none).unsqueeze(-1))  # (H, n, E-1)
                 last = before[:, -1:].clone()
                 if before.shape[1] > 1:

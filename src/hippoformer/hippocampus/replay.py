@@ -7,8 +7,8 @@ moves towards the highest importance and is young again. Near-duplicates, two me
 agree, become one: strengths and credits add, the newer key stays. What was not reactivated has aged by one segment,
 and what falls under `priority_threshold` is forgotten.
 
-Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position,
-segment and round alone, so a row replays the same in any batch.
+Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position
+and segment alone, so a row replays the same in any batch.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from hippoformer.errors import NonFiniteError, UnsupportedArchitectureError
+from hippoformer.errors import HippoFormerError, NonFiniteError, UnsupportedArchitectureError
 from hippoformer.tensors.rotation import Rotation, explain_shift
 
 if TYPE_CHECKING:
@@ -47,10 +47,25 @@ def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
         raise UnsupportedArchitectureError(f"{name} is not a decoder with a language-model head. {SUPPORTED}")
     if "position_ids" not in inspect.signature(body.forward).parameters:
         raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
-    device = next(body.parameters()).device
-    ids = torch.arange(_PROBE_TOKENS, device=device).unsqueeze(0) * 7 % window.vocab_size
     was_training = base.training
     base.eval()
+    try:
+        return _measure(window, name)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, HippoFormerError):
+            raise
+        raise UnsupportedArchitectureError(
+            f"{name} cannot be read through a window ({error!r}). {SUPPORTED}"
+        ) from error
+    finally:
+        base.train(was_training)
+
+
+def _measure(window: "WindowedBase", name: str) -> list[Rotation] | None:
+    base, body = window.base, window.body
+    device = next(body.parameters()).device
+    # Two rows of different texts, so that a model which mixes rows or counts columns is found out.
+    ids = torch.arange(2 * _PROBE_TOKENS, device=device).view(2, -1) * 7 % window.vocab_size
     here, expected = _keys_at(window, ids, 0)
     there, _ = _keys_at(window, ids, _PROBE_SHIFT)
     if not torch.isfinite(expected).all():
@@ -64,23 +79,28 @@ def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
     )
     if len(known) != len(rotations) and (known or not has_table):
         raise UnsupportedArchitectureError(f"{name}: no rotary rule explains the keys of its layers. {SUPPORTED}")
-
-    cache = window.new_cache(1, ids.device)
-    half = _PROBE_TOKENS // 2
-    first = window.read_at(cache, ids[:, :half], [0], [half])
-    second = window.read_at(cache, ids[:, half:], [half], [_PROBE_TOKENS - half])
     if window.config.window >= _PROBE_TOKENS:
         logits = base(input_ids=ids, use_cache=False).logits
         tolerance = 8.0 * torch.finfo(expected.dtype).eps ** 0.75
-        for mine, theirs in ((torch.cat((first, second), 1), expected), (window.head(expected), logits)):
+        for mine, theirs in ((_read_raggedly(window, ids), expected), (window.head(expected), logits)):
             error = (mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)
             if not error <= tolerance:
                 raise UnsupportedArchitectureError(
                     f"{name}: read in pieces through a window it computes other numbers than as a whole (relative "
                     f"error {error:.2g}). {SUPPORTED}"
                 )
-    base.train(was_training)
     return known if len(known) == len(rotations) else None
+
+
+def _read_raggedly(window: "WindowedBase", ids: Tensor) -> Tensor:
+    """Final hidden states of the probe, its two rows read in pieces of different lengths."""
+    cache = window.new_cache(2, ids.device)
+    few, many = _PROBE_TOKENS // 3, _PROBE_TOKENS - 1
+    first = window.read_at(cache, ids[:, :many], [0, 0], [few, many])
+    rest = torch.stack((ids[0, few:], ids[1, many:].expand(_PROBE_TOKENS - few)))  # padding of row 1 is not looked at
+    second = window.read_at(cache, rest, [few, many], [_PROBE_TOKENS - few, _PROBE_TOKENS - many])
+    rows = (torch.cat((first[0, :few], second[0])), torch.cat((first[1], second[1, : _PROBE_TOKENS - many])))
+    return torch.stack(rows)
 
 
 def _keys_at(window: "WindowedBase", ids: Tensor, offset: int) -> tuple[list[Tensor], Tensor]:

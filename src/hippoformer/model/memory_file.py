@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hippoformer.model.modeling import HippoFormer
 
 _FORMAT = "hippoformer-memory-1"
+_COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
+_PRINTS = ("base", "hippocampus", "shape")
 _SAMPLES = 1024
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
 _UNRELATED = 1.2
@@ -77,13 +79,13 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     keys, values = model.anchors(ids)
     tensors = cache.tensors()
     tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
-    counters = {
-        "lengths": cache.lengths,
-        "columns": cache.columns,
-        "frozen": cache.frozen,
-        "written": cache.written,
-        "stored_bound": cache.memory.stored_bound,
-    }
+    counters = dict(
+        zip(
+            _COUNTERS,
+            (cache.lengths, cache.columns, cache.frozen, cache.written, cache.memory.stored_bound),
+            strict=True,
+        )
+    )
     metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(fingerprint(model))}
     write_tensors(Path(path), tensors, metadata)
 
@@ -99,14 +101,14 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code
             has nothing in common with this one's.
     """
-    tensors, metadata = _read(Path(path))
-    mine, theirs = fingerprint(model), json.loads(metadata["fingerprint"])
+    tensors, counters, theirs = _read(Path(path))
+    mine = fingerprint(model)
     if mine["shape"] != theirs["shape"]:
         ours, other = json.loads(mine["shape"]), json.loads(theirs["shape"])
         differing = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in ours if ours[n] != other.get(n))
         raise MemoryFileError(f"{path} was written by a model of another shape: {differing}; load that model")
-    counters: dict[str, Any] = json.loads(metadata["counters"])
     cache = model.new_cache(len(counters["lengths"]))
+    _check_tensors(tensors, cache, str(path))
     unchanged = mine == theirs
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
     cache.restore(kept, counters["stored_bound"])
@@ -119,7 +121,8 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     return cache
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """Tensors, counters and fingerprint of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -130,7 +133,27 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise MemoryFileError(f"{path} is truncated or not a memory file: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise MemoryFileError(f"{path} is a safetensors file, but not a memory of format {_FORMAT}")
-    return tensors, metadata
+    try:
+        counters, prints = json.loads(metadata["counters"]), json.loads(metadata["fingerprint"])
+        complete = all(name in counters for name in _COUNTERS) and all(name in prints for name in _PRINTS)
+        counts = [*counters["lengths"], counters["columns"], counters["stored_bound"]] if complete else [-1]
+        complete = bool(counters["lengths"]) and all(isinstance(n, int) and n >= 0 for n in counts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MemoryFileError(f"the counters or the fingerprint of {path} are damaged: {error!r}") from error
+    if not complete:
+        raise MemoryFileError(f"the counters or the fingerprint of {path} are incomplete; it was not written by `save`")
+    return tensors, counters, prints
+
+
+def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
+    """Every tensor of the state must be there, in the shape this model and the counters give it."""
+    for name, expected in cache.tensors().items():
+        if name not in tensors or tensors[name].shape != expected.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise MemoryFileError(f"{path} is damaged: expected {name} of shape {tuple(expected.shape)}, found {found}")
+    missing = [name for name in ("anchors.ids", "anchors.keys", "anchors.values") if name not in tensors]
+    if missing:
+        raise MemoryFileError(f"{path} is damaged: it lacks {', '.join(missing)}")
 
 
 def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str) -> None:

@@ -139,7 +139,13 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             if not self._memory_on:
                 cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
                 return hidden
-            found, cache.memory = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
+            found, after = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
+            heard = (found.mixture, found.recollection.nothing, found.salience_logit, found.residual)
+            if not all(torch.isfinite(part).all() for part in heard if part is not None):
+                raise NonFiniteError(
+                    "the hippocampus computed NaN or infinity: its weights are damaged, load them again"
+                )
+            cache.memory = after
             cache.written = True
             return hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
 
@@ -227,6 +233,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             log_probs = torch.zeros(ids.shape, device=ids.device)
             for step in self.stream(ids, lengths, cache):
                 place(log_probs, step.target_log_prob, step.start, step.new, order)
+        cache.columns += ids.shape[1]
         return log_probs[:, 1:]
 
     def forward(
@@ -294,6 +301,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 place(importance, step.found.importance.detach().float(), step.start, step.new, order)
             if step.report is not None:
                 replayed.append(step.report)
+        cache.columns += n_columns
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
         denominator = max(counted, 1) if denominator is None else denominator
@@ -327,6 +335,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the
         state.
         """
+        if input_ids.is_floating_point() or input_ids.is_complex():
+            raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise InputError(
                 f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}"
@@ -354,7 +364,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         nothing = [r for r, (n, done) in enumerate(zip(lengths, cache.lengths, strict=True)) if n + done == 0]
         if nothing:
             raise InputError(f"rows {nothing} are all padding: a row needs at least one real token to predict from")
-        cache.columns += n_columns
         return ids.masked_fill(~real, 0).gather(1, order), lengths, order, cache
 
     # ---------------------------------------------------------------- generation

@@ -98,8 +98,8 @@ class WindowLayer(CacheLayerMixin):
 
 
 def _write(slots: Tensor, new: Tensor, placement: Placement) -> Tensor:
-    if torch.is_grad_enabled() and (slots.requires_grad or new.requires_grad):
-        slots = slots.clone()  # autograd still needs the old values
+    if torch.is_grad_enabled():
+        slots = slots.clone()  # a graph may still need the old values: attention keeps keys for the queries' gradients
     if placement.contiguous is not None:
         slots[:, :, placement.contiguous : placement.contiguous + new.shape[2]] = new
     else:
@@ -132,23 +132,21 @@ class WindowedBase:
             self._sliding = None
         self._additive_masks = getattr(base.config, "_attn_implementation", "sdpa") == "eager"
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
-        self._logit_scale = getattr(text, "logit_scale", 1.0) / getattr(text, "logits_scaling", 1.0)
-        self.rotations = inspect_base(self)
+        self._logit_scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
         limit = getattr(text, "max_position_embeddings", None)
         if limit and config.window_slots > limit:
             raise ConfigurationError(
                 f"window={config.window} + sink_tokens={config.sink_tokens} + segment_len={config.segment_len} need "
                 f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
             )
+        self.rotations = inspect_base(self)
 
     def new_cache(self, rows: int, device: torch.device) -> "WindowCache":
         """Empty slots for every layer."""
         tokens = torch.zeros(rows, self.config.window_slots + 1, dtype=torch.int32, device=device)
         return WindowCache([WindowLayer(self.config.window_slots) for _ in range(self.n_layers)], tokens)
 
-    def read(
-        self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int], **body_options: object
-    ) -> Tensor:
+    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int]) -> Tensor:
         """Hidden states of up to a segment's worth of tokens; keys and values go into the cache.
 
         Args:
@@ -160,11 +158,9 @@ class WindowedBase:
             (R, N, D), after the base's final norm.
         """
         fill = [window_fill(d, self.config) for d in done]
-        return self.read_at(cache, ids, fill, new, **body_options)
+        return self.read_at(cache, ids, fill, new)
 
-    def read_at(
-        self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int], **body_options: object
-    ) -> Tensor:
+    def read_at(self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
         """The same from given slots on: `fill` says how many each row has in use."""
         device, n = ids.device, ids.shape[1]
         column = torch.arange(n, device=device)
@@ -178,10 +174,9 @@ class WindowedBase:
         output = self.body(
             input_ids=ids,
             attention_mask=self._masks(slots, limit, padded),
-            position_ids=slots,
+            position_ids=slots.clamp_max(self.config.window_slots - 1),  # the spare slot is not a position
             past_key_values=cache,
             use_cache=True,
-            **body_options,
         )
         cache.placement = None
         return output.last_hidden_state

@@ -61,6 +61,20 @@ def whole(output: Path) -> list[Path]:
     return sorted(path for path in output.glob(f"{_PREFIX}*") if (path / _COUNTERS).is_file())
 
 
+def locate(path: Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the newest whole one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / _COUNTERS).is_file():
+        return path
+    found = whole(path)
+    if not found:
+        raise CheckpointError(f"{path} holds no complete checkpoint: expected folders {_PREFIX}* with {_COUNTERS}")
+    return found[-1]
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Reads a checkpoint: the model's tensors, the run's tensors, the counters.
 
@@ -70,11 +84,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if not (path / _COUNTERS).is_file():
-        found = whole(path)
-        if not found:
-            raise CheckpointError(f"{path} holds no complete checkpoint: expected folders {_PREFIX}* with {_COUNTERS}")
-        path = found[-1]
+    path = locate(path)
     try:
         model, run = load_file(path / checkpoint.WEIGHTS), load_file(path / _TENSORS)
         return model, run, json.loads((path / _COUNTERS).read_text(encoding="utf-8"))

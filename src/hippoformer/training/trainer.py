@@ -29,6 +29,8 @@ from transformers import get_linear_schedule_with_warmup
 from hippoformer.errors import ConfigurationError, NonFiniteError
 from hippoformer.hippocampus.drift import DriftMonitor
 from hippoformer.hippocampus.losses import HippoFormerLoss
+from hippoformer.model import checkpoint
+from hippoformer.model.base_models import load_base_model
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import checkpoints
 from hippoformer.training.credit import measure_credit, reconfigured, useful
@@ -328,7 +330,7 @@ class Trainer:
             "step": self.step,
             "streams": self.streams.state(),
             "bound": self.reader.bound,
-            "scheduler": self.scheduler.last_epoch,
+            "scheduler": self.scheduler.state_dict(),
             "history": self.history,
         }
         checkpoints.save(
@@ -336,10 +338,11 @@ class Trainer:
         )
 
     def _resume(self, path: Path) -> None:
-        from hippoformer.model import checkpoint
-
         model, tensors, counters = checkpoints.load(path)
         checkpoint.restore(self.model, model)
+        base = checkpoints.locate(path) / checkpoint.BASE
+        if base.is_dir():
+            self.model.base.load_state_dict(load_base_model(str(base), dtype=self.model.dtype).state_dict())
         checkpoints.restore_optimizer(self.optimizer, tensors)
         reader = {
             n.removeprefix("reader."): t.to(self.model.device) for n, t in tensors.items() if n.startswith("reader.")
@@ -349,8 +352,9 @@ class Trainer:
         self.drift.reference = tensors.get("drift.reference")
         torch.set_rng_state(tensors["random.cpu"])
         self.streams.restore(counters["streams"])
-        for _ in range(counters["scheduler"]):
-            self.scheduler.step()
+        self.scheduler.load_state_dict(counters["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         self.step, self.history = counters["step"], counters["history"]
 
 
