@@ -20,7 +20,7 @@ from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.fusion import Fusion
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import ReplayReport, consolidate
-from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row
+from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row, with_surprise
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.masks import recall_mask
 from hippoformer.tensors.selection import put
@@ -141,7 +141,7 @@ class StepOutput:
         prior_mixture, prior_nothing, hit: (R, N) lambda and null mass of the query before each token, and its
             attention on
             episodes of that very token: how each token was foretold.
-        salience_logit: (R, N). salience: (R, N) its sigmoid, or the baseline's measure.
+        salience_logit: (R, N) what the gate says. salience: (R, N) in [0, 1], with surprise, or the baseline's measure.
         importance: (R, N) weight each transition was stored with.
     """
 
@@ -319,7 +319,7 @@ class Hippocampus(nn.Module):
     def _salience(self, logit: Tensor, surprise: Tensor) -> Tensor:
         if self.config.selection == "surprise":
             return 1.0 - torch.exp(-surprise.to(logit.dtype))
-        return torch.sigmoid(logit)
+        return with_surprise(logit, surprise, self.config.salience_surprise_weight)
 
     def _encode(self, before: Tensor, after: Tensor, tokens: Tensor, position: Tensor, is_real: Tensor) -> Episodes:
         """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot,

@@ -4,9 +4,12 @@ Two pathways look at the transition s -> s+1 once s+1 has been read: a local MLP
 surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A
 learned weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
 
-    salience = sigmoid(smooth(w local + (1 - w) global) - threshold)
+    gate     = smooth(w local + (1 - w) global) - threshold
+    salience = sigmoid(gate + surprise_weight log((1 - p) / p))
 
-The gate is trained to predict usefulness, the credit a memory later earns (see losses), not easiness.
+The gate is trained to foresee usefulness, the credit a memory later earns (see losses), not easiness. Plain surprise,
+with p the probability that the base gave the token, is a strong rule of its own and knows nothing of what is to come:
+the two are independent experts, and their log-odds add (a product of experts, Hinton 2002).
 """
 
 import torch
@@ -15,6 +18,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
+
+_LEAST_SURPRISE, _MOST_SURPRISE = 1e-4, 30.0
 
 
 class SalienceGate(nn.Module):
@@ -82,6 +87,15 @@ class SalienceGate(nn.Module):
         seen = scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=mask, scale=1.0)
         seen = seen.transpose(1, 2).flatten(-2).to(after.dtype)  # (R, N, G U)
         return self.global_out(torch.where(sees, seen, 0.0)).squeeze(-1)
+
+
+def with_surprise(logit: Tensor, surprise: Tensor, weight: float) -> Tensor:
+    """Salience in [0, 1] of gate logits and surprises -log p (nats), both (R, N)."""
+    if weight == 0:
+        return torch.sigmoid(logit)
+    # log((1 - p) / p) = log(e^surprise - 1), within what float32 can tell from 0 and 1.
+    odds = torch.log(torch.expm1(surprise.to(logit.dtype).clamp(_LEAST_SURPRISE, _MOST_SURPRISE)))
+    return torch.sigmoid(logit + weight * odds)
 
 
 def last_of_each_row(sequence: Tensor, lengths: Tensor, count: int) -> Tensor:

@@ -27,6 +27,8 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_min_duration: tokens of its causal smoothing kernel.
         salience_threshold_init: initial threshold, in logits.
         salience_hidden_size: width of its local pathway.
+        salience_surprise_weight: how far plain surprise speaks beside the gate, see `hippocampus.salience`; 0 for the
+            gate alone.
         importance_weight_range: weight at salience 0.5+ and at salience 1.
         untagged_weight: weight at salience <= 0.5.
         selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
@@ -87,6 +89,7 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_min_duration: int = 2,
         salience_threshold_init: float = 0.0,
         salience_hidden_size: int = 128,
+        salience_surprise_weight: float = 1.0,
         importance_weight_range: tuple[float, float] | list[float] = (2.0, 5.0),
         untagged_weight: float = 1.0,
         selection: str = "salience",
@@ -140,6 +143,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.salience_min_duration = salience_min_duration
         self.salience_threshold_init = salience_threshold_init
         self.salience_hidden_size = salience_hidden_size
+        self.salience_surprise_weight = salience_surprise_weight
         self.importance_weight_range = list(importance_weight_range)
         self.untagged_weight = untagged_weight
         self.selection = selection
