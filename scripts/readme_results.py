@@ -3,6 +3,8 @@
     python scripts/readme_results.py            # rewrite the block
     python scripts/readme_results.py --check    # exit 1 if it is not what the files say
 
+The model card of the shipped hippocampus has such a block too (--readme FILE --links ../../../../results).
+
 Two kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity --output` and of
 `benchmarks/speed.py`. Others are left alone. No figure in the block is typed by hand.
 """
@@ -134,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--links", default="results", help="where the reports lie, seen from the file that is filled")
     arguments = parser.parse_args(argv)
     old = arguments.readme.read_text(encoding="utf-8")
-    new = fill(old, render(read_results(arguments.results)))
+    new = fill(old, render(read_results(arguments.results)).replace("](results/", f"]({arguments.links}/"))
     if arguments.check:
         if old != new:
             print(

@@ -11,6 +11,7 @@ from torch import Tensor
 from hippoformer import ConsolidationRScore, HippoFormer, HippoFormerLoss
 from hippoformer.hippocampus.episodes import importance
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
+from hippoformer.hippocampus.salience import with_surprise
 from tiny import VOCAB, awake, small_config, text
 
 # ---------------------------------------------------------------- importance
@@ -398,3 +399,14 @@ def test_credit_is_the_share_of_later_predictions() -> None:
     assert all(credit[t] == 0 for t in credit if t not in repeated)
     assert sum(credit[t] for t in repeated) > 1.0
     assert len(ids.unique()) < VOCAB
+
+
+def test_surprise_and_gate_are_two_experts_whose_log_odds_add() -> None:
+    probability = torch.tensor([[0.5, 0.9, 0.01]])
+    logit = torch.tensor([[0.3, -2.0, 1.5]])
+    torch.testing.assert_close(with_surprise(logit * 0, -probability.log(), 1.0), 1 - probability)  # no opinion: surprise
+    torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.0), torch.sigmoid(logit))
+    odds = torch.exp(logit) * ((1 - probability) / probability) ** 0.5
+    torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.5), odds / (1 + odds))
+    certain = with_surprise(torch.zeros(1, 2), torch.tensor([[0.0, 1e4]]), 1.0)
+    assert torch.isfinite(certain).all() and certain[0, 0] < 0.001 and certain[0, 1] > 0.999

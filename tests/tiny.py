@@ -103,6 +103,7 @@ SMALL: dict[str, Any] = {
     "recall_value_dim": 8,
     "salience_n_heads": 2,
     "salience_hidden_size": 16,
+    "salience_surprise_weight": 0.0,  # random models are always surprised: all would be tagged
     "replay_batch": 3,
     "max_replay_rounds": 2,
     "priority_threshold": 0.7,

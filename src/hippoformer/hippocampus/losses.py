@@ -71,11 +71,11 @@ class HippoFormerLoss(nn.Module):
             The parts; means over counted tokens, 0 when none is counted.
         """
         share = counted.float() / counted.sum().clamp_min(1)
-        # Nothing that is not counted may reach a sum: 0 * NaN is NaN.
+        # Nothing that is not counted may reach a sum, or a gradient: 0 * NaN is NaN.
         nll = torch.where(counted, -target_log_prob, 0.0)
         weight = torch.where(counted, importance.detach(), 0.0) * share
-        salience = torch.where(counted, torch.sigmoid(salience_logit), 0.0)
-        excess = (salience * share).sum() - self.target_tagged_share * share.sum()
+        logit = torch.where(counted, salience_logit, 0.0)
+        excess = (torch.sigmoid(logit) * share).sum() - self.target_tagged_share * share.sum()
         parts = {
             "lm": (nll * share).sum(),
             "salience_weighted": (nll * weight).sum() / weight.sum().clamp_min(1e-12),
@@ -85,8 +85,8 @@ class HippoFormerLoss(nn.Module):
         }
         if useful is not None:
             known = counted & ~useful.isnan()
-            target = torch.where(known, useful, 0.0)
-            error = binary_cross_entropy_with_logits(salience_logit, target.to(salience_logit.dtype), reduction="none")
+            target = torch.where(known, useful, 0.0).to(logit.dtype)
+            error = binary_cross_entropy_with_logits(logit, target, reduction="none")
             parts["credit"] = torch.where(known, error, 0.0).sum() / known.sum().clamp_min(1)
         total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return LossParts(total=total, **parts)
