@@ -404,7 +404,7 @@ def test_credit_is_the_share_of_later_predictions() -> None:
 def test_surprise_and_gate_are_two_experts_whose_log_odds_add() -> None:
     probability = torch.tensor([[0.5, 0.9, 0.01]])
     logit = torch.tensor([[0.3, -2.0, 1.5]])
-    torch.testing.assert_close(with_surprise(logit * 0, -probability.log(), 1.0), 1 - probability)  # no opinion: surprise
+    torch.testing.assert_close(with_surprise(logit * 0, -probability.log(), 1.0), 1 - probability)
     torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.0), torch.sigmoid(logit))
     odds = torch.exp(logit) * ((1 - probability) / probability) ** 0.5
     torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.5), odds / (1 + odds))
