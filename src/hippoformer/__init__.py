@@ -12,7 +12,8 @@ from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.model.cache import Episode, HippoCache
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.loading import load
-from hippoformer.model.modeling import HippoFormer, HippoFormerOutput
+from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.outputs import HippoFormerOutput
 
 __version__ = "0.1.0"
 
