@@ -28,7 +28,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from hippoformer.errors import ConfigurationError, NonFiniteError
 from hippoformer.hippocampus.drift import DriftMonitor
-from hippoformer.hippocampus.losses import HippoFormerLoss
+from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.model import checkpoint
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.modeling import HippoFormer
@@ -49,7 +49,8 @@ class TrainingOptions:
         max_steps: optimizer steps of both phases. recall_share: part of them in the recall phase.
         rows: documents side by side. segments_per_step: segments between optimizer steps, over which gradients flow.
         gradient_accumulation_steps: backward passes between optimizer steps.
-        warmup_ratio: part of the steps with a rising learning rate; it then falls linearly to zero.
+        warmup_ratio: part of the steps with a rising learning rate, None for the config's `warmup_steps`; it then falls
+            linearly to zero.
         credit_documents: documents whose credit is measured; 0 skips the credit target.
         save_steps, logging_steps, eval_steps: 0 for never. keep_checkpoints: complete ones to keep.
         seed: of order, initial weights' dropout and replay.
@@ -61,7 +62,7 @@ class TrainingOptions:
     rows: int = 4
     segments_per_step: int = 4
     gradient_accumulation_steps: int = 1
-    warmup_ratio: float = 0.05
+    warmup_ratio: float | None = 0.05
     credit_documents: int = 128
     save_steps: int = 100
     logging_steps: int = 10
@@ -111,10 +112,12 @@ class Trainer:
         self.streams = TextStreams(lengths, options.rows, config.segment_len, options.seed)
         self.loss = HippoFormerLoss(config)
         self.optimizer = torch.optim.AdamW(_parameter_groups(model))
-        warmup = math.ceil(options.warmup_ratio * options.max_steps)
+        ratio = options.warmup_ratio
+        warmup = config.warmup_steps if ratio is None else math.ceil(ratio * options.max_steps)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, options.max_steps)
         self.drift = DriftMonitor(config.drift_update_momentum)
         self.useful: dict[int, Tensor] = {}
+        self.r_score = ConsolidationRScore()
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.console = Console(stderr=True)
@@ -133,7 +136,8 @@ class Trainer:
         if resume_from is not None:
             self._resume(resume_from)
         if self.options.report_to:
-            self.accelerator.init_trackers(self.options.project, vars(self.model.config).copy())
+            named = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
+            self.accelerator.init_trackers(self.options.project, self.model.config.to_dict(), init_kwargs=named)
         self._learning()
         started, tokens = time.monotonic(), 0
         window: list[dict[str, float]] = []
@@ -199,14 +203,17 @@ class Trainer:
 
     def _loss(self, piece: Piece, reading: Reading) -> tuple[Tensor, dict[str, float]]:
         found, counted = reading.found, reading.counted
+        target = self._useful(piece, counted)
         parts = self.loss(
             reading.target_log_prob,
             counted,
             found.salience_logit,
             found.importance,
             found.prior_nothing,
-            self._useful(piece, counted),
+            target,
         )
+        if target is not None:
+            self.r_score.update(found.salience, target, counted & ~target.isnan())
         total = parts.total if self.step >= self.recall_steps else parts.lm
         n = int(counted.sum())
         return total, {
@@ -310,6 +317,9 @@ class Trainer:
             numbers["drift"] = self.drift.update(
                 self.model.anchors(self.model.hippocampus.drift_calibrator.anchor_ids)[0]
             )
+        if not math.isnan(r_score := self.r_score.compute()):
+            numbers |= {"consolidation_r": r_score, "consolidation_r_target": self.model.config.consolidation_r_target}
+            self.r_score = ConsolidationRScore()
         self._record(numbers)
 
     def _record(self, numbers: dict[str, float]) -> None:
