@@ -286,23 +286,18 @@ class Hippocampus(nn.Module):
         leaving = [working_fill(done[r] - 1, config) + 1 - working_fill(done[r], config) for r in rows]
         leave = torch.tensor(leaving, device=device)
         segment = torch.tensor([done[r] // config.segment_len for r in rows], device=device)
+        before, episodes = episodes, admit(episodes, leave, config)
+        nothing = torch.zeros_like(segment)
+        report = ReplayReport(nothing, nothing, nothing)
         if frozen:
-            stored = episodes.slots(0, config.buffer_size)
-            moved = admit(episodes, leave, config)
+            stored = before.slots(0, config.buffer_size).tensors()
             kept = {
-                name: torch.cat((stored.tensors()[name], tensor[:, config.buffer_size :]), dim=1)
-                for name, tensor in moved.tensors().items()
+                name: torch.cat((stored[name], tensor[:, config.buffer_size :]), dim=1)
+                for name, tensor in episodes.tensors().items()
             }
             episodes = Episodes(**kept)
-            nothing = torch.zeros_like(segment)
-            report = ReplayReport(nothing, nothing, nothing)
-        else:
-            episodes = admit(episodes, leave, config)
-            if config.selection == "salience":
-                episodes, report = consolidate(episodes, segment, config)
-            else:  # the baselines keep what their own rule keeps
-                nothing = torch.zeros_like(segment)
-                report = ReplayReport(nothing, nothing, nothing)
+        elif config.selection == "salience":  # the baselines keep what their own rule keeps
+            episodes, report = consolidate(episodes, segment, config)
         if not everyone:
             episodes = state.episodes.merged_rows(index, episodes)
         bound = state.stored_bound if frozen else min(config.buffer_size, state.stored_bound + max(leaving))

@@ -79,13 +79,13 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     keys, values = model.anchors(ids)
     tensors = cache.tensors()
     tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
-    counters = dict(
-        zip(
-            _COUNTERS,
-            (cache.lengths, cache.columns, cache.frozen, cache.written, cache.memory.stored_bound),
-            strict=True,
-        )
-    )
+    counters = {
+        "lengths": cache.lengths,
+        "columns": cache.columns,
+        "frozen": cache.frozen,
+        "written": cache.written,
+        "stored_bound": cache.memory.stored_bound,
+    }
     metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(fingerprint(model))}
     write_tensors(Path(path), tensors, metadata)
 
