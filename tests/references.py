@@ -89,42 +89,35 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
         return math.log(weight) - math.log(-math.log(uniform(config.seed, segment, memory.position)))
 
     rounds = config.max_replay_rounds if config.buffer_size > 1 else 0
-    queue = sorted(store, key=drawn, reverse=True)[: rounds * config.replay_batch]
-    # Whom a cue resembles most, and whom among those of its own token, is looked up once, before anything changes.
-    partner, twin = {}, {}
-    for cue in queue:
+    cues = sorted(store, key=drawn, reverse=True)[: rounds * config.replay_batch]
+    reactivated = len(cues)
+    times = dict.fromkeys((memory.position for memory in store), 0)
+    claims: list[tuple[Memory, Memory]] = []
+    for cue in cues:
+        times[cue.position] += 1
         others = [memory for memory in store if memory is not cue]
-        partner[cue.position] = max(others, key=lambda other, cue=cue: cosine(cue, other), default=None)
-        twins = [memory for memory in others if memory.token == cue.token]
-        twin[cue.position] = max(twins, key=lambda other, cue=cue: cosine(cue, other), default=None)
-
-    for number in range(rounds):
-        cues = queue[number * config.replay_batch : (number + 1) * config.replay_batch]
-        cues = [cue for cue in cues if cue.position not in gone]
-        reactivated += len(cues)
-        awakened = {cue.position: cue for cue in cues}
-        claims: list[tuple[Memory, Memory]] = []
-        for cue in cues:
-            like, same = partner[cue.position], twin[cue.position]
-            if like is not None and like.position not in gone and cosine(cue, like) > 0:
-                awakened[like.position] = like
-            if same is not None and same.position not in gone and cosine(cue, same) >= config.merge_threshold:
-                older, newer = sorted((cue, same), key=lambda memory: memory.position)
-                # The first cue that claims a memory moves it.
-                if not any(older is claimed for claimed, _ in claims):
-                    claims.append((older, newer))
-        for memory in awakened.values():
+        like = max(others, key=lambda other, cue=cue: cosine(cue, other), default=None)
+        if like is None or cosine(cue, like) <= 0:
+            continue
+        times[like.position] += 1
+        if like.token == cue.token and cosine(cue, like) >= config.merge_threshold:
+            older, newer = sorted((cue, like), key=lambda memory: memory.position)
+            # The first cue that claims a memory moves it.
+            if not any(older is claimed for claimed, _ in claims):
+                claims.append((older, newer))
+    for memory in store:
+        for _ in range(times[memory.position]):
             memory.priority += config.replay_rate * max(0.0, config.importance_weight_range[1] - memory.priority)
             memory.age = 0.0
-        leaving = {older.position for older, _ in claims}
-        for older, newer in claims:
-            if newer.position in leaving:  # a memory that is to go takes nobody in
-                continue
-            newer.strength += older.strength
-            newer.credit += older.credit
-            newer.priority = max(newer.priority, older.priority)
-            gone.add(older.position)
-            merged += 1
+    leaving = {older.position for older, _ in claims}
+    for older, newer in claims:
+        if newer.position in leaving:  # a memory that is to go takes nobody in
+            continue
+        newer.strength += older.strength
+        newer.credit += older.credit
+        newer.priority = max(newer.priority, older.priority)
+        gone.add(older.position)
+        merged += 1
     alive = [memory for memory in store if memory.position not in gone]
     kept = [m for m in alive if m.priority * config.decay_rate**m.age >= config.priority_threshold]
     return kept, {"reactivated": reactivated, "merged": merged, "forgotten": len(alive) - len(kept)}

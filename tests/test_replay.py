@@ -94,9 +94,24 @@ def test_a_cue_awakens_what_resembles_it() -> None:
     assert int(report.merged) == 0 and alive(after) == [True] * 8
 
 
+def test_what_is_reactivated_twice_rises_twice() -> None:
+    """Slots 0 and 1 are both cues, and each awakens the other."""
+    config = small_config(buffer_size=8, max_replay_rounds=2, replay_batch=4, replay_rate=0.5, priority_threshold=0.1)
+    keys = orthogonal(config)
+    keys[1] = keys[0]
+    after, report = consolidate(store_of(config, keys), torch.tensor([1]), config)
+    assert int(report.reactivated) == 8
+    assert after.priority[0, :8].tolist() == [4.25, 4.25] + [3.5] * 6
+
+
 def test_merging_adds_strength_and_credit_and_keeps_the_newer_key() -> None:
     config = small_config(
-        buffer_size=8, max_replay_rounds=1, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1
+        buffer_size=8,
+        max_replay_rounds=1,
+        replay_batch=8,
+        replay_rate=0.0,
+        merge_threshold=0.95,
+        priority_threshold=0.1,
     )
     keys = orthogonal(config)
     keys[5] = keys[2] + 0.05
@@ -111,7 +126,7 @@ def test_merging_adds_strength_and_credit_and_keeps_the_newer_key() -> None:
     assert alive(after) == [slot != 2 for slot in range(8)]
     assert after.strength[0, 5] == 5.0
     assert after.credit[0, 5] == pytest.approx(1.5 * config.decay_rate)
-    assert after.priority[0, 5] == pytest.approx(4.0 + 0.5 * (5.0 - 4.0))  # that of the more important, reactivated
+    assert after.priority[0, 5] == 4.0  # that of the more important
     assert torch.equal(after.key[0, 5], newer)
 
 

@@ -1,11 +1,11 @@
 """Replay: the offline pass at a segment end in which memories are reactivated, merged, refreshed or let go.
 
-Each round cues the store with some of its own memories. They are drawn at the start, without replacement, in
-proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the
-share of later predictions owed to it. What a round reactivates - the cues, and the memory each cue resembles most -
-moves towards the highest importance and is young again. Near-duplicates, two memories of the same token whose keys
-agree, become one: strengths and credits add, the newer key stays. What was not reactivated has aged by one segment,
-and what falls under `priority_threshold` is forgotten.
+The store is cued with some of its own memories, `max_replay_rounds` x `replay_batch` of them, drawn without replacement
+in proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the
+share of later predictions owed to it. Each cue awakens the memory it resembles most. Both are young again, and their
+priority moves towards the highest importance, once for every time they are reactivated. Where the two vote for the same
+token and their keys agree, they become one: strengths and credits add, the newer key stays. What was not reactivated
+has aged by one segment, and what falls under `priority_threshold` is forgotten.
 
 Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position
 and segment alone, so a row replays the same in any batch.
@@ -45,44 +45,36 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
         The new memory and a report.
     """
     n_stored = config.buffer_size
-    key = episodes.key[:, :n_stored].detach()
-    token = episodes.token[:, :n_stored]
     store = {name: tensor[:, :n_stored] for name, tensor in episodes.tensors().items()}
     position, priority, strength = store["position"].clone(), store["priority"], store["strength"]
     age, credit = store["age"] + 1.0, store["credit"] * config.decay_rate
     before = (position >= 0).sum(-1)
-    reactivations, merged = torch.zeros_like(segment), torch.zeros_like(segment)
+    reactivated, merged = torch.zeros_like(segment), torch.zeros_like(segment)
 
-    rounds = config.max_replay_rounds if n_stored > 1 else 0
-    if rounds:
+    if config.max_replay_rounds and n_stored > 1:
         weight = priority.detach() * config.decay_rate**age * (credit + _UNPROVEN_GAIN)
-        cues, are_cues = _draw_cues(weight, position, segment, rounds, config)
-        relatives = _relatives(key, token, position >= 0, cues, config.recall_n_heads)
-    for number in range(rounds):
-        part = slice(number * config.replay_batch, (number + 1) * config.replay_batch)
-        cue, similar, partner, twin_similar, twin = (tensor[:, part] for tensor in (cues, *relatives))
-        alive = position >= 0  # an earlier round may have merged a cue, or a relative, into another memory
-        cued = are_cues[:, part] & take(alive, cue)
-        woken = cued & (similar > 0) & take(alive, partner)
-        reactivated = _marked(position, torch.cat((cue, partner), -1), torch.cat((cued, woken), -1))
-        reactivations = reactivations + cued.sum(-1)
+        cue, cued = _draw_cues(weight, position, segment, config)
+        similar, partner = _most_alike(store["key"].detach(), position, cue, config.recall_n_heads)
+        woken = cued & (similar > 0)
+        times = torch.zeros_like(priority)
+        times = times.scatter_add(-1, cue, cued.float()).scatter_add(-1, partner, woken.float())
         room = (config.importance_weight_range[1] - priority).clamp_min(0.0)
-        priority = torch.where(reactivated, priority + config.replay_rate * room, priority)
-        age = age.masked_fill(reactivated, 0.0)
+        priority = priority + (1.0 - (1.0 - config.replay_rate) ** times) * room
+        age = age.masked_fill(times > 0, 0.0)
 
-        older, newer = torch.minimum(cue, twin), torch.maximum(cue, twin)  # slots are ordered by age of the text
-        twins = cued & take(alive, twin) & (twin_similar >= config.merge_threshold)
-        fuse = _without_conflicts(older, newer, twins, n_stored)
+        older, newer = torch.minimum(cue, partner), torch.maximum(cue, partner)  # slots are ordered by age of the text
+        same_token = take(store["token"], cue) == take(store["token"], partner)
+        fuse = _without_conflicts(older, newer, woken & same_token & (similar >= config.merge_threshold), n_stored)
         strength = strength.scatter_add(-1, newer, take(strength, older) * fuse)
         credit = credit.scatter_add(-1, newer, take(credit, older) * fuse)
         priority = priority.scatter_reduce(-1, newer, take(priority, older) * fuse, "amax")
         position = position.masked_fill(_marked(position, older, fuse), -1)
-        merged = merged + fuse.sum(-1)
+        reactivated, merged = cued.sum(-1), fuse.sum(-1)
 
     alive = position >= 0
     forgotten = alive & (priority * config.decay_rate**age < config.priority_threshold)
     position = position.masked_fill(forgotten, -1)
-    report = ReplayReport(reactivations, merged, before - merged - (position >= 0).sum(-1))
+    report = ReplayReport(reactivated, merged, before - merged - (position >= 0).sum(-1))
 
     changed = {"position": position, "priority": priority, "age": age, "strength": strength, "credit": credit}
     return Episodes(
@@ -93,38 +85,27 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
     ), report
 
 
-def _draw_cues(
-    weight: Tensor, position: Tensor, segment: Tensor, rounds: int, config: HippoFormerConfig
-) -> tuple[Tensor, Tensor]:
-    """The cues of all rounds, in the order they are drawn: a Gumbel top-k, which is drawing without replacement.
+def _draw_cues(weight: Tensor, position: Tensor, segment: Tensor, config: HippoFormerConfig) -> tuple[Tensor, Tensor]:
+    """The cues in the order they are drawn: a Gumbel top-k, which is drawing without replacement.
 
     Returns:
-        (R, rounds x replay_batch) slots, and whether each is a real cue; a small store has fewer.
+        (R, Q) slots, and whether each is a real cue; a small store has fewer.
     """
     uniform = hashed_uniform(config.seed, segment.unsqueeze(-1), position.long())
     score = (weight.log() - (-uniform.log()).log()).masked_fill(position < 0, -torch.inf)
-    best = score.topk(min(rounds * config.replay_batch, score.shape[-1]), dim=-1)
+    best = score.topk(min(config.max_replay_rounds * config.replay_batch, score.shape[-1]), dim=-1)
     return best.indices, ~best.values.isneginf()
 
 
-def _relatives(
-    key: Tensor, token: Tensor, alive: Tensor, cue: Tensor, n_heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each cue the memory most like it, and the one most like it among those of the same token.
-
-    Returns:
-        (cosine, slot, cosine among the same token, slot among the same token), each (R, Q); the cosine is the mean over
-        heads, -inf where there is none.
-    """
-    found: list[tuple[Tensor, ...]] = []
+def _most_alike(key: Tensor, position: Tensor, cue: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """For each cue the memory most like it: its cosine, the mean over heads (-inf for none), and its slot; (R, Q)."""
+    found: list[tuple[Tensor, Tensor]] = []
     for row in range(key.shape[0]):
-        similarity = linear(key[row, cue[row]], key[row]).float().div_(n_heads)  # (Q, M)
-        similarity.masked_fill_(~alive[row], -torch.inf).scatter_(-1, cue[row].unsqueeze(-1), -torch.inf)
-        closest = similarity.max(-1)
-        twins = similarity.masked_fill_(token[row] != token[row, cue[row]].unsqueeze(-1), -torch.inf).max(-1)
-        found.append((closest.values, closest.indices, twins.values, twins.indices))
-    similar, partner, twin_similar, twin = (torch.stack(column) for column in zip(*found, strict=True))
-    return similar, partner, twin_similar, twin
+        similarity = linear(key[row, cue[row]], key[row])  # (Q, M)
+        similarity.masked_fill_(position[row] < 0, -torch.inf).scatter_(-1, cue[row].unsqueeze(-1), -torch.inf)
+        found.append(tuple(similarity.max(-1)))  # type: ignore[arg-type]
+    similar, partner = (torch.stack(column) for column in zip(*found, strict=True))
+    return similar.float() / n_heads, partner
 
 
 def _marked(like: Tensor, index: Tensor, on: Tensor) -> Tensor:
