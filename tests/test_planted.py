@@ -1,4 +1,4 @@
-"""Planted facts: every fact twice, at the promised distance, and the text around it untouched."""
+"""Planted facts: every fact stated and asked for at the promised distance, and the text around it untouched."""
 
 import re
 
@@ -16,14 +16,21 @@ def facts_in(text: str) -> list[tuple[int, str]]:
     return [(m.start(), m.group()) for m in re.finditer(r"^(?!line ).+$", text, re.MULTILINE)]
 
 
-def test_each_fact_is_told_twice_at_the_distance_asked_for() -> None:
+def test_each_fact_is_stated_and_asked_for_at_the_distance_given() -> None:
     (planted,) = plant_facts([TEXT], facts=4, gap=(3000, 5000), seed=1)
     found = facts_in(planted.text)
     assert len(found) == 8
-    for _, sentence in found:
-        first, second = (where for where, other in found if other == sentence)
-        # The later telling may be pushed on by other facts, to the end of its line, or held by the end of the text.
-        assert 3000 <= second - first <= 5000 + 4 * 80 + 60 or second > len(planted.text) - 400
+    pairs = 0
+    for where, question in found:
+        value = question.split()[-1].strip('".')
+        before = [place for place, other in found if value in other and place < where]
+        if not before:
+            continue  # a statement: the first time its value is written
+        pairs += 1
+        # The question may be pushed on by other facts, to the end of its line, or held by the end of the text.
+        assert 3000 <= where - before[0] <= 5000 + 8 * 120 or where > len(planted.text) - 500
+        assert question.endswith(value), "nothing may follow an answer"
+    assert pairs == 4
 
 
 def test_the_text_around_the_facts_is_the_document() -> None:

@@ -102,13 +102,11 @@ def _documents(arguments: TrainArguments) -> list[Document]:
 
 
 def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Document]:
-    """Copies of some documents, evenly spread over the list and cut to what is read of them, with facts planted."""
-    if not arguments.planted_documents:
-        return []
+    """Further parts of the longest documents, with facts planted: what follows the part that is read as it is."""
     size = _CHARACTERS_PER_TOKEN * arguments.max_document_tokens
-    spread = documents[:: max(1, len(documents) // arguments.planted_documents)][: arguments.planted_documents]
-    cut = [Document(d.title, d.text[:size], d.source) for d in spread]
-    return plant_facts(cut, arguments.planted_facts, _FACT_GAP, arguments.seed)
+    longest = sorted(documents, key=lambda document: -len(document.text))[: arguments.planted_documents]
+    parts = [Document(d.title, d.text[size : 2 * size] or d.text[:size], d.source) for d in longest]
+    return plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
 
 
 def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Tensor]:

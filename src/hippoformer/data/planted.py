@@ -1,9 +1,9 @@
-"""Facts planted in real text and told again later, so that training has something exact to remember.
+"""Facts planted in real text and asked for later, so that training has something exact to remember.
 
 Natural text rarely needs a number from thousands of tokens ago, so a hippocampus trained on it alone learns the gist
-and forgets the digits. Here made-up sentences are put between the lines of a document, and each is told again after a
-gap drawn at random: whoever kept it can foretell its ending. The wordings are this module's own; evaluations must use
-others.
+and forgets the digits. Here made-up statements are put between the lines of a document, and after a gap drawn at
+random each is asked for, mostly in other words: whoever kept it can foretell the answer. An answer always ends what
+asks for it. The wordings are this module's own; evaluations must use others.
 """
 
 import random
@@ -12,18 +12,69 @@ from collections.abc import Sequence
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
 
-_SUBJECTS = (
-    "The combination of the safe in {place} is {number}.",
-    "{name} was given the ticket with the number {number}.",
-    "In the ledger, {name} of {place} stands under entry {number}.",
-    "The telephone of {name} answers to {number}.",
-    "The wine cellar at {place} holds {number} bottles.",
-    "The favourite town of {name} is {place}.",
-    "{name} hid the letter in {place}, beside the well.",
-    "The horse of {name} carries the mark {number}.",
+# What somebody can have, and what kind of value it takes.
+_ATTRIBUTES = {
+    "combination of the safe": "number",
+    "ticket number": "number",
+    "telephone number": "number",
+    "entry in the ledger": "number",
+    "regimental number": "number",
+    "number of the cabin": "number",
+    "weight of the parcel in grains": "number",
+    "mark on the crate": "number",
+    "account at the bank": "number",
+    "reference of the letter": "number",
+    "favourite town": "place",
+    "place of birth": "place",
+    "hiding place of the letter": "place",
+    "next port of call": "place",
+    "country seat": "place",
+    "name of the horse": "word",
+    "name of the boat": "word",
+    "family motto": "word",
+    "watchword": "word",
+    "brand of tobacco": "word",
+    "true name": "person",
+    "godmother": "person",
+    "lawyer": "person",
+    "oldest friend": "person",
+    "colour of the door": "common",
+    "favourite dish": "common",
+    "trade": "common",
+    "instrument": "common",
+}
+_STATEMENTS = (
+    "The {attribute} of {owner} is {value}.",
+    "{owner}'s {attribute} is {value}.",
+    "Everyone knew that the {attribute} of {owner} was {value}.",
+    "It was settled that the {attribute} for {owner} should be {value}.",
+    "{owner} wrote down the {attribute}: {value}.",
+    "Concerning {owner}, the {attribute} is {value}, and nobody else knew it.",
+    "In those days {owner} gave the {attribute} as {value}.",
+    "Note for later: {owner}, {attribute}, {value}.",
 )
-_SYLLABLES = ("bar", "cor", "dal", "fen", "gri", "hul", "jas", "kel", "lor", "mav", "nem", "osk", "pel", "rov", "sul")
-_ENDINGS = ("a", "en", "ick", "ow", "us", "eth", "ard", "ine")
+_QUESTIONS = (
+    "What is the {attribute} of {owner}? The {attribute} of {owner} is {value}",
+    "What is {owner}'s {attribute}? It is {value}",
+    "Question: what was the {attribute} of {owner}? Answer: {value}",
+    '"Can you tell me the {attribute} of {owner}?" "{value}',
+    "Who remembers {owner}? The {attribute} was {value}",
+    "{owner}'s {attribute}, as was said before, is {value}",
+)
+# fmt: off
+_COMMON = (
+    "blue", "green", "scarlet", "yellow", "mutton", "oysters", "pudding", "trout", "baker", "cooper", "tailor",
+    "glazier", "flute", "violin", "harp", "bassoon",
+)
+_SYLLABLES = (
+    "bar", "cor", "dal", "fen", "gri", "hul", "jas", "kel", "lor", "mav", "nem", "osk", "pel", "rov", "sul", "tam",
+    "und", "ves", "wim", "yar", "zeb", "bri", "cha", "dro", "eli", "fro", "gwen", "hes", "ich", "jun", "kra", "lin",
+    "mor", "nor", "ola", "pri", "qua", "ros", "sta", "tri", "uls", "vor", "wes",
+)
+_ENDINGS = (
+    "a", "en", "ick", "ow", "us", "eth", "ard", "ine", "ley", "ton", "mont", "wick", "is", "o", "ham", "stead",
+)
+# fmt: on
 
 
 def plant_facts(documents: Sequence[Document], facts: int, gap: tuple[int, int], seed: int) -> list[Document]:
@@ -31,9 +82,9 @@ def plant_facts(documents: Sequence[Document], facts: int, gap: tuple[int, int],
 
     Args:
         documents: real text; facts go between its lines, at the beginning of a line.
-        facts: planted in each document, each told twice.
-        gap: smallest and largest distance between the two tellings, in characters.
-        seed: of names, numbers and places.
+        facts: planted in each document, each stated once and asked for once.
+        gap: smallest and largest distance between the two, in characters.
+        seed: of names, numbers, wordings and places.
 
     Returns:
         As many documents. One that is shorter than twice the smallest gap comes back without facts.
@@ -50,10 +101,10 @@ def _planted(document: Document, facts: int, gap: tuple[int, int], draw: random.
     text = document.text
     places: list[tuple[int, str]] = []
     for _ in range(facts if len(text) >= 2 * gap[0] else 0):
-        sentence = _sentence(draw)
+        statement, question = _fact(draw)
         first = draw.randrange(len(text) - gap[0])
         second = min(first + draw.randint(*gap), len(text) - 1)
-        places += [(first, sentence), (second, sentence)]
+        places += [(first, statement), (second, question)]
     pieces, end = [], 0
     for where, sentence in sorted(places):
         cut = max(end, text.find("\n", where) + 1 or len(text))
@@ -62,9 +113,21 @@ def _planted(document: Document, facts: int, gap: tuple[int, int], draw: random.
     return Document(document.title, "".join(pieces) + text[end:], f"{document.source} with planted facts")
 
 
-def _sentence(draw: random.Random) -> str:
-    def name() -> str:
-        return (draw.choice(_SYLLABLES) + draw.choice(_SYLLABLES) + draw.choice(_ENDINGS)).capitalize()
+def _fact(draw: random.Random) -> tuple[str, str]:
+    """A statement, and a question that ends with its value."""
+    attribute = draw.choice(list(_ATTRIBUTES))
+    value = {
+        "number": "".join(str(draw.randrange(10)) for _ in range(draw.randint(3, 6))),
+        "place": _name(draw),
+        "word": _name(draw),
+        "person": f"{_name(draw)} {_name(draw)}",
+        "common": draw.choice(_COMMON),
+    }[_ATTRIBUTES[attribute]]
+    owner = _name(draw) if draw.random() < 0.5 else f"{_name(draw)} {_name(draw)}"
+    slots = {"attribute": attribute, "owner": owner, "value": value}
+    return draw.choice(_STATEMENTS).format(**slots), draw.choice(_QUESTIONS).format(**slots)
 
-    number = "".join(str(draw.randrange(10)) for _ in range(draw.randint(3, 6)))
-    return draw.choice(_SUBJECTS).format(name=f"{name()} {name()}", place=name(), number=number)
+
+def _name(draw: random.Random) -> str:
+    middle = draw.choice(_SYLLABLES) if draw.random() < 0.5 else ""
+    return (draw.choice(_SYLLABLES) + middle + draw.choice(_ENDINGS)).capitalize()

@@ -19,8 +19,12 @@ class TrainArguments:
     streaming: bool = field(default=False, metadata={"help": "read the dataset as a stream; needs --max_samples"})
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
     max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
-    planted_documents: int = field(default=0, metadata={"help": "documents also read with made-up facts in them"})
-    planted_facts: int = field(default=12, metadata={"help": "facts in each of those, each told twice"})
+    planted_documents: int = field(
+        default=0, metadata={"help": "of the longest documents a further part is read, with made-up facts in it"}
+    )
+    planted_facts: int = field(
+        default=12, metadata={"help": "facts in each of those, each stated once and asked for once"}
+    )
     max_seq_length: int = field(
         default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
     )
