@@ -1,4 +1,4 @@
-"""The command line: `hippoformer eval perplexity`, `hippoformer train`, `hippoformer demo`, `hippoformer memory show`.
+"""The command line: `hippoformer eval perplexity`, `eval recall`, `train`, `demo`, `memory show`.
 
 Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick.
 An error that the package raises on purpose becomes one red line and exit code 2; `hippoformer --debug …` shows where
@@ -119,6 +119,61 @@ def eval_perplexity(
             limit_tokens=limit_tokens,
             skip_tokens=skip_tokens,
             max_documents=documents,
+            seed=seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console = _console()
+    console.print(report.to_table())
+    if output is not None:
+        report.save(output)
+        console.print(Text(f"Results written to {output}"))
+
+
+@eval_app.command("recall")
+def eval_recall(
+    model: ModelOption,
+    text: Annotated[list[Path], typer.Option("--text", help="Text file or folder to hide facts in; can be repeated.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None,
+    distances: Annotated[str, typer.Option(help="Comma-separated: tokens read before a fact is asked for.")] = (
+        "2000,8000,32000"
+    ),
+    facts: Annotated[int, typer.Option(help="Facts of each kind in each stream.")] = 9,
+    kinds: Annotated[str | None, typer.Option(help="Comma-separated: pass key, home, one of three.")] = None,
+    streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None,
+    window: WindowOption = None,
+    sink_tokens: SinkOption = None,
+    buffer_size: BufferOption = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the replay draws and of the facts.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Hide facts in long texts, ask for them thousands of tokens later, and count exact answers."""
+    from hippoformer.data import read_documents
+    from hippoformer.evaluation.needles import KINDS
+    from hippoformer.evaluation.recall import evaluate_recall
+
+    if output is not None:
+        _check_output(output)
+    texts = read_documents([*text, *(more or [])])
+    try:
+        gaps = [int(part) for part in distances.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--distances {distances}: expected numbers like 2000,8000") from error
+    loaded, tokenizer = _load(
+        model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
+    )
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        report = evaluate_recall(
+            loaded,
+            tokenizer,
+            texts,
+            distances=gaps,
+            facts=facts,
+            kinds=KINDS if kinds is None else [kind.strip() for kind in kinds.split(",")],
+            haystacks=streams,
             seed=seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -10,12 +10,9 @@ before the next batch begins, so that a slow minute of the machine meets them al
     report.save("results.json")
 """
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from hippoformer.data import Document
@@ -27,8 +24,10 @@ from hippoformer.evaluation.scoring import (
     BatchScores,
     EncodedDocument,
     batches,
+    describe,
     encode,
     other_rows,
+    reading,
     score_batch,
     start_tokens,
 )
@@ -96,7 +95,7 @@ def evaluate_perplexity(
         others = [other_rows(batch, pool, cyclic=other_documents is None) for batch in plan]
     done, total = 0, len(conditions) * sum(document.tokens_read for document in scored)
     scores: dict[str, list[BatchScores]] = {condition: [] for condition in conditions}
-    with _reading(model):
+    with reading(model):
         for batch, batch_others in zip(plan, others, strict=True):
             for condition in conditions:
                 scores[condition].append(score_batch(model, condition, batch, batch_others))
@@ -110,7 +109,7 @@ def evaluate_perplexity(
         _condition_result(condition, scored, nll, scores[condition], seed, resamples) for condition in conditions
     ]
     return PerplexityReport(
-        model=_describe(model),
+        model=describe(model),
         settings={
             "batch_size": batch_size,
             "limit_tokens": limit_tokens,
@@ -185,33 +184,6 @@ def _in_order(plan: Sequence[Sequence[EncodedDocument]], values: Sequence[Sequen
         for document, value in zip(batch, batch_values, strict=True)
     }
     return [by_index[index] for index in sorted(by_index)]
-
-
-@contextlib.contextmanager
-def _reading(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of before comes back, also after an error."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "base_model_name": config.base_model_name,
-        "window": config.window,
-        "sink_tokens": config.sink_tokens,
-        "segment_len": config.segment_len,
-        "buffer_size": config.buffer_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        # A configuration may hold what JSON has no word for (a dtype, infinity): its name is what counts here.
-        "config": json.loads(json.dumps(config.to_dict(), default=str), parse_constant=str),
-    }
 
 
 def _check(

@@ -17,8 +17,10 @@ What `memory` gains over `window-only` is owed to the far store, and only if `ot
 Shapes: R rows (documents read side by side, independent of each other), T tokens, padded on the right.
 """
 
+import contextlib
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +208,34 @@ def score_batch(
         memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),
         seconds=seconds,
     )
+
+
+@contextlib.contextmanager
+def reading(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of before comes back, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What a report says of the model it measured."""
+    config = model.config
+    return {
+        "base_model_name": config.base_model_name,
+        "window": config.window,
+        "sink_tokens": config.sink_tokens,
+        "segment_len": config.segment_len,
+        "buffer_size": config.buffer_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        # A configuration may hold what JSON has no word for (a dtype, infinity): its name is what counts here.
+        "config": json.loads(json.dumps(config.to_dict(), default=str), parse_constant=str),
+    }
 
 
 def _timed_score(model: Any, rows: Sequence[Tensor], cache: Any) -> tuple[Tensor, float]:

@@ -1,0 +1,85 @@
+"""Facts hidden in long text, and the questions about them: what a memory is asked to recall.
+
+Three kinds, each with names that no text holds:
+
+    pass key    a number of five digits
+    home        a made-up name and a made-up place
+    one of three   three numbers told together, one of them asked for
+
+The wordings are those of this evaluation and of no training text (`data.planted` has others).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("pass key", "home", "one of three")
+# fmt: off
+_SYLLABLES = (
+    "al", "be", "cu", "dor", "eth", "fi", "gan", "hol", "iv", "ka", "lun", "mir", "on", "phi", "quor", "ska", "thu",
+    "ur", "vel", "xan", "yl", "zor",
+)
+# fmt: on
+_PERSON_ENDS = ("a", "an", "is", "o", "ra", "th")
+_PLACE_ENDS = ("bury", "dale", "ford", "gate", "haven", "mere")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact as token ids.
+
+    Attributes:
+        kind: one of `KINDS`.
+        statement: what is put into the text, on lines of its own.
+        question: what is read when the fact is asked for; the answer continues it.
+        answer: the tokens that must come next.
+        answer_offset: where the answer stands in the statement.
+    """
+
+    kind: str
+    statement: list[int]
+    question: list[int]
+    answer: list[int]
+    answer_offset: int
+
+
+def draw_needle(kind: str, tokenizer: Any, draw: random.Random) -> Needle:
+    """A new fact of a kind.
+
+    Args:
+        kind: one of `KINDS`. tokenizer: of the model that will read it.
+        draw: names, places and numbers come from it.
+    """
+    if kind == "pass key":
+        name = _name(draw, _PERSON_ENDS)
+        return _encoded(kind, f"The pass key of {name} is", f" {_number(draw)}", ". Remember it.", "", tokenizer)
+    if kind == "home":
+        name, place = _name(draw, _PERSON_ENDS), _name(draw, _PLACE_ENDS)
+        return _encoded(kind, f"{name} lives in", f" {place}", ".", f"Where does {name} live?", tokenizer)
+    names = [_name(draw, _PERSON_ENDS) for _ in range(3)]
+    sentences = [(f"The special magic number for {name} is", f" {_number(draw)}") for name in names]
+    asked = draw.randrange(3)
+    head = "".join(f"{a}{b}. " for a, b in sentences[:asked])
+    tail = "".join(f" {a}{b}." for a, b in sentences[asked + 1 :])
+    question = f"What is the special magic number for {names[asked]}?"
+    return _encoded(kind, sentences[asked][0], sentences[asked][1], f".{tail}", question, tokenizer, head)
+
+
+def _encoded(kind: str, prompt: str, answer: str, tail: str, question: str, tokenizer: Any, head: str = "") -> Needle:
+    before, told, after = (_ids(tokenizer, text) for text in (f"\n\n{head}{prompt}", answer, f"{tail}\n\n"))
+    asked = _ids(tokenizer, f"\n\n{question} {prompt}" if question else f"\n\n{prompt}")
+    return Needle(kind, [*before, *told, *after], asked, told, len(before))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def _name(draw: random.Random, ends: Sequence[str]) -> str:
+    return (draw.choice(_SYLLABLES) + draw.choice(_SYLLABLES) + draw.choice(ends)).capitalize()
+
+
+def _number(draw: random.Random) -> str:
+    return "".join(str(draw.randrange(10)) for _ in range(5))

@@ -1,0 +1,318 @@
+"""Exact recall: facts planted in long text, asked for thousands of tokens later.
+
+Each haystack is one stream: a document, continued by the next ones where it is too short. Facts are planted one after
+another from its beginning on, and each is asked for once it lies so many tokens back, for every distance in turn. A
+question is put to a copy of the state, so that asking leaves the stream as it was; the answer is decoded greedily and
+counts if every token of it is right. The same question is put to the same copy with the memory off.
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import binomtest
+from torch import Tensor
+
+from hippoformer.data import Document
+from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.needles import KINDS, Needle, draw_needle
+from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.scoring import describe, reading
+from hippoformer.evaluation.statistics import LEVEL
+
+FORMAT = "hippoformer.recall/1"
+_PIECE = 512  # tokens read between two looks at what is due
+_SPACING = 384  # tokens of the document before the first fact and between two facts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question and what was answered.
+
+    Attributes:
+        haystack: number of the stream. kind: of the fact.
+        position: of the answer's first token in the stream. distance: tokens read between statement and question.
+        asked_distance: the cell it belongs to.
+        kept: tokens of the answer whose episodes are still remembered. answer_tokens: of the answer.
+        right, right_off: every token decoded with the memory, and without it, is that of the answer.
+        nats, nats_off: -log p of the whole answer.
+    """
+
+    haystack: int
+    kind: str
+    position: int
+    asked_distance: int
+    distance: int
+    kept: int
+    answer_tokens: int
+    right: bool
+    right_off: bool
+    nats: float
+    nats_off: float
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """All questions, and where the numbers came from.
+
+    Attributes:
+        model: what was measured. settings: options. asked: every question.
+        state_nbytes: bytes of a row's state at the end of each stream.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    asked: tuple[Asked, ...]
+    state_nbytes: int
+    provenance: dict[str, Any]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept."""
+        cells = []
+        for kind, distance in sorted(
+            {(a.kind, a.asked_distance) for a in self.asked}, key=lambda c: (KINDS.index(c[0]), c[1])
+        ):
+            cases = [a for a in self.asked if (a.kind, a.asked_distance) == (kind, distance)]
+            right = sum(a.right for a in cases)
+            interval = binomtest(right, len(cases)).proportion_ci(LEVEL, "wilson")
+            cells.append(
+                {
+                    "kind": kind,
+                    "distance": distance,
+                    "cases": len(cases),
+                    "right": right / len(cases),
+                    "low": float(interval.low),
+                    "high": float(interval.high),
+                    "right_off": sum(a.right_off for a in cases) / len(cases),
+                    "kept": sum(a.kept for a in cases) / sum(a.answer_tokens for a in cases),
+                    "nats": sum(a.nats for a in cases) / len(cases),
+                    "nats_off": sum(a.nats_off for a in cases) / len(cases),
+                }
+            )
+        return cells
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON content."""
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "settings": self.settings,
+            "cells": self.cells(),
+            "asked": [asdict(a) for a in self.asked],
+            "state_nbytes": self.state_nbytes,
+            "provenance": self.provenance,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+        return plain
+
+    def save(self, path: Any) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    def to_table(self) -> Table:
+        """One line a cell, for a terminal."""
+        caption = (
+            f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; {self.state_nbytes / 1e6:.1f} MB of state a row"
+        )
+        table = Table(title=Text(f"Recall of {self.model['base_model_name']}"), caption=Text(caption))
+        table.add_column("fact")
+        for heading in ("tokens ago", "cases", "right", "right, memory off", "answer kept", "nats", "nats off"):
+            table.add_column(heading, justify="right")
+        for cell in self.cells():
+            table.add_row(
+                cell["kind"],
+                f"{cell['distance']:,}",
+                str(cell["cases"]),
+                Text(f"{cell['right']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}]"),
+                f"{cell['right_off']:.0%}",
+                f"{cell['kept']:.0%}",
+                f"{cell['nats']:.2f}",
+                f"{cell['nats_off']:.2f}",
+            )
+        return table
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """A fact in a stream: its statement begins at `start`."""
+
+    haystack: int
+    start: int
+    needle: Needle
+
+    @property
+    def answer(self) -> range:
+        first = self.start + self.needle.answer_offset
+        return range(first, first + len(self.needle.answer))
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.needle.statement)
+
+
+def evaluate_recall(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    distances: Sequence[int] = (2_000, 8_000, 32_000),
+    facts: int = 9,
+    kinds: Sequence[str] = KINDS,
+    haystacks: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    command: str | None = None,
+) -> RecallReport:
+    """Plants facts in long streams and asks for them later.
+
+    Args:
+        model: a HippoFormer. tokenizer: its tokenizer.
+        documents: haystack i begins with document i and goes on with those after it, round and round.
+        distances: tokens between the end of a fact and its question; met within 512 tokens.
+        facts: of each kind in each haystack. kinds: some of `KINDS`.
+        haystacks: streams, read side by side; as many as documents where it is None.
+        seed: of the facts.
+        progress: called with (tokens read, tokens in all).
+        command: recorded in the report.
+
+    Raises:
+        ConfigurationError: an unknown kind or a number out of range. TextError: no text.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds or facts < 1 or not distances or min(distances) < 1 or (haystacks is not None and haystacks < 1):
+        raise ConfigurationError(
+            f"kinds={list(kinds)}, facts={facts}, distances={list(distances)}, haystacks={haystacks}; expected kinds "
+            f"among {', '.join(KINDS)} and positive numbers."
+        )
+    streams, planted = zip(
+        *(
+            _haystack(tokenizer, documents, number, facts, kinds, max(distances), seed)
+            for number in range(haystacks or len(documents))
+        ),
+        strict=True,
+    )
+    length = min(len(ids) for ids in streams)
+    ids = torch.tensor([stream[:length] for stream in streams], device=model.device)
+    due = sorted(
+        ((p.end + distance, distance, p) for row in planted for p in row for distance in distances),
+        key=lambda question: question[:2],
+    )
+    asked: list[Asked] = []
+    cache = model.new_cache(len(streams))
+    with reading(model):
+        for start in range(0, length, _PIECE):
+            piece = ids[:, start : start + _PIECE]
+            model.score(piece, past_key_values=cache)
+            read = start + piece.shape[1]
+            ready = [(distance, p) for when, distance, p in due if when <= read]
+            due = due[len(ready) :]
+            if ready:
+                asked += _ask(model, cache, ready, read)
+            if progress is not None:
+                progress(read * len(streams), length * len(streams))
+    return RecallReport(
+        model=describe(model),
+        settings={
+            "distances": list(distances),
+            "facts": facts,
+            "kinds": list(kinds),
+            "haystacks": len(streams),
+            "tokens_read": length,
+            "seed": seed,
+        },
+        asked=tuple(asked),
+        state_nbytes=cache.nbytes // len(streams),
+        provenance=provenance(seed=seed, documents=list(documents), command=command),
+    )
+
+
+def _haystack(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    number: int,
+    facts: int,
+    kinds: Sequence[str],
+    farthest: int,
+    seed: int,
+) -> tuple[list[int], list[_Planted]]:
+    """The token ids of one stream, long enough for every question, and the facts in it."""
+    draw = random.Random(f"{seed}/{number}")
+    needles = [draw_needle(kind, tokenizer, draw) for _ in range(facts) for kind in kinds]
+    ids: list[int] = []
+    planted = []
+    text = _endless(tokenizer, documents, number)
+    for needle in needles:
+        ids += [next(text) for _ in range(_SPACING)]
+        planted.append(_Planted(number, len(ids), needle))
+        ids += needle.statement
+    # Streams are cut to the shortest, and facts differ by a few tokens.
+    ids += [next(text) for _ in range(farthest + 2 * _PIECE + 16 * len(needles))]
+    return ids, planted
+
+
+def _endless(tokenizer: Any, documents: Sequence[Document], first: int):  # type: ignore[no-untyped-def]
+    """Tokens of the documents from the first on, round and round."""
+    if not any(document.text.strip() for document in documents):
+        raise TextError("there is no text to hide facts in: name a longer one")
+    while True:
+        document = documents[first % len(documents)]
+        yield from tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        first += 1
+
+
+def _ask(model: Any, cache: Any, ready: list[tuple[int, _Planted]], read: int) -> list[Asked]:
+    """Puts all questions that are due to copies of the state, side by side."""
+    rows = torch.tensor([p.haystack for _, p in ready])
+    needles = [p.needle for _, p in ready]
+    with_memory = _answers(model, cache.select_rows(rows), needles)
+    with model.memory_off():
+        without = _answers(model, cache.select_rows(rows), needles)
+    remembered = {row: {e.position for e in cache.episodes(row)} for row in set(rows.tolist())}
+    return [
+        Asked(
+            haystack=p.haystack,
+            kind=p.needle.kind,
+            position=p.answer.start,
+            asked_distance=distance,
+            distance=read - p.end,
+            kept=len(remembered[p.haystack] & set(p.answer)),
+            answer_tokens=len(p.answer),
+            right=on[0] == p.needle.answer,
+            right_off=off[0] == p.needle.answer,
+            nats=on[1],
+            nats_off=off[1],
+        )
+        for (distance, p), on, off in zip(ready, with_memory, without, strict=True)
+    ]
+
+
+def _answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[list[int], float]]:
+    """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
+    judged = cache.copy()
+    decoded: list[list[int]] = [[] for _ in needles]
+    tokens, mask = _left_padded([needle.question for needle in needles], model.device)
+    for _ in range(max(len(needle.answer) for needle in needles)):
+        logits = model(tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        tokens = logits.argmax(-1, keepdim=True)
+        mask = torch.ones_like(tokens)
+        for row, token in enumerate(tokens.flatten().tolist()):
+            decoded[row].append(token)
+    together = [[*needle.question, *needle.answer] for needle in needles]
+    tokens, mask = _left_padded(together, model.device)
+    log_probs = model.score(tokens, attention_mask=mask, past_key_values=judged)
+    return [
+        (said[: len(needle.answer)], -float(row[-len(needle.answer) :].double().sum()))
+        for said, needle, row in zip(decoded, needles, log_probs, strict=True)
+    ]
+
+
+def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """(R, T) ids and mask, all rows ending together."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
