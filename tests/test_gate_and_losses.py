@@ -11,7 +11,7 @@ from torch import Tensor
 from hippoformer import ConsolidationRScore, HippoFormer, HippoFormerLoss
 from hippoformer.hippocampus.episodes import importance
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
-from hippoformer.hippocampus.salience import with_surprise
+from hippoformer.hippocampus.salience import surprise_odds
 from tiny import VOCAB, awake, small_config, text
 
 # ---------------------------------------------------------------- importance
@@ -401,12 +401,18 @@ def test_credit_is_the_share_of_later_predictions() -> None:
     assert len(ids.unique()) < VOCAB
 
 
-def test_surprise_and_gate_are_two_experts_whose_log_odds_add() -> None:
-    probability = torch.tensor([[0.5, 0.9, 0.01]])
-    logit = torch.tensor([[0.3, -2.0, 1.5]])
-    torch.testing.assert_close(with_surprise(logit * 0, -probability.log(), 1.0), 1 - probability)
-    torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.0), torch.sigmoid(logit))
-    odds = torch.exp(logit) * ((1 - probability) / probability) ** 0.5
-    torch.testing.assert_close(with_surprise(logit, -probability.log(), 0.5), odds / (1 + odds))
-    certain = with_surprise(torch.zeros(1, 2), torch.tensor([[0.0, 1e4]]), 1.0)
-    assert torch.isfinite(certain).all() and certain[0, 0] < 0.001 and certain[0, 1] > 0.999
+@torch.no_grad()
+def test_surprise_is_an_expert_whose_log_odds_add() -> None:
+    model, ids = awake(), text(rows=1, length=20)
+    with model.memory_off():
+        probability = model.score(ids).exp()[0]  # of tokens 1..19
+    without = model(ids, return_salience=True).salience_scores[0, 1:]
+    model.hippocampus.salience_gate.surprise_weight.fill_(0.5)
+    with_it = model(ids, return_salience=True).salience_scores[0, 1:]
+    odds = without / (1 - without) * ((1 - probability) / probability) ** 0.5
+    torch.testing.assert_close(with_it, odds / (1 + odds))
+
+
+def test_certainty_and_impossibility_have_finite_odds() -> None:
+    odds = surprise_odds(torch.tensor([0.0, 1e4]))
+    assert torch.isfinite(odds).all() and odds[0] < -9 and odds[1] > 20

@@ -6,6 +6,9 @@ import torch
 from test_causality import MOMENTS, with_other_future
 from tiny import LAYERS, awake, fresh, read_in_chunks, text
 
+# Without the residual read-out recall waits for the base, and the surprise of a token is the base's own.
+READ_OUTS = [{"residual_readout": True}, {"residual_readout": False}]
+SEVERAL = {"memory_layer": [1, -1], "residual_readout": False}
 CASES = [
     (name, layer)
     for name in ("llama", "gemma2", "gemma3", "gpt-neox", "cohere", "gpt2")
@@ -15,9 +18,10 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
+@pytest.mark.parametrize("read_out", READ_OUTS)
 @torch.no_grad()
-def test_causal(name: str, layer: int) -> None:
-    model, ids = awake(name, memory_layer=layer), text(rows=2, length=50)
+def test_causal(name: str, layer: int, read_out: dict) -> None:
+    model, ids = awake(name, memory_layer=layer, **read_out), text(rows=2, length=50)
     logits = model(ids).logits
     for moment in MOMENTS:
         other = model(with_other_future(ids, moment)).logits
@@ -25,9 +29,10 @@ def test_causal(name: str, layer: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
+@pytest.mark.parametrize("read_out", READ_OUTS)
 @torch.no_grad()
-def test_chunks(name: str, layer: int) -> None:
-    model, ids = awake(name, memory_layer=layer), text(rows=2, length=50)
+def test_chunks(name: str, layer: int, read_out: dict) -> None:
+    model, ids = awake(name, memory_layer=layer, **read_out), text(rows=2, length=50)
     whole = model(ids).logits
     for size in (1, 7):
         torch.testing.assert_close(read_in_chunks(model, ids, size), whole, **TOLERANCE)
@@ -36,14 +41,15 @@ def test_chunks(name: str, layer: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "layer"), CASES)
+@pytest.mark.parametrize("read_out", READ_OUTS)
 @torch.no_grad()
-def test_memory_off_and_fresh_are_the_base(name: str, layer: int) -> None:
-    model, ids = awake(name, memory_layer=layer), text(rows=2, length=50)
-    at_the_end = awake(name)
+def test_memory_off_and_fresh_are_the_base(name: str, layer: int, read_out: dict) -> None:
+    model, ids = awake(name, memory_layer=layer, **read_out), text(rows=2, length=50)
+    at_the_end = awake(name, **read_out)
     with model.memory_off(), at_the_end.memory_off():
         off = model(ids).logits
         assert torch.equal(off, at_the_end(ids).logits)
-    assert torch.equal(fresh(name, memory_layer=layer)(ids).logits, off)
+    assert torch.equal(fresh(name, memory_layer=layer, **read_out)(ids).logits, off)
     assert (model(ids).logits - off).abs().max() > 0.1
 
 
@@ -65,7 +71,7 @@ def test_what_is_stored_never_depends_on_what_was_recalled(layer: int) -> None:
     episodes = cache.memory.episodes
     valid = episodes.valid[0]
     position = episodes.position[0, valid].long()
-    expected = model.hippocampus.recall.encode_key(states[position - 1])
+    expected = model.hippocampus.recall.encode_key(model.hippocampus.normed(states[position - 1]))
     torch.testing.assert_close(episodes.key[0, valid], expected, **TOLERANCE)
 
 
@@ -77,3 +83,34 @@ def test_layers_differ() -> None:
     for number, one in enumerate(logits):
         for other in logits[number + 1 :]:
             assert (one - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "gpt2"])
+@torch.no_grad()
+def test_several_layers_read_side_by_side(name: str) -> None:
+    model, ids = awake(name, **SEVERAL), text(rows=2, length=50)
+    whole = model(ids).logits
+    torch.testing.assert_close(read_in_chunks(model, ids, 7), whole, **TOLERANCE)
+    other = model(with_other_future(ids, 20)).logits
+    assert torch.equal(whole[:, :21], other[:, :21])
+    with model.memory_off():
+        off = model(ids).logits
+    assert torch.equal(fresh(name, **SEVERAL)(ids).logits, off)
+    # Both layers are heard: each half of the query weights changes what is recalled.
+    for half in (slice(0, 32), slice(32, 64)):
+        deaf = awake(name, **SEVERAL)
+        deaf.hippocampus.recall.query_proj.weight[:, half] = 0.0
+        assert (deaf(ids).logits - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", [1, [1, -1]])
+@torch.no_grad()
+def test_surprise_is_that_of_the_base_itself(layer: int | list[int]) -> None:
+    """Without the residual read-out the gate hears how surprising a token was to the whole base."""
+    model, ids = awake(memory_layer=layer, residual_readout=False, salience_surprise_weight=1.0), text(1, 40)
+    heard: list[torch.Tensor] = []
+    model.hippocampus.salience_gate.register_forward_pre_hook(lambda module, args: heard.append(args[2].clone()))
+    with model.memory_off():
+        expected = model.score(ids)
+    model.score(ids)
+    torch.testing.assert_close(-torch.cat(heard, dim=1)[:, 1:], expected, **TOLERANCE)

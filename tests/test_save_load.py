@@ -322,7 +322,7 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
 
     # What is asked now finds what it should: recall over the mapped keys is nearer to the truth.
     def recalled(of: HippoCache) -> torch.Tensor:
-        hidden = new.window.hidden_at(text(rows=1, length=60)[:, 10:30], -1)
+        hidden = new.window.hidden_of(text(rows=1, length=60)[:, 10:30])
         store = of.memory.episodes.slots(0, new.config.buffer_size)
         visible = store.valid.unsqueeze(1).expand(-1, hidden.shape[1], -1)
         return new.hippocampus.recall(hidden, store, torch.ones_like(store.priority), visible).weights

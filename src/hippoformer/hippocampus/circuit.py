@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.fusion import Fusion
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import ReplayReport, consolidate
-from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row, with_surprise
+from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.masks import recall_mask
 from hippoformer.tensors.selection import put
@@ -66,7 +67,7 @@ class MemoryState:
     Attributes:
         episodes: store and working episodes.
         vote: of the last query.
-        last_hidden: (R, D) hidden state of the last token read.
+        last_hidden: (R, n D) hidden state of the last token read.
         recent_salience: (R, salience_min_duration - 1) unsmoothed salience logits of the last transitions.
         stored_bound: no row has more stored episodes than this, known without asking the device.
     """
@@ -79,14 +80,14 @@ class MemoryState:
 
     @classmethod
     def empty(
-        cls, rows: int, hidden_size: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str
+        cls, rows: int, width: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str
     ) -> "MemoryState":
         """The state of rows that have read nothing."""
         episodes = Episodes.empty(rows, config, dtype, device)
         return cls(
             episodes,
             Vote.none(rows, episodes.position.shape[1], device),
-            torch.zeros(rows, hidden_size, dtype=dtype, device=device),
+            torch.zeros(rows, width, dtype=dtype, device=device),
             torch.zeros(rows, config.salience_min_duration - 1, device=device),
         )
 
@@ -141,7 +142,7 @@ class StepOutput:
         prior_mixture, prior_nothing, hit: (R, N) lambda and null mass of the query before each token, and its
             attention on
             episodes of that very token: how each token was foretold.
-        salience_logit: (R, N) what the gate says. salience: (R, N) in [0, 1], with surprise, or the baseline's measure.
+        salience_logit: (R, N) what the gate says. salience: (R, N) in [0, 1], its sigmoid, or the baseline's measure.
         importance: (R, N) weight each transition was stored with.
     """
 
@@ -161,7 +162,7 @@ class Hippocampus(nn.Module):
     """Gate, recall, fusion and drift calibrator over an explicit state. Parameters only.
 
     Args:
-        hidden_size: D of the base model.
+        hidden_size: D of the base model; n layers of it are read, width n D.
         vocab_size: V of the base model.
         config: every option.
     """
@@ -169,10 +170,16 @@ class Hippocampus(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
         self.config = config
-        self.salience_gate = SalienceGate(hidden_size, config)
-        self.recall = Recall(hidden_size, config)
-        self.fusion = Fusion(hidden_size, config)
+        self.hidden_size, self.width = hidden_size, hidden_size * len(config.memory_layers)
+        self.salience_gate = SalienceGate(self.width, config)
+        self.recall = Recall(self.width, config)
+        self.fusion = Fusion(self.width, config)
         self.drift_calibrator = EmbeddingDriftCalibrator(vocab_size, config)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., n D) with each layer's part normalised: inner layers have a few very large components."""
+        parts = hidden.unflatten(-1, (-1, self.hidden_size))
+        return layer_norm(parts, (self.hidden_size,)).flatten(-2)
 
     def step(
         self, state: MemoryState, done: list[int], hidden: Tensor, tokens: Tensor, surprise: Tensor, new: list[int]
@@ -182,7 +189,7 @@ class Hippocampus(nn.Module):
         Args:
             state: where each row stands; its buffers are reused where no gradient is involved.
             done: tokens each row has read before.
-            hidden: (R, N, D) untouched hidden states of the new tokens, padding on the right.
+            hidden: (R, N, n D) untouched hidden states of the new tokens, padding on the right.
             tokens: (R, N) their ids.
             surprise: (R, N) -log p_base of each given what came before; 0 for a row's very first token.
             new: how many of the N are real, per row.
@@ -197,7 +204,8 @@ class Hippocampus(nn.Module):
         column = torch.arange(n_new, device=device)
         is_real = (column < length.unsqueeze(-1)) & (read.unsqueeze(-1) + column > 0)  # token 0 completes nothing
         dtype = self.recall.key_proj.weight.dtype
-        queries = torch.cat((state.last_hidden.unsqueeze(1), hidden), dim=1).to(dtype)  # (R, N+1, D)
+        untouched = torch.cat((state.last_hidden.unsqueeze(1), hidden), dim=1)  # (R, N+1, D)
+        queries = self.normed(untouched.to(dtype))
         before, after = queries[:, :-1], queries[:, 1:]
 
         first = torch.tensor([config.buffer_size + working_fill(d, config) for d in done], device=device)
@@ -256,7 +264,7 @@ class Hippocampus(nn.Module):
             salience=salience,
             importance=weight,
         )
-        last = queries.gather(1, length[:, None, None].expand(-1, 1, queries.shape[-1])).squeeze(1)
+        last = untouched.gather(1, length[:, None, None].expand(-1, 1, untouched.shape[-1])).squeeze(1)
         return output, replace(
             state,
             episodes=episodes,
@@ -314,7 +322,7 @@ class Hippocampus(nn.Module):
     def _salience(self, logit: Tensor, surprise: Tensor) -> Tensor:
         if self.config.selection == "surprise":
             return 1.0 - torch.exp(-surprise.to(logit.dtype))
-        return with_surprise(logit, surprise, self.config.salience_surprise_weight)
+        return torch.sigmoid(logit)
 
     def _encode(self, before: Tensor, after: Tensor, tokens: Tensor, position: Tensor, is_real: Tensor) -> Episodes:
         """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot,

@@ -30,8 +30,9 @@ class Fusion(nn.Module):
         self.gate_in = nn.Linear(hidden_size + 2, _GATE_WIDTH)
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
         self.strength = nn.Parameter(torch.zeros(()))
-        self.residual_gate = nn.Linear(hidden_size, 1)
-        self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
+        if self.has_residual:
+            self.residual_gate = nn.Linear(hidden_size, 1)
+            self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.fusion_dropout)
 

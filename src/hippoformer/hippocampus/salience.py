@@ -4,12 +4,11 @@ Two pathways look at the transition s -> s+1 once s+1 has been read: a local MLP
 surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A
 learned weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
 
-    gate     = smooth(w local + (1 - w) global) - threshold
-    salience = sigmoid(gate + surprise_weight log((1 - p) / p))
+    salience = sigmoid(smooth(w local + (1 - w) global) - threshold + v log((1 - p) / p))
 
 The gate is trained to foresee usefulness, the credit a memory later earns (see losses), not easiness. Plain surprise,
-with p the probability that the base gave the token, is a strong rule of its own and knows nothing of what is to come:
-the two are independent experts, and their log-odds add (a product of experts, Hinton 2002).
+with p the probability that the base gave the token, is a strong rule of its own: it enters as an expert whose log-odds
+add to those of the pathways (a product of experts, Hinton 2002), with a learned weight v.
 """
 
 import torch
@@ -43,6 +42,7 @@ class SalienceGate(nn.Module):
         self.pathway_weight = nn.Parameter(torch.zeros(()))
         self.smoothing = nn.Parameter(torch.zeros(self.kernel))
         self.threshold = nn.Parameter(torch.tensor(float(config.salience_threshold_init)))
+        self.surprise_weight = nn.Parameter(torch.tensor(float(config.salience_surprise_weight)))
         with torch.no_grad():
             self.smoothing[-1] = 1.0  # starts as the identity on the present token
 
@@ -74,7 +74,7 @@ class SalienceGate(nn.Module):
         raw = weight * local + (1.0 - weight) * self._global(after, episodes, visible)
         extended = torch.cat((recent, raw), dim=-1)
         smooth = extended.unfold(-1, self.kernel, 1) @ self.smoothing
-        return smooth - self.threshold, extended
+        return smooth - self.threshold + self.surprise_weight * surprise_odds(surprise.float()), extended
 
     def _global(self, after: Tensor, episodes: Episodes, visible: Tensor) -> Tensor:
         query = self.global_query(after).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, N, d)
@@ -89,13 +89,9 @@ class SalienceGate(nn.Module):
         return self.global_out(torch.where(sees, seen, 0.0)).squeeze(-1)
 
 
-def with_surprise(logit: Tensor, surprise: Tensor, weight: float) -> Tensor:
-    """Salience in [0, 1] of gate logits and surprises -log p (nats), both (R, N)."""
-    if weight == 0:
-        return torch.sigmoid(logit)
-    # log((1 - p) / p) = log(e^surprise - 1), within what float32 can tell from 0 and 1.
-    odds = torch.log(torch.expm1(surprise.to(logit.dtype).clamp(_LEAST_SURPRISE, _MOST_SURPRISE)))
-    return torch.sigmoid(logit + weight * odds)
+def surprise_odds(surprise: Tensor) -> Tensor:
+    """log((1 - p) / p) of surprises -log p (nats), within what float32 can tell from 0 and 1."""
+    return torch.log(torch.expm1(surprise.clamp(_LEAST_SURPRISE, _MOST_SURPRISE)))
 
 
 def last_of_each_row(sequence: Tensor, lengths: Tensor, count: int) -> Tensor:

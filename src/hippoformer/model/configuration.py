@@ -27,8 +27,7 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_min_duration: tokens of its causal smoothing kernel.
         salience_threshold_init: initial threshold, in logits.
         salience_hidden_size: width of its local pathway.
-        salience_surprise_weight: how far plain surprise speaks beside the gate, see `hippocampus.salience`; 0 for the
-            gate alone.
+        salience_surprise_weight: initial weight of plain surprise beside the two pathways, see `hippocampus.salience`.
         importance_weight_range: weight at salience 0.5+ and at salience 1.
         untagged_weight: weight at salience <= 0.5.
         selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
@@ -45,8 +44,8 @@ class HippoFormerConfig(PreTrainedConfig):
             reaches the gate in training; the forward pass itself is always the hard competition.
         seed: of the replay draws.
     Recall and fusion:
-        memory_layer: where queries and keys are taken and the residual enters: -1 is the final hidden state, k >= 1 the
-            output of decoder layer k.
+        memory_layer: what the hippocampus reads, and where the residual enters: -1 is the final hidden state, k >= 1
+            the output of decoder layer k. Several layers are read side by side; they have no residual read-out.
         recall_n_heads, recall_head_dim: width of the episodic keys. The original's fusion_n_heads is the same setting.
         recall_value_dim: width of an episode's value for the residual read-out.
         recall_top_k: episodes a query may recall; 0 for all of them.
@@ -102,7 +101,7 @@ class HippoFormerConfig(PreTrainedConfig):
         priority_threshold: float = 1.0,
         soft_topk_temperature: float = 1.0,
         seed: int = 0,
-        memory_layer: int = -1,
+        memory_layer: int | list[int] | tuple[int, ...] = -1,
         recall_n_heads: int | None = None,
         recall_head_dim: int = 64,
         recall_value_dim: int = 64,
@@ -156,7 +155,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.priority_threshold = priority_threshold
         self.soft_topk_temperature = soft_topk_temperature
         self.seed = seed
-        self.memory_layer = memory_layer
+        self.memory_layer = memory_layer if isinstance(memory_layer, int) else list(memory_layer)
         if None not in (recall_n_heads, fusion_n_heads) and recall_n_heads != fusion_n_heads:
             raise ConfigurationError(
                 f"recall_n_heads={recall_n_heads} and fusion_n_heads={fusion_n_heads} name the same setting with two "
@@ -195,6 +194,11 @@ class HippoFormerConfig(PreTrainedConfig):
         return self.recall_n_heads * self.recall_head_dim
 
     @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """`memory_layer`, always as a tuple."""
+        return (self.memory_layer,) if isinstance(self.memory_layer, int) else tuple(self.memory_layer)
+
+    @property
     def window_slots(self) -> int:
         """Key/value slots C of a row: sinks, window, and the segment being read."""
         return self.sink_tokens + self.window + self.segment_len
@@ -224,7 +228,11 @@ class HippoFormerConfig(PreTrainedConfig):
             "salience_min_duration >= 1": self.salience_min_duration >= 1,
             "selection in (salience, surprise, random, fifo)": self.selection
             in ("salience", "surprise", "random", "fifo"),
-            "memory_layer == -1 or memory_layer >= 1": self.memory_layer == -1 or self.memory_layer >= 1,
+            "memory_layer == -1 or memory_layer >= 1, none of them twice": len(self.memory_layers) > 0
+            and all(layer == -1 or layer >= 1 for layer in self.memory_layers)
+            and len(set(self.memory_layers)) == len(self.memory_layers),
+            "residual_readout=False where memory_layer names several": len(self.memory_layers) == 1
+            or not self.residual_readout,
             "recall_top_k >= 0": self.recall_top_k >= 0,
             "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
             "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,

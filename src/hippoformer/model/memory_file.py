@@ -21,6 +21,7 @@ from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.hippocampus.drift import relative_drift
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
+from hippoformer.tensors.ragged import last_of
 
 if TYPE_CHECKING:
     from hippoformer.model.modeling import HippoFormer
@@ -180,10 +181,6 @@ def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoForme
 
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
-        width, layer = max(fill), model.config.memory_layer
-        hidden, inner = model.window.reread(cache, cache.tokens[:, :width].long(), fill, layer)
-        index = (
-            (torch.tensor(fill, device=model.device) - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        )
-        cache.last_output = hidden.gather(1, index).squeeze(1)
-        memory.last_hidden = inner.gather(1, index).squeeze(1)
+        final, inner = model.window.reread(cache, cache.tokens[:, : max(fill)].long(), fill)
+        cache.last_output = last_of(final, fill, cache.last_output)
+        memory.last_hidden = last_of(inner, fill, memory.last_hidden)

@@ -57,7 +57,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(text, name, None))
         super().__init__(config)
-        if config.memory_layer > window.n_layers:
+        if max(config.memory_layers) > window.n_layers:
             raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")
         if config.use_lora:
             add_lora(base_model, config)
@@ -77,7 +77,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
         device, dtype = self.device, self.dtype
-        memory = MemoryState.empty(batch_size, self.config.hidden_size, self.config, dtype, device)
+        memory = MemoryState.empty(batch_size, self.hippocampus.width, self.config, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
         return HippoCache(self.window.new_cache(batch_size, device), memory, last_output, self)
 
@@ -149,17 +149,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache.written = True
             return hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
 
-        if self.config.memory_layer == -1:
-            states = self.window.read(cache, ids, done, new)
-            log_prob = self._target_log_prob(memory.last_hidden, states, ids, predicted)
-            hidden = recall(states, log_prob)
-            reread = hidden is not states
-        else:
+        layers = self.config.memory_layers
+        if layers != (-1,) and self.config.residual_readout:
             with self._recall_at_layer(memory.last_hidden, ids, predicted, recall):
                 hidden = self.window.read(cache, ids, done, new)
-            reread = True
-        if reread:
             log_prob = self._target_log_prob(cache.last_output, hidden, ids, predicted)
+        else:
+            with self.window.tapped() as states:
+                hidden = self.window.read(cache, ids, done, new)
+            last = memory.last_hidden if layers == (-1,) else cache.last_output
+            log_prob = self._target_log_prob(last, hidden, ids, predicted)
+            source = states(hidden)
+            touched = recall(source, log_prob)
+            if touched is not source:
+                hidden = touched
+                log_prob = self._target_log_prob(cache.last_output, hidden, ids, predicted)
         if found is not None:
             fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
             log_prob = torch.where(predicted, fused, 0.0)
@@ -194,8 +198,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     ) -> Iterator[None]:
         """Lets the hippocampus work on the output of an inner layer while the base reads.
 
-        The surprise of a token must not depend on recall, so it is read off that layer by the base's own final norm and
-        head (the logit lens).
+        For the residual read-out, which enters there. The surprise of a token must not depend on recall, so it is read
+        off that layer by the base's own final norm and head (the logit lens).
         """
         norm = self.window.final_norm
 
@@ -205,7 +209,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             touched = recall(hidden, log_prob)
             return (touched, *output[1:]) if isinstance(output, tuple) else touched
 
-        handle = self.window.layer(self.config.memory_layer).register_forward_hook(touch)
+        (layer,) = self.config.memory_layers
+        handle = self.window.layer(layer).register_forward_hook(touch)
         try:
             yield
         finally:
@@ -390,10 +395,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
-        hidden = self.window.hidden_at(ids.to(self.device).long(), self.config.memory_layer).to(
-            self.hippocampus.recall.key_proj.weight.dtype
-        )
         recall = self.hippocampus.recall
+        hidden = self.hippocampus.normed(
+            self.window.hidden_of(ids.to(self.device).long()).to(recall.key_proj.weight.dtype)
+        )
         return recall.encode_key(hidden).flatten(0, 1).float(), recall.encode_value(hidden).flatten(0, 1).float()
 
     # ---------------------------------------------------------------- files and numbers

@@ -10,13 +10,15 @@ Models with learned absolute positions cannot turn their keys: they read the kep
 Nothing here goes by a model's name: `inspect_base` measures how each layer moves its keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -241,34 +243,44 @@ class WindowedBase:
             raise UnsupportedArchitectureError(f"{type(self.base).__name__} has no final norm: use memory_layer=-1")
         return norms[-1]
 
-    def hidden_at(self, ids: Tensor, layer: int) -> Tensor:
-        """(R, N, D) hidden states of short texts read from position 0, final (-1) or after a layer."""
-        with self.captured(layer) as inner:
+    def hidden_of(self, ids: Tensor) -> Tensor:
+        """(R, N, n D) what the hippocampus reads of short texts, from position 0."""
+        with self.tapped() as states:
             final = self.body(input_ids=ids, use_cache=False).last_hidden_state
-        return inner[0] if inner else final
+        return states(final)
 
-    def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int], layer: int) -> tuple[Tensor, Tensor]:
-        """Fills the window anew from its tokens (R, N); returns final hidden states and those of a layer (-1: the
-        same).
+    def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Fills the window anew from its tokens (R, N); returns the final hidden states, and what the hippocampus
+        reads.
         """
-        with self.captured(layer) as inner:
+        with self.tapped() as states:
             final = self.read_at(cache, ids, [0] * len(lengths), lengths)
-        return final, inner[0] if inner else final
+        return final, states(final)
 
     @contextmanager
-    def captured(self, layer: int) -> Iterator[list[Tensor]]:
-        """The outputs of a decoder layer during the calls within; nothing for -1."""
-        outputs: list[Tensor] = []
-        if layer == -1:
-            yield outputs
-            return
-        handle = self.layer(layer).register_forward_hook(
-            lambda module, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
-        )
+    def tapped(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Listens to the memory layers during the one call within; gives a function from that call's final hidden
+        states (R, N, D) to those of the memory layers side by side (R, N, n D).
+        """
+        outputs: dict[int, Tensor] = {}
+
+        def listen(layer: int) -> RemovableHandle:
+            def note(module: nn.Module, args: object, out: Any) -> None:
+                outputs[layer] = out[0] if isinstance(out, tuple) else out
+
+            return self.layer(layer).register_forward_hook(note)
+
+        def states(final: Tensor) -> Tensor:
+            parts = [final if layer == -1 else outputs[layer] for layer in layers]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+        layers = self.config.memory_layers
+        handles = [listen(layer) for layer in layers if layer != -1]
         try:
-            yield outputs
+            yield states
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def end_segment(self, cache: "WindowCache", done: list[int], rows: list[int]) -> None:
         """Drops what left the window of the given rows, each at a segment end, and moves the rest up."""

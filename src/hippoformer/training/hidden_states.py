@@ -28,7 +28,7 @@ class ReadDocument:
     """A document as the base read it.
 
     Attributes:
-        tokens: (T,) int64. hidden: (T, D). log_prob: (T,) float32, 0 for the first token.
+        tokens: (T,) int64. hidden: (T, D), what the hippocampus reads. log_prob: (T,) float32, 0 for the first token.
     """
 
     tokens: Tensor
@@ -54,7 +54,7 @@ class HiddenStateCache:
         config = model.config
         facts = {
             "base": base_fingerprint(model.base),
-            "window": [config.window, config.sink_tokens, config.segment_len, config.memory_layer],
+            "window": [config.window, config.sink_tokens, config.segment_len, *config.memory_layers],
             "dtype": str(model.dtype),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -69,7 +69,7 @@ class CachedReader:
 
     def __init__(self, model: HippoFormer, documents: HiddenStateCache, rows: int) -> None:
         self.model, self.documents = model, documents
-        self.memory = MemoryState.empty(rows, model.config.hidden_size, model.config, model.dtype, model.device)
+        self.memory = MemoryState.empty(rows, model.hippocampus.width, model.config, model.dtype, model.device)
         self._held: OrderedDict[int, ReadDocument] = OrderedDict()
 
     def read(self, piece: Piece) -> Reading:

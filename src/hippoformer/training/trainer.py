@@ -83,7 +83,7 @@ class Trainer:
         evaluation: held-out documents of the same kind, or None.
 
     Raises:
-        ConfigurationError: cached hidden states with a base that itself trains.
+        ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes.
     """
 
     def __init__(
@@ -96,6 +96,11 @@ class Trainer:
         config = model.config
         if isinstance(documents, HiddenStateCache) and (config.use_lora or not config.freeze_base):
             raise ConfigurationError("cached hidden states need a frozen base: set use_lora=False and freeze_base=True")
+        if isinstance(documents, HiddenStateCache) and config.memory_layers != (-1,) and config.residual_readout:
+            raise ConfigurationError(
+                f"what a residual at layer {config.memory_layer} does to the layers above it cannot be cached: set "
+                "residual_readout=False, or memory_layer=-1"
+            )
         torch.manual_seed(options.seed)
         self.model, self.options, self.documents, self.evaluation = model, options, documents, evaluation
         self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=str(options.output_dir))
