@@ -1,4 +1,4 @@
-"""The command line: `hippoformer eval perplexity`, `eval recall`, `train`, `demo`, `memory show`.
+"""The command line: `hippoformer eval perplexity`, `eval recall`, `eval variants`, `train`, `demo`, `memory show`.
 
 Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick.
 An error that the package raises on purpose becomes one red line and exit code 2; `hippoformer --debug …` shows where
@@ -177,6 +177,51 @@ def eval_recall(
             seed=seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    console = _console()
+    console.print(report.to_table())
+    if output is not None:
+        report.save(output)
+        console.print(Text(f"Results written to {output}"))
+
+
+@eval_app.command("variants")
+def eval_variants(
+    model: ModelOption,
+    text: Annotated[list[Path], typer.Option("--text", help="Text file or folder; can be repeated.")],
+    variant: Annotated[
+        list[str],
+        typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to."),
+    ],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None,
+    cache_dir: Annotated[Path, typer.Option(help="Where the base's hidden states are kept.")] = Path("hidden_states"),
+    limit_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")] = None,
+    documents: Annotated[int | None, typer.Option(help="Read the first so many documents.")] = None,
+    split: Annotated[Split, typer.Option(help="Where documents begin.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the replay draws and of the bootstrap.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Compare selection rules, buffers and replay settings of one hippocampus, the base's reading done once."""
+    from hippoformer.data import read_documents
+    from hippoformer.evaluation.variants import evaluate_variants
+    from hippoformer.training.arguments import config_options
+
+    if output is not None:
+        _check_output(output)
+    named = [part.partition(":") for part in variant]
+    texts = read_documents([*text, *(more or [])], split=split)[:documents]
+    loaded, tokenizer = _load(model, device, dtype, seed=seed)
+    report = evaluate_variants(
+        loaded,
+        tokenizer,
+        texts,
+        {name: config_options([pair for pair in options.split(",") if pair]) for name, _, options in named},
+        cache_dir,
+        limit_tokens=limit_tokens,
+        seed=seed,
+        progress=lambda name: Console(stderr=True).print(f"reading as {name}"),
+    )
     console = _console()
     console.print(report.to_table())
     if output is not None:

@@ -183,7 +183,14 @@ def evaluate_recall(
         ConfigurationError: an unknown kind or a number out of range. TextError: no text.
     """
     unknown = sorted(set(kinds) - set(KINDS))
-    if unknown or not kinds or facts < 1 or not distances or min(distances) < 1 or (haystacks is not None and haystacks < 1):
+    if (
+        unknown
+        or not kinds
+        or facts < 1
+        or not distances
+        or min(distances) < 1
+        or (haystacks is not None and haystacks < 1)
+    ):
         raise ConfigurationError(
             f"kinds={list(kinds)}, facts={facts}, distances={list(distances)}, haystacks={haystacks}; expected kinds "
             f"among {', '.join(KINDS)} and positive numbers."

@@ -5,7 +5,7 @@ Both carry the state of R rows from piece to piece, reset a row where a document
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,7 +69,8 @@ class CachedReader:
 
     def __init__(self, model: HippoFormer, documents: HiddenStateCache, rows: int) -> None:
         self.model, self.documents = model, documents
-        self.memory = MemoryState.empty(rows, model.hippocampus.width, model.config, model.dtype, model.device)
+        config = model.hippocampus.config  # for now it may differ from the model's, see `credit.reconfigured`
+        self.memory = MemoryState.empty(rows, model.hippocampus.width, config, model.dtype, model.device)
         self._held: OrderedDict[int, ReadDocument] = OrderedDict()
 
     def read(self, piece: Piece) -> Reading:
@@ -175,6 +176,36 @@ class LiveReader:
         """See `Reader`."""
         self.cache.restore(tensors, bound)
         self.cache.lengths = tensors["lengths"].tolist()
+
+
+@dataclass
+class CachedScore:
+    """A document as a model predicts it: summed -log p of its tokens but the first, fused and of the base alone."""
+
+    tokens: int
+    nll: float
+    base_nll: float
+    memory_nbytes: int
+
+
+@torch.no_grad()
+def score_cached(model: HippoFormer, documents: HiddenStateCache) -> Iterator[CachedScore]:
+    """Streams each document from an empty memory; the base's part comes from the cache.
+
+    Args:
+        model: in evaluation mode. documents: read by its base, with its window.
+    """
+    segment_len = model.config.segment_len
+    for number, length in enumerate(documents.lengths):
+        reader, score = CachedReader(model, documents, 1), CachedScore(0, 0.0, 0.0, 0)
+        for start in range(0, length, segment_len):
+            n = min(segment_len, length - start)
+            reading = reader.read(Piece([number], [start], [n], [0] if start == 0 else []))
+            score.tokens += int(reading.counted.sum())
+            score.nll -= float(reading.target_log_prob.double().sum())
+            score.base_nll -= float(reading.base_log_prob[reading.counted].double().sum())
+        score.memory_nbytes = sum(t.numel() * t.element_size() for t in reader.memory.tensors().values())
+        yield score
 
 
 def _counted(piece: Piece, tokens: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import checkpoints
 from hippoformer.training.credit import measure_credit, reconfigured, useful
 from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading
+from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached
 from hippoformer.training.streams import Piece, TextStreams
 
 _SCALAR_RATE = 10.0
@@ -284,19 +284,13 @@ class Trainer:
         assert self.evaluation is not None
         was_training = self.model.training
         self.model.eval()
-        reader = CachedReader(self.model, self.evaluation, 1)
-        sums = {"tokens": 0.0, "nll": 0.0, "base_nll": 0.0}
         with self._phase():
-            for number, length in enumerate(self.evaluation.lengths):
-                for start in range(0, length, self.model.config.segment_len):
-                    n = min(self.model.config.segment_len, length - start)
-                    reading = reader.read(Piece([number], [start], [n], [0] if start == 0 else []))
-                    sums["tokens"] += int(reading.counted.sum())
-                    sums["nll"] -= float(reading.target_log_prob.sum())
-                    sums["base_nll"] -= float(reading.base_log_prob[reading.counted].sum())
+            scores = list(score_cached(self.model, self.evaluation))
         if was_training:
             self._learning()
-        base, fused = (math.exp(sums[name] / max(sums["tokens"], 1)) for name in ("base_nll", "nll"))
+        tokens = max(sum(score.tokens for score in scores), 1)
+        base = math.exp(sum(score.base_nll for score in scores) / tokens)
+        fused = math.exp(sum(score.nll for score in scores) / tokens)
         return {"eval_base_perplexity": base, "eval_perplexity": fused, "eval_gain": 1 - fused / base}
 
     def _due(self, every: int) -> bool:

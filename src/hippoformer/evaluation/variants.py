@@ -1,0 +1,184 @@
+"""One hippocampus under different options, compared document by document.
+
+What the base computes does not depend on the memory: its hidden states are read once, kept on disk, and every variant
+(another selection rule, buffer, decay, number of replay rounds) then streams over them in a fraction of the time.
+The numbers are those of `evaluate_perplexity`, which runs everything together.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hippoformer.data import Document
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.scoring import describe, encode, reading
+from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
+from hippoformer.training.credit import reconfigured
+from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.readers import score_cached
+
+FORMAT = "hippoformer.variants/1"
+
+# Options that the cached states, or the shapes of the weights, are made with.
+_FIXED = (
+    "base_model_name",
+    "window",
+    "sink_tokens",
+    "segment_len",
+    "memory_layer",
+    "recall_n_heads",
+    "recall_head_dim",
+    "recall_value_dim",
+    "salience_n_heads",
+    "salience_min_duration",
+    "salience_hidden_size",
+    "residual_readout",
+)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """All documents under one variant.
+
+    Attributes:
+        name, options: of the variant. nll: (D,) per document. perplexity: of all documents together.
+        memory_nbytes: of a row. against_base: paired with the base alone. against: paired with the reference variant,
+            None for the reference itself.
+    """
+
+    name: str
+    options: dict[str, Any]
+    nll: list[float]
+    perplexity: float
+    memory_nbytes: int
+    against_base: PairedComparison
+    against: PairedComparison | None
+
+
+@dataclass(frozen=True)
+class VariantsReport:
+    """Every variant, and where the numbers came from."""
+
+    model: dict[str, Any]
+    reference: str
+    base_perplexity: float
+    documents: list[str]
+    tokens: list[int]
+    base_nll: list[float]
+    variants: tuple[VariantResult, ...]
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON content."""
+        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT} | asdict(self), allow_nan=False))
+        return plain
+
+    def save(self, path: Any) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    def to_table(self) -> Table:
+        """One line a variant, for a terminal."""
+        caption = f"{len(self.documents)} documents, {sum(self.tokens):,} tokens; base alone {self.base_perplexity:.2f}"
+        table = Table(title=Text(f"Variants of {self.model['base_model_name']}"), caption=Text(caption))
+        table.add_column("variant")
+        for heading in ("token ppl", "against the base", f"against {self.reference}", "better in", "memory kB"):
+            table.add_column(heading, justify="right")
+        for v in self.variants:
+            compared = "-" if v.against is None else _change(v.against.ratio)
+            better = "-" if v.against is None else f"{v.against.documents_better}/{v.against.documents}"
+            cells = (
+                v.name,
+                f"{v.perplexity:.3f}",
+                _change(v.against_base.ratio),
+                compared,
+                better,
+                f"{v.memory_nbytes / 1e3:,.0f}",
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+        return table
+
+
+def evaluate_variants(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    variants: Mapping[str, Mapping[str, Any]],
+    cache_dir: Path,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    progress: Callable[[str], None] | None = None,
+    command: str | None = None,
+) -> VariantsReport:
+    """Streams the documents under each variant and compares it with the first one.
+
+    Args:
+        model: a HippoFormer whose base is frozen. tokenizer: its tokenizer.
+        documents: each read from an empty memory.
+        variants: name -> options of the config that differ; the first is the reference.
+        cache_dir: where hidden states are kept, and found again.
+        limit_tokens: read only the first so many tokens of each document.
+        seed, resamples: of the bootstrap over documents.
+        progress: called with the name of each variant before it runs.
+        command: recorded in the report.
+
+    Raises:
+        ConfigurationError: no variant, an unknown option, or one that needs other hidden states or other weights.
+    """
+    known = model.config.to_dict()
+    for name, options in variants.items():
+        wrong = sorted(option for option in options if option in _FIXED or option not in known)
+        if wrong:
+            raise ConfigurationError(
+                f"variant {name}: {', '.join(wrong)} cannot differ between variants of one trained hippocampus; expected "
+                "options of memory, replay and selection."
+            )
+    if not variants:
+        raise ConfigurationError("no variant to evaluate: name at least one")
+    encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
+    kept = [document for document in encoded if document.tokens_scored > 0]
+    with reading(model):
+        cache = HiddenStateCache(model, [document.input_ids for document in kept], cache_dir)
+        scores = {}
+        for name, options in variants.items():
+            if progress is not None:
+                progress(name)
+            with reconfigured(model.hippocampus, **options):
+                scores[name] = list(score_cached(model, cache))
+    first = next(iter(variants))
+    tokens, base = [s.tokens for s in scores[first]], [s.base_nll for s in scores[first]]
+    nll = {name: [s.nll for s in of] for name, of in scores.items()}
+    return VariantsReport(
+        model=describe(model),
+        reference=first,
+        base_perplexity=token_perplexity(base, tokens),
+        documents=[document.document.title for document in kept],
+        tokens=tokens,
+        base_nll=base,
+        variants=tuple(
+            VariantResult(
+                name=name,
+                options=dict(options),
+                nll=nll[name],
+                perplexity=token_perplexity(nll[name], tokens),
+                memory_nbytes=max(s.memory_nbytes for s in scores[name]),
+                against_base=paired_ratio(nll[name], base, tokens, seed, resamples),
+                against=None if name == first else paired_ratio(nll[name], nll[first], tokens, seed, resamples),
+            )
+            for name, options in variants.items()
+        ),
+        provenance=provenance(seed=seed, documents=list(documents), command=command),
+    )
+
+
+def _change(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.estimate - 1:+.2%}"
+    return f"{ratio.estimate - 1:+.2%} [{ratio.low - 1:+.2%}, {ratio.high - 1:+.2%}]"

@@ -1,0 +1,68 @@
+"""Variants over cached hidden states: the same numbers as reading everything together, compared in pairs."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hippoformer import cli
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation import evaluate_perplexity
+from hippoformer.evaluation.variants import evaluate_variants
+from test_demo import documents, tiny_load
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hidden_states")
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_layer": [1, -1], "residual_readout": False}])
+def test_numbers_are_those_of_the_streaming_protocol(options: dict, cache: Path) -> None:
+    model, tokenizer = tiny_load(**options)
+    texts = documents(400, 150, 1)
+    streamed = evaluate_perplexity(model, tokenizer, texts, conditions=("memory", "off"), resamples=100)
+    report = evaluate_variants(model, tokenizer, texts, {"as it is": {}}, cache, resamples=100)
+    assert report.tokens == [document.tokens_scored for document in streamed.documents]
+    assert report.base_nll == pytest.approx([d.nll["off"] for d in streamed.documents], rel=1e-5)
+    (as_it_is,) = report.variants
+    assert as_it_is.nll == pytest.approx([d.nll["memory"] for d in streamed.documents], rel=1e-5)
+    assert as_it_is.perplexity == pytest.approx(streamed["memory"].token_perplexity.estimate, rel=1e-5)
+    assert as_it_is.memory_nbytes == streamed["memory"].memory_nbytes
+
+
+def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
+    model, tokenizer = tiny_load()
+    before = model.hippocampus.config
+    variants = {"salience": {}, "fifo": {"selection": "fifo"}, "small": {"buffer_size": 8}}
+    report = evaluate_variants(model, tokenizer, documents(400, 300), variants, cache, resamples=100)
+    assert model.hippocampus.config is before
+    by_name = {v.name: v for v in report.variants}
+    assert by_name["salience"].against is None
+    assert by_name["small"].memory_nbytes < by_name["salience"].memory_nbytes
+    assert len({tuple(v.nll) for v in report.variants}) == 3
+    for v in report.variants[1:]:
+        ratios = v.against.document_ratios
+        assert len(ratios) == 2 and v.against.ratio.low <= v.against.ratio.estimate <= v.against.ratio.high
+        assert v.against.documents_better == sum(r < 1 for r in ratios)
+
+
+def test_what_needs_other_states_or_weights_is_refused(cache: Path) -> None:
+    model, tokenizer = tiny_load()
+    for wrong in ({"window": 20}, {"recall_n_heads": 1}, {"no_such_option": 1}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            evaluate_variants(model, tokenizer, documents(100), {"wrong": wrong}, cache)
+    with pytest.raises(ConfigurationError, match="at least one"):
+        evaluate_variants(model, tokenizer, documents(100), {}, cache)
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hippoformer
+
+    monkeypatch.setattr(hippoformer, "load", tiny_load)
+    (tmp_path / "text.txt").write_text(documents(300)[0].text)
+    arguments = ["eval", "variants", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--variant", "as-is"]
+    arguments += ["--variant", "short:buffer_size=4,max_replay_rounds=0", "--cache-dir", str(tmp_path / "states")]
+    result = CliRunner().invoke(cli.app, [*arguments, "--output", str(tmp_path / "variants.json")])
+    assert result.exit_code == 0, result.output
+    assert "short" in result.output and (tmp_path / "variants.json").is_file()
