@@ -107,7 +107,8 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
                 claims.append((older, newer))
     for memory in store:
         for _ in range(times[memory.position]):
-            memory.priority += config.replay_rate * max(0.0, config.importance_weight_range[1] - memory.priority)
+            rate = config.replay_rate * min(1.0, memory.credit)
+            memory.priority += rate * max(0.0, config.importance_weight_range[1] - memory.priority)
             memory.age = 0.0
     leaving = {older.position for older, _ in claims}
     for older, newer in claims:

@@ -74,6 +74,7 @@ def test_a_reactivated_memory_is_young_and_nearer_to_the_top() -> None:
     config = small_config(buffer_size=8, max_replay_rounds=1, replay_batch=1, replay_rate=0.25, priority_threshold=0.1)
     before = store_of(config, orthogonal(config))
     before.age[0, :8] = 3.0
+    before.credit[0, :8] = 10.0
     after, report = consolidate(before.map(Tensor.clone), torch.tensor([1]), config)
     (chosen,) = (after.age[0, :8] == 0).nonzero().flatten().tolist()
     assert int(report.reactivated) == 1
@@ -94,14 +95,18 @@ def test_a_cue_awakens_what_resembles_it() -> None:
     assert int(report.merged) == 0 and alive(after) == [True] * 8
 
 
-def test_what_is_reactivated_twice_rises_twice() -> None:
-    """Slots 0 and 1 are both cues, and each awakens the other."""
-    config = small_config(buffer_size=8, max_replay_rounds=2, replay_batch=4, replay_rate=0.5, priority_threshold=0.1)
+def test_what_is_reactivated_twice_rises_twice_and_only_as_far_as_it_is_proven() -> None:
+    """Slots 0 and 1 are both cues, and each awakens the other; slot 7 never earned anything."""
+    config = small_config(
+        buffer_size=8, max_replay_rounds=2, replay_batch=4, replay_rate=0.5, priority_threshold=0.1, decay_rate=1.0
+    )
     keys = orthogonal(config)
     keys[1] = keys[0]
-    after, report = consolidate(store_of(config, keys), torch.tensor([1]), config)
-    assert int(report.reactivated) == 8
-    assert after.priority[0, :8].tolist() == [4.25, 4.25] + [3.5] * 6
+    episodes = store_of(config, keys)
+    episodes.credit[0, :8] = torch.tensor([2.0] * 6 + [0.5, 0.0])
+    after, report = consolidate(episodes, torch.tensor([1]), config)
+    assert int(report.reactivated) == 8 and not after.age[0, :8].any()
+    assert after.priority[0, :8].tolist() == [4.25, 4.25, 3.5, 3.5, 3.5, 3.5, 2.75, 2.0]
 
 
 def test_merging_adds_strength_and_credit_and_keeps_the_newer_key() -> None:

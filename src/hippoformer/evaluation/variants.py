@@ -137,8 +137,8 @@ def evaluate_variants(
         wrong = sorted(option for option in options if option in _FIXED or option not in known)
         if wrong:
             raise ConfigurationError(
-                f"variant {name}: {', '.join(wrong)} cannot differ between variants of one trained hippocampus; expected "
-                "options of memory, replay and selection."
+                f"variant {name}: {', '.join(wrong)} cannot differ between variants of one trained hippocampus; "
+                "expected options of memory, replay and selection."
             )
     if not variants:
         raise ConfigurationError("no variant to evaluate: name at least one")

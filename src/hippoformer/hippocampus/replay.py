@@ -2,10 +2,12 @@
 
 The store is cued with some of its own memories, `max_replay_rounds` x `replay_batch` of them, drawn without replacement
 in proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the
-share of later predictions owed to it. Each cue awakens the memory it resembles most. Both are young again, and their
-priority moves towards the highest importance, once for every time they are reactivated. Where the two vote for the same
-token and their keys agree, they become one: strengths and credits add, the newer key stays. What was not reactivated
-has aged by one segment, and what falls under `priority_threshold` is forgotten.
+share of later predictions owed to it. Each cue awakens the memory it resembles most. Both are young again, and as far
+as they have proven useful (credit, up to 1) their priority moves towards the highest importance, once for every time
+they are reactivated. Raising what was merely touched would soon make all survivors equal, whatever their salience.
+Where cue and companion vote for the same token and their keys agree, they become one: strengths and credits add, the
+newer key stays. What was not reactivated has aged by one segment, and what falls under `priority_threshold` is
+forgotten.
 
 Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position
 and segment alone, so a row replays the same in any batch.
@@ -59,7 +61,8 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
         times = torch.zeros_like(priority)
         times = times.scatter_add(-1, cue, cued.float()).scatter_add(-1, partner, woken.float())
         room = (config.importance_weight_range[1] - priority).clamp_min(0.0)
-        priority = priority + (1.0 - (1.0 - config.replay_rate) ** times) * room
+        rate = config.replay_rate * credit.clamp_max(1.0)
+        priority = priority + (1.0 - (1.0 - rate) ** times) * room
         age = age.masked_fill(times > 0, 0.0)
 
         older, newer = torch.minimum(cue, partner), torch.maximum(cue, partner)  # slots are ordered by age of the text

@@ -37,7 +37,8 @@ class HippoFormerConfig(PreTrainedConfig):
         decay_rate: factor on the priority per segment since the last reactivation.
         max_replay_rounds: replay rounds at each segment end; 0 switches replay off.
         replay_batch: memories reactivated in a round.
-        replay_rate: share of the way to the highest importance that a reactivation raises a priority.
+        replay_rate: share of the way to the highest importance that a reactivation raises the priority of a memory
+            whose worth is proven.
         merge_threshold: cosine of two keys from which episodes with the same token are one memory.
         priority_threshold: effective priority below which a memory is forgotten at consolidation.
         soft_topk_temperature: softness, in units of log-priority, of the relaxed competition through which the loss
