@@ -21,18 +21,18 @@ import torch
 from gguf import quants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
 from hippoformer.model import pinned_models
 from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
 from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel, cache_home
+from tiny_texts import LETTERS, byte_tokenizer
 
 QUANTISED = gguf.GGMLQuantizationType.Q4_1  # as in the real file
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ġ", "Ġ"), ("Ċ", "Ċ")]
-VOCABULARY = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in MERGES]
+VOCABULARY = SPECIAL + LETTERS + [a + b for a, b in MERGES]
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +67,7 @@ def tiny_model(tiny_original: LlamaForCausalLM) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2])
+    return byte_tokenizer(SPECIAL, merges=MERGES, bos_token=SPECIAL[1], eos_token=SPECIAL[2])
 
 
 @pytest.fixture

@@ -10,62 +10,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hippoformer
-from hippoformer import HippoFormer, HippoFormerConfig, demo
+from hippoformer import HippoFormer, demo
 from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.scoring import encode
-
-WINDOW, SEGMENT = 48, 16
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    vocabulary = {letter: number for number, letter in enumerate(["<end>", *LETTERS])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
-
-
-def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerFast]:
-    """What stands in for `hippoformer.load`: a random Llama whose random hippocampus speaks."""
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(LETTERS) + 1,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=1024,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-    options.pop("dtype", None)
-    sizes = {"window": WINDOW, "segment_len": SEGMENT, "buffer_size": 64} | options
-    small = {"recall_n_heads": 2, "recall_head_dim": 8, "recall_value_dim": 8, "salience_n_heads": 2, "anchor_len": 4}
-    config = HippoFormerConfig(base_model_name=name, use_lora=False, **small, **sizes)
-    model = HippoFormer(config, base.eval())
-    model.hippocampus.fusion.open()
-    return model, tiny_tokenizer()
-
-
-def text(seed: int, characters: int) -> str:
-    generator = torch.Generator().manual_seed(seed)
-    return "".join("abcde fg\n"[i] for i in torch.randint(0, 9, (characters,), generator=generator))
-
-
-def documents(*lengths: int) -> list[Document]:
-    return [Document(f"text {i}", text(i, n), "made up") for i, n in enumerate(lengths)]
+from tiny_texts import WINDOW, documents, text, tiny_load, tiny_tokenizer
 
 
 def ignore(tokens: int) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,6 +24,7 @@ from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
 from hippoformer.evaluation import CONDITIONS, PerplexityReport, evaluate_perplexity
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
+from tiny_texts import byte_tokenizer
 
 WINDOW = 5
 VOCABULARY = 257
@@ -138,17 +138,7 @@ def expected_nll(ids: list[int], condition: str, other: list[int], first_scored:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, so that tokens and bytes can be counted on the text."""
-    return byte_tokenizer(start=False)
-
-
-def byte_tokenizer(start: bool) -> PreTrainedTokenizerFast:
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab={**alphabet, "<s>": START}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    if start:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
+    return byte_tokenizer(last=["<s>"], bos_token="<s>")
 
 
 TEXTS = ("the cat sat on the mat", "a", "on and on and on it went", "cat mat", "we sat and sat\nand then we left")
@@ -215,7 +205,7 @@ def test_limits_and_skipped_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_the_start_token_lets_the_first_character_be_scored() -> None:
-    tokenizer = byte_tokenizer(start=True)
+    tokenizer = byte_tokenizer(last=["<s>"], start="<s>", bos_token="<s>")
     report = evaluate(tokenizer, conditions=["off"])
     assert report.left_out == ()
     assert [document.tokens_scored for document in report.documents] == [len(text) for text in TEXTS]

@@ -14,7 +14,7 @@ from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import recall
 from hippoformer.evaluation.needles import KINDS, draw_needle
 from hippoformer.evaluation.recall import evaluate_recall
-from test_demo import documents, tiny_load, tiny_tokenizer
+from tiny_texts import documents, tiny_load, tiny_tokenizer
 
 FAST = {"distances": (600, 1200), "facts": 1}
 

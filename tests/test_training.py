@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hippoformer.training.checkpoints as checkpoints
 from hippoformer import HippoFormer
@@ -21,6 +20,7 @@ from hippoformer.training.readers import CachedReader, LiveReader
 from hippoformer.training.streams import Piece, TextStreams
 from hippoformer.training.trainer import Trainer
 from tiny import fresh
+from tiny_texts import LETTERS, byte_tokenizer
 
 SEGMENT = 6  # of the small models
 
@@ -171,18 +171,10 @@ def small_base() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes)).eval()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=alphabet[0])
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     small_base().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+    byte_tokenizer(pad_token=LETTERS[0]).save_pretrained(tmp_path / "base")
     (tmp_path / "text.txt").write_text("the memory keeps what the window loses. " * 25, encoding="utf-8")
     return tmp_path
 

@@ -9,7 +9,7 @@ from hippoformer import cli
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import evaluate_perplexity
 from hippoformer.evaluation.variants import evaluate_variants
-from test_demo import documents, tiny_load
+from tiny_texts import documents, tiny_load
 
 
 @pytest.fixture(scope="module")
