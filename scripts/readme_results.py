@@ -1,12 +1,11 @@
-"""Fills the results block of README.md from the JSON files under results/.
+"""Fills the results blocks of README.md, docs/results.md and the model card from the JSON files under results/.
 
-    python scripts/readme_results.py            # rewrite the block
-    python scripts/readme_results.py --check    # exit 1 if it is not what the files say
+    python scripts/readme_results.py            # rewrite the blocks
+    python scripts/readme_results.py --check    # exit 1 if one is not what the files say
 
-The model card of the shipped hippocampus has such a block too (--readme FILE --links ../../../../results).
-
-Two kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity --output` and of
-`benchmarks/speed.py`. Others are left alone. No figure in the block is typed by hand.
+Four kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall` and
+`eval variants` with --output, and of `benchmarks/speed.py`. Others are left alone. No figure in a block is typed by
+hand.
 """
 
 import argparse
@@ -17,7 +16,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PERPLEXITY, SPEED = "hippoformer.perplexity/1", "hippoformer.speed/1"
+PERPLEXITY, RECALL = "hippoformer.perplexity/1", "hippoformer.recall/1"
+VARIANTS, SPEED = "hippoformer.variants/1", "hippoformer.speed/1"
+# Which kinds a file's block holds, and where the results lie, seen from there.
+BLOCKS = {
+    "README.md": ((PERPLEXITY, RECALL, SPEED), "results"),
+    "docs/results.md": ((VARIANTS,), "../results"),
+    "src/hippoformer/pretrained/smollm2-135m/README.md": ((PERPLEXITY, RECALL), "../../../../results"),
+}
 EMPTY = "No results are stored yet: `results/` holds no report."
 
 Content = dict[str, Any]
@@ -28,25 +34,32 @@ def read_results(folder: Path) -> dict[str, Content]:
     return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def render(results: dict[str, Content]) -> str:
-    """The Markdown between the markers."""
-    perplexity = {name: content for name, content in results.items() if content.get("format") == PERPLEXITY}
-    speed = {name: content for name, content in results.items() if content.get("format") == SPEED}
-    parts = []
-    if perplexity:
-        parts.append(
-            _table(PERPLEXITY_HEADINGS, [row for item in perplexity.items() for row in _perplexity_rows(*item)])
-        )
-    if speed:
-        parts.append(_table(SPEED_HEADINGS, [row for item in speed.items() for row in _speed_rows(*item)]))
+def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:
+    """The Markdown between the markers: a table for each kind that there are reports of."""
+    tables = {
+        PERPLEXITY: (PERPLEXITY_HEADINGS, _perplexity_rows),
+        RECALL: (RECALL_HEADINGS, _recall_rows),
+        VARIANTS: (VARIANTS_HEADINGS, _variant_rows),
+        SPEED: (SPEED_HEADINGS, _speed_rows),
+    }
+    parts: list[str] = []
+    shown: dict[str, Content] = {}
+    for kind in kinds:
+        reports = {name: content for name, content in results.items() if content.get("format") == kind}
+        headings, rows = tables[kind]
+        if reports:
+            parts.append(_table(headings, [row for item in reports.items() for row in rows(*item)]))
+            shown |= reports
     if parts:
-        parts.append(_origins(perplexity | speed))
+        parts.append(_origins(shown))
     return "\n\n".join(parts) or EMPTY
 
 
 PERPLEXITY_HEADINGS = (
     "report", "condition", "documents", "tokens", "token perplexity", "against memory off", "bits/byte", "state per row"
 )  # fmt: skip
+RECALL_HEADINGS = ("report", "fact", "tokens ago", "cases", "right", "right, memory off", "answer still stored")
+VARIANTS_HEADINGS = ("report", "variant", "token perplexity", "against the base", "against the first", "memory")
 SPEED_HEADINGS = ("report", "measured", "value", "reference", "ratio", "tokens")
 
 
@@ -68,6 +81,38 @@ def _perplexity_rows(name: str, report: Content) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _recall_rows(name: str, report: Content) -> list[list[str]]:
+    return [
+        [
+            _link(name),
+            cell["kind"],
+            f"{cell['distance']:,}",
+            str(cell["cases"]),
+            f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]",
+            f"{100 * cell['right_off']:.0f} %",
+            f"{100 * cell['kept']:.0f} %",
+        ]
+        for cell in report["cells"]
+    ]
+
+
+def _variant_rows(name: str, report: Content) -> list[list[str]]:
+    def change(x: float) -> str:
+        return f"{100 * (x - 1):+.2f} %"
+
+    return [
+        [
+            _link(name),
+            variant["name"],
+            f"{variant['perplexity']:.2f}",
+            _interval(variant["against_base"]["ratio"], change),
+            "" if variant["against"] is None else _interval(variant["against"]["ratio"], change),
+            f"{variant['memory_nbytes'] / 1e6:.2f} MB",
+        ]
+        for variant in report["variants"]
+    ]
 
 
 def _speed_rows(name: str, report: Content) -> list[list[str]]:
@@ -104,8 +149,8 @@ def _origins(reports: dict[str, Content]) -> str:
         rows.append([_link(name), f"`{origin['command']}`", model, hardware, commit, origin["date"][:10]])
     table = _table(("report", "command", "model", "hardware", "commit", "date"), rows)
     return (
-        "Brackets: 95 % bootstrap intervals over documents. State: window + memory. "
-        "Speed: medians of alternating runs.\n\n" + table
+        "Brackets: 95 % intervals; of perplexities by bootstrap over documents, of shares by Wilson's formula. State: "
+        "window + memory. Speed: medians of alternating runs.\n\n" + table
     )
 
 
@@ -125,29 +170,29 @@ def fill(readme: str, block: str) -> str:
         ValueError: the markers do not stand there once each, in order.
     """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, in this order")
+        raise ValueError(f"the file must hold {BEGIN} and {END} once each, in this order")
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrites or checks; 0 when README.md says what the files say."""
+    """Rewrites or checks; 0 when every file says what the results say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--links", default="results", help="where the reports lie, seen from the file that is filled")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder with README.md and results/")
     arguments = parser.parse_args(argv)
-    old = arguments.readme.read_text(encoding="utf-8")
-    new = fill(old, render(read_results(arguments.results)).replace("](results/", f"]({arguments.links}/"))
-    if arguments.check:
+    results, stale = read_results(arguments.root / "results"), []
+    for file, (kinds, links) in BLOCKS.items():
+        path = arguments.root / file
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, render(results, kinds).replace("](results/", f"]({links}/"))
         if old != new:
-            print(
-                "The results block of README.md is out of date: run python scripts/readme_results.py", file=sys.stderr
-            )
-        return int(old != new)
-    arguments.readme.write_text(new, encoding="utf-8")
-    return 0
+            stale.append(file)
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
+    if arguments.check and stale:
+        print(f"out of date: {', '.join(stale)}; run python scripts/readme_results.py", file=sys.stderr)
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import hippoformer
-from test_demo import tiny_load
+from tiny_texts import tiny_load
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -173,7 +173,8 @@ def speed_report() -> dict[str, Any]:
 
 def test_rows_say_figures_and_where_they_come_from(script: ModuleType) -> None:
     block = script.render(
-        {"wiki.json": perplexity_report(), "speed.json": speed_report(), "other.json": {"format": "?"}}
+        {"wiki.json": perplexity_report(), "speed.json": speed_report(), "other.json": {"format": "?"}},
+        (script.PERPLEXITY, script.RECALL, script.SPEED),
     )
     lines = block.splitlines()
     memory = (
@@ -196,7 +197,7 @@ def test_filling_replaces_the_block_and_nothing_else(script: ModuleType) -> None
     assert script.fill(readme, "new") == f"before\n{script.BEGIN}\nnew\n{script.END}\nafter\n"
     assert script.fill(script.fill(readme, "new"), "new") == script.fill(readme, "new")
     for broken in ("no markers", readme + script.BEGIN, f"{script.END}\n{script.BEGIN}"):
-        with pytest.raises(ValueError, match="README"):
+        with pytest.raises(ValueError, match="once each"):
             script.fill(broken, "new")
 
 
@@ -204,8 +205,10 @@ def test_the_check_tells_an_old_block_from_a_new_one(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"{script.BEGIN}\n{script.END}\n", encoding="utf-8")
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    for file in script.BLOCKS:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"{script.BEGIN}\n{script.END}\n", encoding="utf-8")
+    arguments = ["--root", str(tmp_path)]
     assert script.main(arguments) == 0
     assert script.EMPTY in readme.read_text(encoding="utf-8")
     results.mkdir()
@@ -216,17 +219,29 @@ def test_the_check_tells_an_old_block_from_a_new_one(
     assert script.main(arguments) == 0
     assert script.main([*arguments, "--check"]) == 0
     assert "19.50" in readme.read_text(encoding="utf-8")
+    card = tmp_path / "src/hippoformer/pretrained/smollm2-135m/README.md"
+    assert "](../../../../results/wiki.json)" in card.read_text(encoding="utf-8")
 
 
 def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Path) -> None:
-    """The file as `hippoformer eval perplexity` writes it, not as this test imagines it."""
+    """The files as `hippoformer eval` writes them, not as this test imagines them."""
     from hippoformer.data import Document
     from hippoformer.evaluation import evaluate_perplexity
+    from hippoformer.evaluation.recall import evaluate_recall
+    from hippoformer.evaluation.variants import evaluate_variants
 
     model, tokenizer = tiny_load()
     documents = [Document(f"text {i}", "some words come again, " * 20, "made up") for i in range(2)]
     report = evaluate_perplexity(model, tokenizer, documents, conditions=("memory", "off"), resamples=20)
     report.save(tmp_path / "tiny.json")
-    block = script.render(script.read_results(tmp_path))
+    recall = evaluate_recall(model, tokenizer, documents, distances=(100,), facts=1)
+    recall.save(tmp_path / "recall.json")
+    variants = evaluate_variants(
+        model, tokenizer, documents, {"gate": {}, "fifo": {"selection": "fifo"}}, tmp_path / "states", resamples=20
+    )
+    variants.save(tmp_path / "variants.json")
+    block = script.render(script.read_results(tmp_path), (script.PERPLEXITY, script.RECALL, script.VARIANTS))
+    assert "| [recall](results/recall.json) | home | 100 | 2 |" in block
+    assert f"| fifo | {variants.variants[1].perplexity:.2f} | " in block
     assert f"| {report['memory'].tokens_scored:,} | {report['memory'].token_perplexity.estimate:.2f} [" in block
     assert f"{100 * (report['memory'].against_off.ratio.estimate - 1):+.1f} %" in block
