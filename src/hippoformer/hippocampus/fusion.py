@@ -50,6 +50,7 @@ class Fusion(nn.Module):
 
     def residual(self, hidden: Tensor, recollection: Recollection) -> Tensor:
         """(R, N, D) to add to the hidden state, in its dtype."""
+        assert recollection.content is not None
         gate = torch.sigmoid(self.residual_gate(hidden))
         content = self.dropout(self.residual_proj(recollection.content.to(self.residual_proj.weight.dtype)))
         return torch.tanh(self.residual_scale) * gate * content

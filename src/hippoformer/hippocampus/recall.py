@@ -32,18 +32,19 @@ class Recollection:
     Attributes:
         weights: (R, N, E) attention on each episode, summed over the mixture of heads.
         nothing: (R, N) mass on the null slot; weights.sum(-1) + nothing == 1.
-        content: (R, N, U) recalled value.
+        content: (R, N, U) recalled value; None where there is no residual read-out to hear it.
         peak: (R, N) largest single weight.
     """
 
     weights: Tensor
     nothing: Tensor
-    content: Tensor
+    content: Tensor | None
     peak: Tensor
 
     def since(self, first: int) -> "Recollection":
         """That of the queries from `first` on."""
-        return Recollection(*(part[:, first:] for part in (self.weights, self.nothing, self.content, self.peak)))
+        content = None if self.content is None else self.content[:, first:]
+        return Recollection(self.weights[:, first:], self.nothing[:, first:], content, self.peak[:, first:])
 
 
 class Recall(nn.Module):
@@ -52,6 +53,7 @@ class Recall(nn.Module):
     def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
         heads = config.recall_n_heads
+        self.with_content = config.residual_readout
         self.n_heads, self.head_dim, self.top_k = heads, config.recall_head_dim, config.recall_top_k
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
@@ -106,7 +108,9 @@ class Recall(nn.Module):
             weights, nothing = self._attend(query.to(key.dtype), key, bias, null, mixture, follows, visible)
         else:
             weights, nothing = self._attend_in_blocks(query.to(key.dtype), key, bias, null, mixture, follows, visible)
-        content = (weights.to(episodes.value.dtype) @ episodes.value).float()
+        content = None
+        if self.with_content:
+            content = (weights.to(episodes.value.dtype) @ episodes.value).float()
         return Recollection(weights, nothing, content, weights.amax(-1))
 
     def _attend(
