@@ -114,6 +114,22 @@ MUTATIONS = [
         "test_streaming.py::test_chunks_of_any_size_give_the_same_numbers[gpt2-7]",
     ),
     Mutation(
+        "3 streaming",
+        "the first token of a step is judged by the inner layer instead of the final state",
+        "model/modeling.py",
+        "last = memory.last_hidden if layers == (-1,) else cache.last_output",
+        "last = memory.last_hidden",
+        "test_memory_layer.py::test_chunks[read_out1-llama-1]",
+    ),
+    Mutation(
+        "3 streaming",
+        "of several layers the first is read twice",
+        "model/window.py",
+        "[final if layer == -1 else outputs[layer] for layer in layers]",
+        "[outputs[layers[0]] for layer in layers]",
+        "test_memory_layer.py::test_keys_come_from_the_layers_named",
+    ),
+    Mutation(
         "4 base",
         "a fresh fusion is open a thousandth",
         "hippocampus/fusion.py",
@@ -200,6 +216,14 @@ MUTATIONS = [
         "take(strength, older) * fuse",
         "0.0 * take(strength, older) * fuse",
         "test_references.py::test_consolidate[0-options1]",
+    ),
+    Mutation(
+        "7 references: replay",
+        "replay raises what never earned anything",
+        "hippocampus/replay.py",
+        "rate = config.replay_rate * credit.clamp_max(1.0)",
+        "rate = config.replay_rate",
+        "test_references.py::test_consolidate[0-options0]",
     ),
     Mutation(
         "7 references: recall",

@@ -114,3 +114,19 @@ def test_surprise_is_that_of_the_base_itself(layer: int | list[int]) -> None:
         expected = model.score(ids)
     model.score(ids)
     torch.testing.assert_close(-torch.cat(heard, dim=1)[:, 1:], expected, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_keys_come_from_the_layers_named() -> None:
+    """The keys are made of layer 1 and of the final state, each in its half."""
+    model, ids = awake(**SEVERAL), text(rows=1, length=10)
+    with model.window.tapped() as states:
+        final = model.window.read(model.new_cache(1), ids[:, :6], [0], [6])
+    read = states(final)
+    assert torch.equal(read[..., 32:], final)
+    assert torch.equal(read[..., :32], model.window.hidden_of(ids[:, :6])[..., :32])
+    assert (read[..., :32] - final).abs().max() > 0.01
+    cache = model.new_cache(1)
+    model(ids[:, :6], past_key_values=cache)
+    keys = cache.memory.episodes.key[0, cache.memory.episodes.valid[0]]
+    torch.testing.assert_close(keys, model.hippocampus.recall.encode_key(model.hippocampus.normed(read[0, :5])))
