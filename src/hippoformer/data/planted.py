@@ -43,6 +43,7 @@ _ATTRIBUTES = {
     "trade": "common",
     "instrument": "common",
 }
+_ATTRIBUTES_A_DOCUMENT = 5
 _STATEMENTS = (
     "The {attribute} of {owner} is {value}.",
     "{owner}'s {attribute} is {value}.",
@@ -100,8 +101,10 @@ def plant_facts(documents: Sequence[Document], facts: int, gap: tuple[int, int],
 def _planted(document: Document, facts: int, gap: tuple[int, int], draw: random.Random) -> Document:
     text = document.text
     places: list[tuple[int, str]] = []
+    # Few attributes, many owners: only the owner's name tells one number from another.
+    attributes = draw.sample(sorted(_ATTRIBUTES), _ATTRIBUTES_A_DOCUMENT)
     for _ in range(facts if len(text) >= 2 * gap[0] else 0):
-        statement, question = _fact(draw)
+        statement, question = _fact(draw, draw.choice(attributes))
         first = draw.randrange(len(text) - gap[0])
         second = min(first + draw.randint(*gap), len(text) - 1)
         places += [(first, statement), (second, question)]
@@ -113,9 +116,8 @@ def _planted(document: Document, facts: int, gap: tuple[int, int], draw: random.
     return Document(document.title, "".join(pieces) + text[end:], f"{document.source} with planted facts")
 
 
-def _fact(draw: random.Random) -> tuple[str, str]:
+def _fact(draw: random.Random, attribute: str) -> tuple[str, str]:
     """A statement, and a question that ends with its value."""
-    attribute = draw.choice(list(_ATTRIBUTES))
     value = {
         "number": "".join(str(draw.randrange(10)) for _ in range(draw.randint(3, 6))),
         "place": _name(draw),

@@ -63,7 +63,7 @@ class Recall(nn.Module):
         # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
         self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
         self.priority_weight = nn.Parameter(torch.ones(heads))
-        self.log_contiguity = nn.Parameter(torch.zeros(heads))
+        self.log_contiguity = nn.Parameter(torch.linspace(0.0, 3.0, heads))
         # Similar queries and keys from the start: an episode is found by the state that is like the one that made it.
         with torch.no_grad():
             self.query_proj.weight.copy_(self.key_proj.weight)
