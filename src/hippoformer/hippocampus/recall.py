@@ -83,7 +83,9 @@ class Recall(nn.Module):
         """(..., K) -> (..., K), unit length per head; zero stays zero."""
         return normalize(projected.unflatten(-1, (self.n_heads, self.head_dim)), dim=-1).flatten(-2)
 
-    def forward(self, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor) -> Recollection:
+    def forward(
+        self, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor, n_shared: int = 0
+    ) -> Recollection:
         """Retrieves for every query.
 
         Args:
@@ -91,6 +93,7 @@ class Recall(nn.Module):
             episodes: E slots.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
+            n_shared: so many slots in front are visible to all queries or to none, which saves looking at each.
 
         Returns:
             The recollection, in float32. The first query has no step before it and gets no contiguity bonus.
@@ -107,7 +110,10 @@ class Recall(nn.Module):
         if torch.is_grad_enabled() or 0 < self.top_k < key.shape[-1]:
             weights, nothing = self._attend(query.to(key.dtype), key, bias, null, mixture, follows, visible)
         else:
-            weights, nothing = self._attend_in_blocks(query.to(key.dtype), key, bias, null, mixture, follows, visible)
+            bias[..., :n_shared].masked_fill_(~visible[:, None, :1, :n_shared], -torch.inf)
+            weights, nothing = self._attend_in_blocks(
+                query.to(key.dtype), key, bias, null, mixture, follows, ~visible[..., n_shared:]
+            )
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
@@ -131,38 +137,41 @@ class Recall(nn.Module):
         return total[..., 1:], total[..., 0]
 
     def _attend_in_blocks(
-        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, visible: Tensor
+        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's
-        cache.
+        cache. `hidden` (R, N, S) masks the last S slots; what no query sees before them has a bias of -inf.
         """
-        n_rows, _, n_queries, _ = query.shape
-        weights = torch.empty(n_rows, n_queries, key.shape[-1], device=query.device)
+        n_rows, n_heads, n_queries, _ = query.shape
+        n_slots = key.shape[-1]
+        weights = torch.empty(n_rows, n_queries, n_slots, device=query.device)
         nothing = torch.empty(n_rows, n_queries, device=query.device)
-        kappa = self.log_contiguity.exp()[:, None, None]
+        score = torch.empty(n_heads, min(n_queries, _QUERY_BLOCK), n_slots + 1, device=query.device)
+        boost = self.log_contiguity.exp()[:, None, None] * follows.unsqueeze(1).unsqueeze(1)
         for row in range(n_rows):
             # (H, K/H, E), copied into that order where many queries share the copy.
             keys = key[row].contiguous() if n_queries > _QUERY_BLOCK else key[row]
-            step_follows = follows[row].float()
-            led: Tensor | None = None
+            carried: Tensor | None = None
             for low in range(0, n_queries, _QUERY_BLOCK):
                 block = slice(low, min(low + _QUERY_BLOCK, n_queries))
                 if n_queries > _QUERY_BLOCK:
-                    score = (query[row, :, block] @ keys).float()  # (H, n, E)
+                    similar = query[row, :, block] @ keys  # (H, n, E)
                 else:
-                    score = (keys.transpose(1, 2) @ query[row, :, block].transpose(1, 2)).float().transpose(1, 2)
-                score = score.contiguous().add_(bias[row]).masked_fill_(~visible[row, block], -torch.inf)
-                highest = torch.maximum(score.amax(-1), null[row, :, block].float())  # (H, n)
-                score.sub_(highest.unsqueeze(-1)).exp_()
-                none = (null[row, :, block] - highest).exp()  # (H, n)
-                before = score[:, :, :-1] * (step_follows / (score.sum(-1) + none).unsqueeze(-1))  # (H, n, E-1)
-                last = before[:, -1:].clone()
-                if before.shape[1] > 1:
-                    score[:, 1:, 1:].addcmul_(score[:, 1:, 1:], before[:, :-1].mul_(kappa))
-                if led is not None:
-                    score[:, :1, 1:].addcmul_(score[:, :1, 1:], led * kappa)
-                led = last
-                share = mixture[row, :, block] / (score.sum(-1) + none)  # (H, n)
-                weights[row, block] = (share.transpose(0, 1).unsqueeze(1) @ score.transpose(0, 1)).squeeze(1)
-                nothing[row, block] = (share * none).sum(0)
+                    similar = (keys.transpose(1, 2) @ query[row, :, block].transpose(1, 2)).transpose(1, 2)
+                here = score[:, : block.stop - low]
+                here[..., 0] = null[row, :, block]
+                torch.add(similar, bias[row], out=here[..., 1:])
+                here[..., 1 + n_slots - hidden.shape[-1] :].masked_fill_(hidden[row, block], -torch.inf)
+                first = torch.softmax(here, dim=-1)  # (H, n, E + 1), slot 0 is the null
+                led = first[..., 1:-1] * boost[row]  # (H, n, E - 1), of the query before, for the successors
+                if first.shape[1] > 1:
+                    first[:, 1:, 2:].addcmul_(first[:, 1:, 2:], led[:, :-1])
+                if carried is not None:
+                    first[:, :1, 2:].addcmul_(first[:, :1, 2:], carried)
+                carried = led[:, -1:]
+                share = mixture[row, :, block] / first.sum(-1)  # (H, n)
+                total = first[0].mul_(share[0].unsqueeze(-1))
+                for head in range(1, n_heads):
+                    total.addcmul_(first[head], share[head].unsqueeze(-1))
+                weights[row, block], nothing[row, block] = total[:, 1:], total[:, 0]
         return weights, nothing
