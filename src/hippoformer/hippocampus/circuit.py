@@ -235,9 +235,8 @@ class Hippocampus(nn.Module):
         known = episodes.slots(low, high)
         visible = recall_mask(known.valid, first - low, n_new + 1)
         mass = known.effective_priority(config.decay_rate) * known.strength
-        recollection = self.recall(queries, known, mass, visible, max(config.buffer_size - low, 0)).since(
-            1
-        )  # query 0 only leads the way to query 1
+        found = self.recall(queries, known, mass, visible, n_shared=max(config.buffer_size - low, 0))
+        recollection = found.since(1)  # query 0 only leads the way to query 1
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.
