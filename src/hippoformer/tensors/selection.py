@@ -6,8 +6,7 @@ from torch import Tensor
 
 def take(buffer: Tensor, index: Tensor) -> Tensor:
     """Gathers slots: buffer (R, E, ...), index (R, J) int64 -> (R, J, ...)."""
-    rows = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(-1)
-    return buffer[rows, index]
+    return buffer.flatten(0, 1).index_select(0, _flat(buffer, index)).unflatten(0, index.shape)
 
 
 def put(buffer: Tensor, index: Tensor, new: Tensor) -> Tensor:
@@ -18,9 +17,15 @@ def put(buffer: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         buffer = buffer.clone()
-    rows = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(-1)
-    buffer[rows, index] = new.to(buffer.dtype)
+    new = new.to(buffer.dtype).flatten(0, 1)
+    buffer.view(-1, *buffer.shape[2:]).index_copy_(0, _flat(buffer, index), new)
     return buffer
+
+
+def _flat(buffer: Tensor, index: Tensor) -> Tensor:
+    """Slots (R, J) of each row as slots of all rows laid end to end: whole slots are then copied, not single numbers."""
+    first = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(-1) * buffer.shape[1]
+    return (index + first).flatten()
 
 
 def winners(score: Tensor, k: int) -> Tensor:
