@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test unit lint clean
+.PHONY: demo test unit lint results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -25,6 +25,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every figure of the README and the docs, from the test texts in the folder data; results-quick makes the headline rows.
+results: $(INSTALLED)
+	$(BIN)/python scripts/results.py
+
+results-quick: $(INSTALLED)
+	$(BIN)/python scripts/results.py --quick
 
 # The stamp is written last, so an interrupted installation is taken up again. A .venv whose Python is gone is remade.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hippoformer.cli
 from hippoformer.data import Document
 from hippoformer.errors import HippoFormerError, InputError
 from hippoformer.evaluation import (
@@ -189,3 +190,20 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HippoFormerError, match="could not be written"):
         write_json(tmp_path / "missing" / "results.json", {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/somewhere/bin/hippoformer", "eval", "a file"], "hippoformer eval 'a file'"),
+        ([hippoformer.cli.__file__, "eval"], "hippoformer eval"),
+        (["benchmarks/speed.py", "--long"], "benchmarks/speed.py --long"),
+        ([str(Path.cwd() / "benchmarks" / "speed.py")], "benchmarks/speed.py"),
+        (["/elsewhere/tool.py"], "tool.py"),
+    ],
+)
+def test_the_command_names_no_place_of_this_machine(
+    argv: list[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    assert provenance()["command"] == command

@@ -44,7 +44,7 @@ def provenance(
     commit, dirty = _commit(Path(__file__).resolve().parents[1])
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv) if command is None else command,
+        "command": _command() if command is None else command,
         "seed": seed,
         "commit": commit,
         "dirty": dirty,
@@ -102,6 +102,17 @@ def _data(documents: list[Document]) -> dict[str, Any]:
         "utf8_bytes": sum(len(document.text.encode("utf-8")) for document in documents),
         "sources": sources,
     }
+
+
+def _command() -> str:
+    """The command line, with the program as a user would call it instead of where it lies on this machine."""
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    package = Path(__file__).resolve().parents[1]
+    if program.stem == package.name or program.resolve() == package / "cli.py":
+        return shlex.join([package.name, *arguments])
+    if program.is_absolute() and program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    return shlex.join([program.name if program.is_absolute() else str(program), *arguments])
 
 
 def _version(package: str) -> str | None:

@@ -23,7 +23,7 @@ def put(buffer: Tensor, index: Tensor, new: Tensor) -> Tensor:
 
 
 def _flat(buffer: Tensor, index: Tensor) -> Tensor:
-    """Slots (R, J) of each row as slots of all rows laid end to end: whole slots are then copied, not single numbers."""
+    """Slots (R, J) as slots of all rows laid end to end, (R J): whole slots are then copied, not single numbers."""
     first = torch.arange(buffer.shape[0], device=buffer.device).unsqueeze(-1) * buffer.shape[1]
     return (index + first).flatten()
 

@@ -1,0 +1,125 @@
+"""Makes the files under results/ again, from which every table of the README and the docs is written.
+
+    python scripts/results.py                  # all that are missing
+    python scripts/results.py --quick          # the headline rows alone
+    python scripts/results.py novels recall    # these pieces, also where their files exist
+    python scripts/results.py --list           # what there is, and how long each takes
+
+Each piece is one command of the package, run as a user would type it; a piece whose file exists is skipped, so an
+interrupted run goes on where it was. The minutes are of two CPU cores. The test texts lie in the folder `data`.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ("--model", "smollm2-135m")
+WIKI, NOVELS = "data/wikitext-2-raw/wiki.test.raw", "data/public-domain-novels/test"
+
+# What each mechanism is worth. The first is what is shipped; the others differ from it in what they name.
+VARIANTS = (
+    "shipped",
+    "fifo:selection=fifo",
+    "surprise:selection=surprise",
+    "random:selection=random",
+    "no-replay:max_replay_rounds=0",
+    "one-round:max_replay_rounds=1",
+    "three-rounds:max_replay_rounds=3",
+)
+BUFFERS = (0, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file, the command that makes it, and how long that takes."""
+
+    file: str
+    command: tuple[str, ...]
+    minutes: int
+    headline: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.file.removesuffix(".json")
+
+    def line(self) -> list[str]:
+        """The command line, as it is recorded in the file."""
+        script = ["benchmarks/speed.py"] if self.command[0].startswith("--") else ["-m", "hippoformer.cli"]
+        return [sys.executable, *script, *self.command, "--output", f"results/{self.file}"]
+
+
+def variants(text: str, limit: int, buffer: int, options: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
+    """The command that compares variants at one buffer size."""
+    named = (f"{v}{',' if ':' in v else ':'}buffer_size={buffer}" for v in options)
+    chosen = (part for option in named for part in ("--variant", option))
+    return ("eval", "variants", *MODEL, "--text", text, "--limit-tokens", str(limit), *chosen)
+
+
+def buffers(text: str, limit: int) -> tuple[str, ...]:
+    """The command that compares buffer sizes, the shipped one first."""
+    sizes = sorted(BUFFERS, key=lambda size: size != 2048)
+    chosen = (part for size in sizes for part in ("--variant", f"buffer-{size}:buffer_size={size}"))
+    return ("eval", "variants", *MODEL, "--text", text, "--limit-tokens", str(limit), *chosen)
+
+
+def perplexity(text: str, *more: str) -> tuple[str, ...]:
+    """The command of the streaming protocol."""
+    return ("eval", "perplexity", *MODEL, "--text", text, *more)
+
+
+PIECES = (
+    Piece("novels_test.json", perplexity(NOVELS, "--limit-tokens", "30000", "--batch-size", "6"), 12, True),
+    Piece("wikitext2_test.json", perplexity(WIKI), 22, True),
+    Piece(
+        "recall_test.json",
+        ("eval", "recall", *MODEL, "--text", NOVELS, "--distances", "2000,8000,32000,128000"),
+        20,
+        True,
+    ),
+    Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
+    Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
+    Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
+    Piece("variants_wikitext2_1024.json", variants(WIKI, 30000, 1024), 22),
+    Piece("buffers_novels.json", buffers(NOVELS, 30000), 12),
+    Piece("buffers_wikitext2.json", buffers(WIKI, 30000), 14),
+    Piece("speed.json", ("--parts", "scoring", "write", "generate"), 12),
+    Piece("speed_memory.json", ("--parts", "memory", "--long"), 6),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what is asked for; the exit status of the first command that fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("pieces", nargs="*", help="names, or their beginnings; default: all whose files are missing")
+    parser.add_argument("--quick", action="store_true", help="the headline rows alone")
+    parser.add_argument("--list", action="store_true", help="print the pieces and their commands")
+    arguments = parser.parse_args(argv)
+    chosen = [p for p in PIECES if p.headline or not arguments.quick]
+    if arguments.pieces:
+        chosen = [p for p in PIECES if p.name.startswith(tuple(arguments.pieces))]
+        if not chosen:
+            parser.error(f"no piece is called {' or '.join(arguments.pieces)}: {', '.join(p.name for p in PIECES)}")
+    else:
+        chosen = [p for p in chosen if not (ROOT / "results" / p.file).exists()]
+    for piece in chosen if arguments.list else ():
+        print(f"{piece.minutes:3d} min  {' '.join(piece.line()[1:])}")
+    if arguments.list:
+        return 0
+    print(f"{len(chosen)} pieces, about {sum(p.minutes for p in chosen)} minutes on two cores", flush=True)
+    (ROOT / "results").mkdir(exist_ok=True)
+    for number, piece in enumerate(chosen, start=1):
+        began = time.monotonic()
+        print(f"[{number}/{len(chosen)}] {piece.name}, about {piece.minutes} minutes", flush=True)
+        if status := subprocess.run(piece.line(), cwd=ROOT).returncode:
+            print(f"{piece.name} failed with exit status {status}", file=sys.stderr)
+            return status
+        print(f"[{number}/{len(chosen)}] {piece.name} took {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    return subprocess.run([sys.executable, "scripts/readme_results.py"], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
