@@ -7,6 +7,8 @@ it came from.
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,9 +109,7 @@ def eval_perplexity(
     loaded, tokenizer = _load(
         model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
     )
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=None)
+    with _reading() as progress:
         report = evaluate_perplexity(
             loaded,
             tokenizer,
@@ -120,13 +120,9 @@ def eval_perplexity(
             skip_tokens=skip_tokens,
             max_documents=documents,
             seed=seed,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
-    console = _console()
-    console.print(report.to_table())
-    if output is not None:
-        report.save(output)
-        console.print(Text(f"Results written to {output}"))
+    _show(report, output)
 
 
 @eval_app.command("recall")
@@ -163,9 +159,7 @@ def eval_recall(
     loaded, tokenizer = _load(
         model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
     )
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=None)
+    with _reading() as progress:
         report = evaluate_recall(
             loaded,
             tokenizer,
@@ -175,13 +169,9 @@ def eval_recall(
             kinds=KINDS if kinds is None else [kind.strip() for kind in kinds.split(",")],
             haystacks=streams,
             seed=seed,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
-    console = _console()
-    console.print(report.to_table())
-    if output is not None:
-        report.save(output)
-        console.print(Text(f"Results written to {output}"))
+    _show(report, output)
 
 
 @eval_app.command("variants")
@@ -222,11 +212,7 @@ def eval_variants(
         seed=seed,
         progress=lambda name: Console(stderr=True).print(f"reading as {name}"),
     )
-    console = _console()
-    console.print(report.to_table())
-    if output is not None:
-        report.save(output)
-        console.print(Text(f"Results written to {output}"))
+    _show(report, output)
 
 
 @app.command("train", context_settings=_FORWARD, add_help_option=False)
@@ -332,6 +318,24 @@ def _dtype(name: str) -> Any:
     if name not in known:
         raise ConfigurationError(f"--dtype {name} is unknown; choose one of {', '.join(known)}.")
     return known[name]
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the error stream; what it gives takes (done, total)."""
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _show(report: Any, output: Path | None) -> None:
+    """Prints a report's table, and writes its JSON where that was asked for."""
+    console = _console()
+    console.print(report.to_table())
+    if output is not None:
+        report.save(output)
+        console.print(Text(f"Results written to {output}"))
 
 
 def _check_output(path: Path) -> None:
