@@ -60,6 +60,7 @@ WindowOption = Annotated[int | None, typer.Option(help="Tokens of the base model
 SinkOption = Annotated[int | None, typer.Option("--sink-tokens", help="First tokens that always stay visible.")]
 BufferOption = Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
+CacheOption = Annotated[Path, typer.Option(help="Where the base's hidden states are kept.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
@@ -183,7 +184,7 @@ def eval_variants(
         typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to."),
     ],
     more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None,
-    cache_dir: Annotated[Path, typer.Option(help="Where the base's hidden states are kept.")] = Path("hidden_states"),
+    cache_dir: CacheOption = Path("hidden_states"),
     limit_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")] = None,
     documents: Annotated[int | None, typer.Option(help="Read the first so many documents.")] = None,
     split: Annotated[Split, typer.Option(help="Where documents begin.")] = "auto",
@@ -212,6 +213,35 @@ def eval_variants(
         seed=seed,
         progress=lambda name: Console(stderr=True).print(f"reading as {name}"),
     )
+    _show(report, output)
+
+
+@eval_app.command("salience")
+def eval_salience(
+    model: ModelOption,
+    text: Annotated[list[Path], typer.Option("--text", help="Text file or folder; can be repeated.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None,
+    cache_dir: CacheOption = Path("hidden_states"),
+    limit_tokens: Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")] = None,
+    documents: Annotated[int | None, typer.Option(help="Read the first so many documents.")] = None,
+    split: Annotated[Split, typer.Option(help="Where documents begin.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the untrained gate.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Compare the salience of each transition with the credit it earns, beside surprise and an untrained gate."""
+    from hippoformer.data import read_documents
+    from hippoformer.evaluation.salience import evaluate_salience
+
+    if output is not None:
+        _check_output(output)
+    texts = read_documents([*text, *(more or [])], split=split)[:documents]
+    loaded, tokenizer = _load(model, device, dtype)
+    with _reading() as progress:
+        report = evaluate_salience(
+            loaded, tokenizer, texts, cache_dir, limit_tokens=limit_tokens, seed=seed, progress=progress
+        )
     _show(report, output)
 
 

@@ -1,0 +1,205 @@
+"""Does salience foresee what a memory will be worth?
+
+Every document is read twice. Once as usual, for the salience of each transition at the moment it was written. Once with
+room for everything and all memories equal, for the credit each turns out to earn: its share of the predictions made of
+later tokens beyond the window. The two are compared token by token: Spearman's rank correlation with the credit, Pearson's
+with it (the consolidation R-score of the original, retrieval quality being the credit), and how much of all credit the
+transitions hold that a rule would keep if it could keep one in ten.
+
+Each figure stands beside that of plain surprise, and of the same gate before training.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+from torch import Tensor
+
+from hippoformer.data import Document
+from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.scoring import describe, encode, reading
+from hippoformer.evaluation.statistics import LEVEL, RESAMPLES, Interval
+from hippoformer.hippocampus.salience import SalienceGate
+from hippoformer.training.credit import measure_credit
+from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.readers import CachedReader
+from hippoformer.training.streams import Piece
+
+FORMAT = "hippoformer.salience/1"
+RULES = ("salience", "surprise", "untrained gate")
+_KEPT = 0.1
+
+
+@dataclass(frozen=True)
+class RuleResult:
+    """One rule over all documents; means of the documents' figures, with bootstrap intervals over documents.
+
+    Attributes:
+        rule: one of `RULES`. spearman, pearson: correlation with credit.
+        held: share of all credit held by the tenth of the transitions that the rule ranks highest; 0.1 is chance.
+    """
+
+    rule: str
+    spearman: Interval
+    pearson: Interval
+    held: Interval
+
+
+@dataclass(frozen=True)
+class SalienceReport:
+    """Every rule, and where the numbers came from.
+
+    Attributes:
+        perfect: what `held` would be for a rule that knew the credit.
+    """
+
+    model: dict[str, Any]
+    documents: list[str]
+    transitions: int
+    perfect: Interval
+    rules: tuple[RuleResult, ...]
+    provenance: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON content."""
+        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT} | asdict(self), allow_nan=False))
+        return plain
+
+    def save(self, path: Any) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    def to_table(self) -> Table:
+        """One line a rule, for a terminal."""
+        caption = (
+            f"{len(self.documents)} documents, {self.transitions:,} transitions; credit held by the best tenth, had it "
+            f"been known: {self.perfect.estimate:.2f}"
+        )
+        table = Table(title=Text(f"Salience and credit of {self.model['base_model_name']}"), caption=Text(caption))
+        table.add_column("rule")
+        for heading in ("Spearman with credit", "Pearson with credit", "credit held by its best tenth"):
+            table.add_column(heading, justify="right")
+        for result in self.rules:
+            table.add_row(
+                *(Text(c) for c in (result.rule, *map(_shown, (result.spearman, result.pearson, result.held))))
+            )
+        return table
+
+
+def evaluate_salience(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    cache_dir: Path,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    progress: Callable[[int, int], None] | None = None,
+    command: str | None = None,
+) -> SalienceReport:
+    """Measures salience, surprise and an untrained gate against the credit of held-out text.
+
+    Args:
+        model: a HippoFormer whose base is frozen. tokenizer: its tokenizer.
+        documents: each read from an empty memory; those in which no transition earned credit are left out.
+        cache_dir: where hidden states are kept.
+        limit_tokens: read only the first so many tokens of each document.
+        seed: of the bootstrap, and of the untrained gate. progress: called with (documents read, documents in all).
+        command: recorded in the report.
+    """
+    encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
+    encoded = [document for document in encoded if document.tokens_scored > 0]
+    figures: dict[str, list[tuple[float, float, float]]] = {rule: [] for rule in RULES}
+    perfect, titles, transitions = [], [], 0
+    with reading(model):
+        cache = HiddenStateCache(model, [document.input_ids for document in encoded], cache_dir)
+        for number, document in enumerate(encoded):
+            credit = measure_credit(model.hippocampus, cache[number])
+            known = ~credit.isnan()
+            if known.sum() > 1 and credit[known].max() > 0:
+                measured = {
+                    "salience": _salience(model, cache, number),
+                    "surprise": 1.0 - cache[number].log_prob.exp(),
+                    "untrained gate": _salience(_untrained(model, seed), cache, number),
+                }
+                worth = credit[known].double().numpy()
+                for rule, values in measured.items():
+                    figures[rule].append(_compared(values[known].double().numpy(), worth))
+                perfect.append(_held(worth, worth))
+                titles.append(document.document.title)
+                transitions += int(known.sum())
+            if progress is not None:
+                progress(number + 1, len(encoded))
+    intervals = {rule: [_mean([f[i] for f in of], seed, resamples) for i in range(3)] for rule, of in figures.items()}
+    return SalienceReport(
+        model=describe(model),
+        documents=titles,
+        transitions=transitions,
+        perfect=_mean(perfect, seed, resamples),
+        rules=tuple(RuleResult(rule, *of) for rule, of in intervals.items()),
+        provenance=provenance(seed=seed, documents=list(documents), command=command),
+    )
+
+
+def _salience(model: Any, cache: HiddenStateCache, number: int) -> Tensor:
+    """(T,) salience of each transition of a document when it was written."""
+    reader, length, parts = CachedReader(model, cache, 1), cache.lengths[number], []
+    for start in range(0, length, model.config.segment_len):
+        n = min(model.config.segment_len, length - start)
+        found = reader.read(Piece([number], [start], [n], [0] if start == 0 else [])).found
+        parts.append(found.salience[0, :n].float().cpu())
+    return torch.cat(parts)
+
+
+def _untrained(model: Any, seed: int) -> Any:
+    """The model with a gate as it is before training, surprise left out; everything else is shared."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    hippocampus = copy.copy(model.hippocampus)
+    hippocampus._modules = dict(model.hippocampus._modules)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        gate = SalienceGate(hippocampus.width, hippocampus.config).to(model.device).eval()
+    gate.surprise_weight.data.zero_()
+    hippocampus._modules["salience_gate"] = gate
+    other._modules["hippocampus"] = hippocampus
+    return other
+
+
+def _compared(values: Any, credit: Any) -> tuple[float, float, float]:
+    """Spearman, Pearson, and the share of credit held by the best tenth."""
+    return (
+        float(stats.spearmanr(values, credit).statistic),
+        float(stats.pearsonr(values, credit).statistic),
+        _held(values, credit),
+    )
+
+
+def _held(values: Any, credit: Any) -> float:
+    best = np.argsort(-values, kind="stable")[: max(1, round(_KEPT * len(values)))]
+    return float(credit[best].sum() / credit.sum())
+
+
+def _mean(values: list[float], seed: int, resamples: int) -> Interval:
+    """The mean over documents, and its percentile bootstrap interval."""
+    sample, low, high = np.asarray(values, dtype=float), None, None
+    if len(values) > 1:
+        found = stats.bootstrap(
+            (sample,), np.mean, n_resamples=resamples, confidence_level=LEVEL, method="percentile", rng=seed
+        ).confidence_interval
+        low, high = float(found.low), float(found.high)
+    return Interval(float(sample.mean()), low, high, LEVEL, resamples, seed)
+
+
+def _shown(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{interval.estimate:.3f}"
+    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
