@@ -2,9 +2,9 @@
 
 Every document is read twice. Once as usual, for the salience of each transition at the moment it was written. Once with
 room for everything and all memories equal, for the credit each turns out to earn: its share of the predictions made of
-later tokens beyond the window. The two are compared token by token: Spearman's rank correlation with the credit, Pearson's
-with it (the consolidation R-score of the original, retrieval quality being the credit), and how much of all credit the
-transitions hold that a rule would keep if it could keep one in ten.
+later tokens beyond the window. The two are compared token by token: Spearman's rank correlation with the credit,
+Pearson's with it (the consolidation R-score of the original, retrieval quality being the credit), and how much of all
+credit the transitions hold that a rule would keep if it could keep one in ten.
 
 Each figure stands beside that of plain surprise, and of the same gate before training.
 """
