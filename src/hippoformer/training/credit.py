@@ -2,7 +2,7 @@
 
 With recall trained, every document is read once more with a store large enough to keep everything, all memories
 equal. At the end each episode has earned its credit: the share of later predictions, beyond the window, that it is
-owed. The best `target_tagged_share` of a document is what the gate should tag.
+owed. Around what the best `target_tagged_share` of a document reached the gate should begin to tag.
 
 Measuring with everything kept is what makes the target honest: with the working capacity, an episode that the present
 gate lets go could never prove it.
@@ -72,9 +72,18 @@ def measure_credit(hippocampus: Hippocampus, document: ReadDocument) -> Tensor:
 
 
 def useful(credit: Tensor, share: float) -> Tensor:
-    """1 for the best `share` of a document's measured credits, 0 for the others, NaN where nothing was measured."""
+    """How useful each episode of a document turned out to be, in [0, 1): credit / (credit + c).
+
+    c is the credit that the best `share` of the document's episodes reached, so these are at 0.5 or above and what was
+    owed many predictions is near 1: a gate that foresees this ranks the best memories and does not only divide them
+    from the rest.
+
+    Args:
+        credit: (T,) of `measure_credit`; NaN stays NaN.
+        share: in (0, 1).
+    """
     known = credit[~credit.isnan()]
     if known.numel() == 0:
         return credit
-    threshold = torch.quantile(known, 1.0 - share)
-    return torch.where(credit.isnan(), torch.nan, ((credit >= threshold) & (credit > 0)).float())
+    reached = torch.quantile(known, 1.0 - share).clamp_min(1e-6)
+    return credit / (credit + reached)
