@@ -246,6 +246,7 @@ def one_segment(
             age=none,
             strength=torch.ones_like(none),
             credit=none,
+            recalled=none,
         )
         return episodes.write(column + config.buffer_size + working_fill(done, config), new)
 

@@ -124,20 +124,30 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
     return kept, {"reactivated": reactivated, "merged": merged, "forgotten": len(alive) - len(kept)}
 
 
-def recall(module: Recall, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor) -> dict[str, Tensor]:
+def recall(
+    module: Recall, hidden: Tensor, tokens: Tensor, own: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor
+) -> dict[str, Tensor]:
     """Weights (R, N, E), null mass (R, N), content (R, N, U) and peak (R, N), one number at a time."""
-    hidden, mass = hidden.double(), mass.double()
+    hidden, mass, own = hidden.double(), mass.double(), own.double()
     rows, n_queries, _ = hidden.shape
     n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
     weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
     result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
     for row in range(rows):
-        position = episodes.position[row].tolist()
-        before: list[list[float]] = []
+        position, token = episodes.position[row].tolist(), episodes.token[row].tolist()
+        before = episodes.recalled[row].double().tolist()
         for number in range(n_queries):
             state = hidden[row, number]
             share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)
-            attention: list[list[float]] = []
+            # Episodes that foretold the token just read lead to their successors.
+            lead = [0.0] * n_episodes
+            for slot in range(1, n_episodes):
+                goes_on = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
+                if goes_on and token[slot - 1] == int(tokens[row, number]):
+                    lead[slot] = before[slot - 1]
+            evidence = sum(lead) + float(own[row, number])
+            lead = [value / evidence if evidence > 0 else 0.0 for value in lead]
+            total = torch.zeros(n_episodes + 1, dtype=torch.float64)
             for head in range(heads):
                 span = slice(head * width, (head + 1) * width)
                 query = weight["query_proj.weight"][span] @ state
@@ -151,18 +161,13 @@ def recall(module: Recall, hidden: Tensor, episodes: Episodes, mass: Tensor, vis
                     least = sorted(scores, reverse=True)[module.top_k - 1]
                     scores = [score if score >= least else -math.inf for score in scores]
                 scores.append(float(weight["null_proj.weight"][head] @ state + weight["null_proj.bias"][head]))
-                highest = max(scores)
-                exponent = [math.exp(score - highest) for score in scores]
-                attention.append([value / sum(exponent) for value in exponent])
-            favoured = []
-            for head in range(heads):
-                kappa, now = math.exp(float(weight["log_contiguity"][head])), list(attention[head])
-                for slot in range(1, n_episodes):
-                    if before and position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1:
-                        now[slot] *= 1.0 + kappa * before[head][slot - 1]
-                favoured.append([value / sum(now) for value in now])
-            before = attention
-            result[row, number] = (torch.tensor(favoured, dtype=torch.float64) * share.unsqueeze(-1)).sum(0)
+                highest, kappa = max(scores), math.exp(float(weight["log_contiguity"][head]))
+                now = [math.exp(score - highest) for score in scores]
+                for slot in range(n_episodes):
+                    now[slot] *= 1.0 + kappa * lead[slot]
+                total += share[head] * torch.tensor(now, dtype=torch.float64) / sum(now)
+            before = total[:-1].tolist()
+            result[row, number] = total
     weights = result[..., :-1]
     return {
         "weights": weights,

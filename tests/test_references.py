@@ -3,6 +3,7 @@ functions.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,8 +134,8 @@ def in_single_precision(episodes: Episodes) -> Episodes:
     return episodes.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def random_recall(seed: int, **options: object) -> tuple[Recall, Tensor, Episodes, Tensor, Tensor, HippoFormerConfig]:
-    """A recall module with every parameter away from its start, and something to recall."""
+def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recall, tuple]:
+    """A recall module with every parameter away from its start, and what it is called with."""
     config = small_config(**options)
     torch.manual_seed(seed)
     module = Recall(32, config)
@@ -145,21 +146,22 @@ def random_recall(seed: int, **options: object) -> tuple[Recall, Tensor, Episode
     episodes = in_single_precision(random_memory(config, [16, 5], [12, 12], seed))
     # Neighbours in the text, so that contiguity has something to favour.
     episodes.position[0, 4:12] = torch.arange(20, 28)
-    hidden = torch.randn(2, 7, 32)
+    episodes.recalled[:] = torch.rand(2, episodes.position.shape[1]) / 10
     mass = episodes.effective_priority(config.decay_rate) * episodes.strength
-    visible = episodes.valid.unsqueeze(1) & (torch.rand(2, 7, episodes.position.shape[1]) < 0.8)
+    visible = episodes.valid.unsqueeze(1) & (torch.rand(2, queries, episodes.position.shape[1]) < 0.8)
     visible[1, 2] = False  # a query that sees nothing at all
-    return module, hidden, episodes, mass, visible, config
+    tokens = torch.randint(0, 3, (2, queries))  # of which random_memory holds many
+    return module, (torch.randn(2, queries, 32), tokens, torch.rand(2, queries), episodes, mass, visible)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}])
 @pytest.mark.parametrize("seed", range(2))
 def test_recall(options: dict, seed: int, grad: bool) -> None:
-    module, hidden, episodes, mass, visible, _ = random_recall(seed, **options)
+    module, asked = random_recall(seed, **options)
     with torch.set_grad_enabled(grad):
-        fast = module(hidden, episodes, mass, visible)
-    slow = references.recall(module, hidden, episodes, mass, visible)
+        fast = module(*asked)
+    slow, visible = references.recall(module, *asked), asked[-1]
     for name, expected in slow.items():
         torch.testing.assert_close(
             getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
@@ -170,54 +172,60 @@ def test_recall(options: dict, seed: int, grad: bool) -> None:
 
 @torch.no_grad()
 def test_recall_of_many_queries_is_that_of_few() -> None:
-    """Longer than any block the fast path may cut its queries into."""
-    module, _, episodes, mass, _, _ = random_recall(0)
-    hidden = torch.randn(2, 150, 32)
-    visible = episodes.valid.unsqueeze(1).expand(-1, 150, -1)
-    whole = module(hidden, episodes, mass, visible)
-    for start in (0, 40, 101, 130):
-        part = module(hidden[:, start : start + 20], episodes, mass, visible[:, start : start + 20])
+    """Longer than any block the fast path may cut its queries into; what a part needs of the one before is carried."""
+    module, (hidden, tokens, own, episodes, mass, visible) = random_recall(0, queries=150)
+    whole = module(hidden, tokens, own, episodes, mass, visible)
+    for start in (1, 40, 101, 130):
+        few = slice(start, start + 20)
+        there = replace(episodes, recalled=whole.weights[:, start - 1])
+        part = module(hidden[:, few], tokens[:, few], own[:, few], there, mass, visible[:, few])
         for name in ("weights", "nothing", "content", "peak"):
-            mine = getattr(whole, name)[:, start + 1 : start + 20]  # the first of a part has no query before it
-            torch.testing.assert_close(mine, getattr(part, name)[:, 1:], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(getattr(whole, name)[:, few], getattr(part, name), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_slots_seen_alike_may_be_said_to_be() -> None:
+    module, (hidden, tokens, own, episodes, mass, visible) = random_recall(0)
+    visible[:, :, :9] = visible[:, :1, :9]
+    expected = module(hidden, tokens, own, episodes, mass, visible)
+    torch.testing.assert_close(module(hidden, tokens, own, episodes, mass, visible, 9).weights, expected.weights)
 
 
 @pytest.mark.parametrize("loud", [1.0, 60.0, 500.0])
 @torch.no_grad()
 def test_recall_stays_a_distribution_whatever_the_scale(loud: float) -> None:
     """One query may want nothing with all its might; that must not drown the others."""
-    module, hidden, episodes, mass, visible, _ = random_recall(0)
+    module, asked = random_recall(0)
     module.null_proj.weight.mul_(loud)
-    fast = module(hidden, episodes, mass, visible)
-    slow = references.recall(module, hidden, episodes, mass, visible)
+    fast, slow = module(*asked), references.recall(module, *asked)
     for name, expected in slow.items():
         torch.testing.assert_close(getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_contiguity_favours_the_successor() -> None:
-    """What the query before recalled makes the episode after it likelier, and only where the text really goes on."""
-    config = small_config()
+@torch.no_grad()
+def test_what_foretold_the_token_leads_to_its_successor() -> None:
+    """The way goes on in slot 10 if slot 9 foretold the token, if slot 10 follows in the text, and from there on."""
     torch.manual_seed(0)
-    module = Recall(32, config)
-    with torch.no_grad():
-        module.null_proj.bias.zero_()
-        module.log_scale.fill_(2.5)
-    episodes = in_single_precision(random_memory(config, [16], [0], 1))
-    episodes.position[0, 8:14] = torch.arange(50, 56)
-    hidden = torch.randn(1, 2, 32)
-    with torch.no_grad():  # the first query asks exactly for slot 9
-        target = episodes.key[0, 9].unflatten(0, (4, 8))
-        hidden[0, 0] = torch.linalg.lstsq(module.query_proj.weight, target.flatten().unsqueeze(-1)).solution.squeeze()
-    mass, visible = torch.ones_like(episodes.priority), episodes.valid.unsqueeze(1).expand(-1, 2, -1)
-    gained = {}
-    for kappa in (-20.0, 5.0):
-        with torch.no_grad():
-            module.log_contiguity.fill_(kappa)
-            gained[kappa] = module(hidden, episodes, mass, visible).weights[0, 1]
-    assert gained[5.0][10] > 1.5 * gained[-20.0][10]
-    episodes.position[0, 10:14] += 5  # now a gap lies between slots 9 and 10
-    with torch.no_grad():
-        assert module(hidden, episodes, mass, visible).weights[0, 1, 10] < gained[5.0][10]
+    module = Recall(32, small_config())
+    module.null_proj.bias.zero_()
+    module.log_contiguity.fill_(5.0)
+    episodes = in_single_precision(random_memory(small_config(), [16], [0], 1))
+    episodes.position[0, 8:14] = torch.arange(50, 56, dtype=torch.int32)
+    episodes.token[0, 8:14] = torch.arange(20, 26, dtype=torch.int32)
+    episodes.recalled[0, 9] = 0.2
+    mass, visible = torch.ones_like(episodes.priority), episodes.valid.unsqueeze(1).expand(-1, 3, -1)
+    hidden, own = torch.randn(1, 3, 32), torch.full((1, 3), 0.01)
+
+    def recalled(tokens: list[int], where: Episodes = episodes) -> Tensor:
+        return module(hidden, torch.tensor([tokens]), own, where, mass, visible).weights[0]
+
+    lost = recalled([0, 0, 0])
+    led = recalled([21, 22, 23])  # slots 9, 10 and 11 foretold these
+    assert led[0, 10] > 3 * lost[0, 10] and led[1, 11] > 3 * lost[1, 11] and led[2, 12] > 3 * lost[2, 12]
+    astray = recalled([21, 0, 23])  # the second token was another: there the way ends
+    assert torch.equal(astray[0], led[0]) and torch.allclose(astray[1], lost[1], atol=0.1)
+    apart = replace(episodes, position=episodes.position + 5 * (torch.arange(episodes.position.shape[1]) >= 10))
+    assert torch.allclose(recalled([21, 0, 0], apart)[0], lost[0])
 
 
 @torch.no_grad()

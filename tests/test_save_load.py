@@ -325,7 +325,10 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
         hidden = new.window.hidden_of(text(rows=1, length=60)[:, 10:30])
         store = of.memory.episodes.slots(0, new.config.buffer_size)
         visible = store.valid.unsqueeze(1).expand(-1, hidden.shape[1], -1)
-        return new.hippocampus.recall(hidden, store, torch.ones_like(store.priority), visible).weights
+        nothing_read = torch.zeros(1, hidden.shape[1], dtype=torch.int64)
+        return new.hippocampus.recall(
+            hidden, nothing_read, nothing_read.float(), store, torch.ones_like(store.priority), visible
+        ).weights
 
     right = recalled(read_some(new, rows=1, length=60))
     assert (recalled(loaded) - right).abs().sum() < (recalled(cache) - right).abs().sum()

@@ -6,8 +6,8 @@ retrieval are separate phases (Hasselmo 1995) and any chunking of a stream gives
 
 Time, exactly: row token t (0-based) completes the episode t-1 -> t. Query t sees the episodes completed at or before
 t, and predicts token t+1. Two things are carried over a step's edge: the hidden state of the last token (its key is
-made when the next token completes the episode, and its attention is the contiguity bonus of the next query), and the
-vote of the last query, by which the next token will be judged.
+made when the next token completes the episode), and the vote of the last query, by which the next token will be judged
+and which leads the next query on.
 """
 
 from dataclasses import dataclass, replace
@@ -127,7 +127,9 @@ class MemoryState:
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape
-        return replace(self, vote=Vote.none(rows, slots, last_hidden.device), last_hidden=last_hidden)
+        episodes = replace(self.episodes, recalled=torch.zeros_like(self.episodes.recalled))
+        vote = Vote.none(rows, slots, last_hidden.device)
+        return replace(self, episodes=episodes, vote=vote, last_hidden=last_hidden)
 
 
 @dataclass
@@ -233,10 +235,10 @@ class Hippocampus(nn.Module):
             priority=put(episodes.priority, place, torch.where(is_real, weight, 0.0)),
         )
         known = episodes.slots(low, high)
-        visible = recall_mask(known.valid, first - low, n_new + 1)
+        visible = recall_mask(known.valid, first - low + 1, n_new)
         mass = known.effective_priority(config.decay_rate) * known.strength
-        found = self.recall(queries, known, mass, visible, n_shared=max(config.buffer_size - low, 0))
-        recollection = found.since(1)  # query 0 only leads the way to query 1
+        own = (-surprise).exp()
+        recollection = self.recall(after, tokens, own, known, mass, visible, max(config.buffer_size - low, 0))
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.
@@ -249,7 +251,7 @@ class Hippocampus(nn.Module):
         )  # (R, N-1, e)
         hit = torch.cat((carried.sum(-1, keepdim=True), foretold.sum(-1)), dim=-1)
         with torch.no_grad():
-            own = (-surprise).exp() * (1.0 - prior_mixture * (1.0 - prior_nothing))
+            own = own * (1.0 - prior_mixture * (1.0 - prior_nothing))
             share = torch.where(is_real, prior_mixture / (own + prior_mixture * hit).clamp_min(1e-12), 0.0)  # (R, N)
             carried = carried * (share[:, 0] * vote.in_place).unsqueeze(-1)
             episodes = self._give_credit(episodes, carried, torch.einsum("rn,rne->re", share[:, 1:], foretold), low)
@@ -266,10 +268,11 @@ class Hippocampus(nn.Module):
             importance=weight,
         )
         last = untouched.gather(1, length[:, None, None].expand(-1, 1, untouched.shape[-1])).squeeze(1)
+        vote = self._next_vote(vote, output, length, low)
         return output, replace(
             state,
-            episodes=episodes,
-            vote=self._next_vote(vote, output, length, low),
+            episodes=replace(episodes, recalled=torch.where(length.unsqueeze(-1) > 0, vote.weights, episodes.recalled)),
+            vote=vote,
             last_hidden=last.to(state.last_hidden.dtype),
             recent_salience=last_of_each_row(extended, length, config.salience_min_duration - 1),
         )
@@ -339,6 +342,7 @@ class Hippocampus(nn.Module):
             age=none,
             strength=is_real.to(none.dtype),
             credit=none,
+            recalled=none,
         )
 
     def _give_credit(self, episodes: Episodes, carried: Tensor, earned: Tensor, low: int) -> Episodes:

@@ -37,6 +37,7 @@ class Episodes:
         age: (R, E) segments since the last reactivation.
         strength: (R, E) how many experiences were merged into this one.
         credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
+        recalled: (R, E) weight that the row's last query gave it.
     """
 
     key: Tensor
@@ -48,6 +49,7 @@ class Episodes:
     age: Tensor
     strength: Tensor
     credit: Tensor
+    recalled: Tensor
 
     @classmethod
     def empty(cls, rows: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str) -> "Episodes":
@@ -67,6 +69,7 @@ class Episodes:
             age=zeros(),
             strength=zeros(),
             credit=zeros(),
+            recalled=zeros(),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,25 +4,29 @@ Score of episode e for query q, per head h:
 
     scale_h cos(q, k_e) + rho_h log(effective priority_e x strength_e),        null_h(q) for recalling nothing
 
-A softmax over all of them gives the recollection. Recall runs forward in time (temporal contiguity, Howard & Kahana
-2002): what the token before recalled makes its successor in the text likelier now,
+A softmax over all of them gives the attention a_h. Recall runs forward in time (temporal contiguity, Howard & Kahana
+2002): a memory that foretold the token just read makes its successor in the text likelier. With r_{t-1}(e) the weight
+of episode e for the query before,
 
-    a_t(e)  <-  a_t(e) (1 + kappa_h a_{t-1}(e - 1)),  normalised,
+    lead_t(e + 1) = r_{t-1}(e) [token_e = x_t] / (sum of these + p_base(x_t)),     r_t ~ a_h,t (1 + kappa_h lead_t),
 
-a second pass that needs no loop. A learned mixture over heads, its weights made from the query, gives one distribution.
+which is Bayes' rule for "the text goes on as it did there", token by token. Of many numbers told in the same words,
+only the one whose name was just read is still led to. A learned mixture over heads, its weights made from the query,
+gives one distribution.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
 
-# Queries whose scores exist at once without gradients.
+# Queries whose scores exist at once without gradients: few, so that they stay in the processor's cache.
 _QUERY_BLOCK = 16
+_TINY = 1e-12
 
 
 @dataclass
@@ -84,94 +88,93 @@ class Recall(nn.Module):
         return normalize(projected.unflatten(-1, (self.n_heads, self.head_dim)), dim=-1).flatten(-2)
 
     def forward(
-        self, hidden: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor, n_shared: int = 0
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        own: Tensor,
+        episodes: Episodes,
+        mass: Tensor,
+        visible: Tensor,
+        n_shared: int = 0,
     ) -> Recollection:
         """Retrieves for every query.
 
         Args:
-            hidden: (R, N, D), queries; consecutive tokens, so that query i-1 is the step before query i.
-            episodes: E slots.
+            hidden: (R, N, D) of consecutive tokens.
+            tokens: (R, N) their ids. own: (R, N) probability that the base gave each.
+            episodes: E slots; `recalled` is the weight that the query before these gave them.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
             n_shared: so many slots in front are visible to all queries or to none, which saves looking at each.
 
         Returns:
-            The recollection, in float32. The first query has no step before it and gets no contiguity bonus.
+            The recollection, in float32.
         """
         query = self.unit_heads(self.query_proj(hidden)) * self.log_scale.exp().repeat_interleave(self.head_dim)
-        query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, H, N, K/H)
+        query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(episodes.key.dtype)
         key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).permute(0, 2, 3, 1)  # (R, H, K/H, E)
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
-        null = self.null_proj(hidden).transpose(1, 2)  # (R, H, N)
+        bias = torch.cat((bias[..., :n_shared].masked_fill(~visible[:, None, :1, :n_shared], -torch.inf),
+                          bias[..., n_shared:]), dim=-1)  # fmt: skip
+        null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
-        follows = (episodes.position[:, 1:] == episodes.position[:, :-1] + 1) & (
-            episodes.position[:, :-1] >= 0
-        )  # (R, E-1)
-        if torch.is_grad_enabled() or 0 < self.top_k < key.shape[-1]:
-            weights, nothing = self._attend(query.to(key.dtype), key, bias, null, mixture, follows, visible)
-        else:
-            bias[..., :n_shared].masked_fill_(~visible[:, None, :1, :n_shared], -torch.inf)
-            weights, nothing = self._attend_in_blocks(
-                query.to(key.dtype), key, bias, null, mixture, follows, ~visible[..., n_shared:]
-            )
+        position = episodes.position
+        follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # (R, E-1)
+        followed = torch.where(follows, episodes.token[:, :-1], -1)
+        before = pad(episodes.recalled.float(), (1, 0))  # (R, E+1), the null in front
+
+        n_queries, parts = hidden.shape[1], []
+        size = n_queries if torch.is_grad_enabled() else _QUERY_BLOCK
+        if n_queries > _QUERY_BLOCK:
+            key = key.contiguous()  # one copy that many queries share
+        for low in range(0, n_queries, size):
+            block = slice(low, min(low + size, n_queries))
+            if n_queries > _QUERY_BLOCK:
+                similar = query[:, :, block] @ key  # (R, H, n, E)
+            else:
+                similar = (key.transpose(2, 3) @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
+            attention = self._attention(similar, bias, null[:, :, block], ~visible[:, None, block, n_shared:])
+            leads = (followed.unsqueeze(1) == tokens[:, block].unsqueeze(-1)).to(attention.dtype)  # (R, n, E-1)
+            parts.append(self._follow(attention, mixture[:, :, block], leads, own[:, block], before))
+            before = parts[-1][:, -1]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        nothing, weights = found[..., 0], found[..., 1:]
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
         return Recollection(weights, nothing, content, weights.amax(-1))
 
-    def _attend(
-        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, visible: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Weights (R, N, E) and null mass (R, N), with gradients."""
-        score = ((query @ key).float() + bias).masked_fill(~visible.unsqueeze(1), -torch.inf)  # (R, H, N, E)
-        if 0 < self.top_k < score.shape[-1]:
-            lowest = score.topk(self.top_k, dim=-1).values[..., -1:]
-            score = score.masked_fill(score < lowest, -torch.inf)
-        first = torch.softmax(torch.cat((null.unsqueeze(-1), score), dim=-1), dim=-1)  # slot 0 is the null
-        # Of query i-1, on the slot whose successor is weighed.
-        led = torch.zeros_like(first)
-        led[:, :, 1:, 2:] = first[:, :, :-1, 1:-1] * follows[:, None, None, :]
-        second = first * (1.0 + self.log_contiguity.exp()[:, None, None] * led)
-        second = second * (mixture / second.sum(-1)).unsqueeze(-1)
-        total = second.sum(1)
-        return total[..., 1:], total[..., 0]
+    def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
+        """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
+        score = similar.float() + bias
+        n_shared = score.shape[-1] - hidden.shape[-1]
+        score = torch.cat(
+            (null.float(), score[..., :n_shared], score[..., n_shared:].masked_fill(hidden, -torch.inf)), -1
+        )
+        if 0 < self.top_k < score.shape[-1] - 1:
+            lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]
+            score = torch.cat((score[..., :1], score[..., 1:].masked_fill(score[..., 1:] < lowest, -torch.inf)), -1)
+        return torch.softmax(score, dim=-1)
 
-    def _attend_in_blocks(
-        self, query: Tensor, key: Tensor, bias: Tensor, null: Tensor, mixture: Tensor, follows: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same numbers without gradients: a few queries at a time, so that all scores stay in the processor's
-        cache. `hidden` (R, N, S) masks the last S slots; what no query sees before them has a bias of -inf.
+    def _follow(self, attention: Tensor, mixture: Tensor, leads: Tensor, own: Tensor, before: Tensor) -> Tensor:
+        """Goes through the queries in order, each favouring what the one before leads to.
+
+        Args:
+            attention: (R, H, n, E + 1), null in front. mixture: (R, H, n).
+            leads: (R, n, E - 1), 1 where an episode foretold the token of the query and the next slot is its successor.
+            own: (R, n). before: (R, E + 1) of the query before the first.
+
+        Returns:
+            (R, n, E + 1) weights, each query's summing to 1.
         """
-        n_rows, n_heads, n_queries, _ = query.shape
-        n_slots = key.shape[-1]
-        weights = torch.empty(n_rows, n_queries, n_slots, device=query.device)
-        nothing = torch.empty(n_rows, n_queries, device=query.device)
-        score = torch.empty(n_heads, min(n_queries, _QUERY_BLOCK), n_slots + 1, device=query.device)
-        boost = self.log_contiguity.exp()[:, None, None] * follows.unsqueeze(1).unsqueeze(1)
-        for row in range(n_rows):
-            # (H, K/H, E), copied into that order where many queries share the copy.
-            keys = key[row].contiguous() if n_queries > _QUERY_BLOCK else key[row]
-            carried: Tensor | None = None
-            for low in range(0, n_queries, _QUERY_BLOCK):
-                block = slice(low, min(low + _QUERY_BLOCK, n_queries))
-                if n_queries > _QUERY_BLOCK:
-                    similar = query[row, :, block] @ keys  # (H, n, E)
-                else:
-                    similar = (keys.transpose(1, 2) @ query[row, :, block].transpose(1, 2)).transpose(1, 2)
-                here = score[:, : block.stop - low]
-                here[..., 0] = null[row, :, block]
-                torch.add(similar, bias[row], out=here[..., 1:])
-                here[..., 1 + n_slots - hidden.shape[-1] :].masked_fill_(hidden[row, block], -torch.inf)
-                first = torch.softmax(here, dim=-1)  # (H, n, E + 1), slot 0 is the null
-                led = first[..., 1:-1] * boost[row]  # (H, n, E - 1), of the query before, for the successors
-                if first.shape[1] > 1:
-                    first[:, 1:, 2:].addcmul_(first[:, 1:, 2:], led[:, :-1])
-                if carried is not None:
-                    first[:, :1, 2:].addcmul_(first[:, :1, 2:], carried)
-                carried = led[:, -1:]
-                share = mixture[row, :, block] / first.sum(-1)  # (H, n)
-                total = first[0].mul_(share[0].unsqueeze(-1))
-                for head in range(1, n_heads):
-                    total.addcmul_(first[head], share[head].unsqueeze(-1))
-                weights[row, block], nothing[row, block] = total[:, 1:], total[:, 0]
-        return weights, nothing
+        kappa, found = self.log_contiguity.exp(), []
+        steps = zip(attention.unbind(2), mixture.unbind(2), leads.unbind(1), own.unsqueeze(-1).unbind(1), strict=True)
+        for weights, share, leading, chance in steps:
+            lead = before[:, 1:-1] * leading
+            lead = pad(lead / (lead.sum(-1, keepdim=True) + chance + _TINY), (2, 0))  # (R, E + 1)
+            gained = (weights @ lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
+            share = share / (1.0 + kappa * gained)
+            plain, favoured = (torch.stack((share, share * kappa), dim=1) @ weights).unbind(1)
+            before = torch.addcmul(plain, favoured, lead)
+            found.append(before)
+        return torch.stack(found, dim=1)

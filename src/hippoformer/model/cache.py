@@ -153,6 +153,7 @@ class HippoCache(WindowCache):
             )
         for name, tensor in mine.items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
+        mine["recalled"][:, : self.config.buffer_size] = 0.0  # by a query of another text
         self.memory.stored_bound = other.memory.stored_bound
         self.written = self.written or other.written
 

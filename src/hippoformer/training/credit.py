@@ -19,6 +19,9 @@ from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument
 
 
+_LEAST_CREDIT = 0.01  # a hundredth of one prediction
+
+
 @contextmanager
 def reconfigured(hippocampus: Hippocampus, **options: object) -> Iterator[HippoFormerConfig]:
     """Runs the hippocampus under other options; those that shape parameters must stay as they are."""
@@ -85,5 +88,5 @@ def useful(credit: Tensor, share: float) -> Tensor:
     known = credit[~credit.isnan()]
     if known.numel() == 0:
         return credit
-    reached = torch.quantile(known, 1.0 - share).clamp_min(1e-6)
+    reached = torch.quantile(known, 1.0 - share).clamp_min(_LEAST_CREDIT)
     return credit / (credit + reached)
