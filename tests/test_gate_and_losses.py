@@ -205,6 +205,7 @@ def gradients_of_lm_loss(model: HippoFormer) -> dict[str, float]:
     """Gradient norms of the next-token loss alone, on the last segment of a text that has long filled the store."""
     model.train()
     ids = text(rows=2, length=66)
+    ids[:, -6:] = ids[:, -15:-9]  # a passage comes again, so that one memory leads to the next
     labels = torch.full_like(ids, -100)
     labels[:, -6:] = ids[:, -6:]
     cache = model.new_cache(2)

@@ -151,8 +151,8 @@ def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
     assert credit[1:8].sum() > 5 * credit[8:38].sum()
     target = useful(credit, 0.2)
     known = target[~target.isnan()]
-    assert target[1:8].mean() > 0.8 and known.min() == 0.0 and known.max() < 1.0
-    assert torch.equal(known.argsort(stable=True), credit[~target.isnan()].argsort(stable=True)), "ranked as credit is"
+    assert target[1:8].mean() > 0.6 and known.min() == 0.0 and known.max() < 1.0
+    assert (known[credit[~target.isnan()].argsort()].diff() >= 0).all(), "not ranked as credit is"
 
 
 def test_reconfigured_puts_the_options_back() -> None:
