@@ -114,8 +114,8 @@ class Recall(nn.Module):
         query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(episodes.key.dtype)
         key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).permute(0, 2, 3, 1)  # (R, H, K/H, E)
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
-        bias = torch.cat((bias[..., :n_shared].masked_fill(~visible[:, None, :1, :n_shared], -torch.inf),
-                          bias[..., n_shared:]), dim=-1)  # fmt: skip
+        alike = bias[..., :n_shared].masked_fill(~visible[:, None, :1, :n_shared], -torch.inf)
+        bias = torch.cat((alike, bias[..., n_shared:]), dim=-1)
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         position = episodes.position
@@ -146,14 +146,11 @@ class Recall(nn.Module):
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
-        score = similar.float() + bias
-        n_shared = score.shape[-1] - hidden.shape[-1]
-        score = torch.cat(
-            (null.float(), score[..., :n_shared], score[..., n_shared:].masked_fill(hidden, -torch.inf)), -1
-        )
+        score = torch.cat((null, similar + bias), dim=-1)
+        score[..., score.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
         if 0 < self.top_k < score.shape[-1] - 1:
             lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]
-            score = torch.cat((score[..., :1], score[..., 1:].masked_fill(score[..., 1:] < lowest, -torch.inf)), -1)
+            score[..., 1:].masked_fill_(score[..., 1:] < lowest, -torch.inf)
         return torch.softmax(score, dim=-1)
 
     def _follow(self, attention: Tensor, mixture: Tensor, leads: Tensor, own: Tensor, before: Tensor) -> Tensor:

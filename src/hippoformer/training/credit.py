@@ -18,7 +18,6 @@ from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument
 
-
 _LEAST_CREDIT = 0.01  # a hundredth of one prediction
 
 
