@@ -165,13 +165,16 @@ class Recall(nn.Module):
             (R, n, E + 1) weights, each query's summing to 1.
         """
         kappa, found = self.log_contiguity.exp(), []
-        steps = zip(attention.unbind(2), mixture.unbind(2), leads.unbind(1), own.unsqueeze(-1).unbind(1), strict=True)
+        one = torch.ones_like(kappa)
+        plain_and_led = torch.stack((one, kappa))  # (2, H)
+        own = own.unsqueeze(-1) + _TINY
+        steps = zip(attention.unbind(2), mixture.unbind(2), leads.unbind(1), own.unbind(1), strict=True)
         for weights, share, leading, chance in steps:
-            lead = before[:, 1:-1] * leading
-            lead = pad(lead / (lead.sum(-1, keepdim=True) + chance + _TINY), (2, 0))  # (R, E + 1)
-            gained = (weights @ lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
-            share = share / (1.0 + kappa * gained)
-            plain, favoured = (torch.stack((share, share * kappa), dim=1) @ weights).unbind(1)
-            before = torch.addcmul(plain, favoured, lead)
+            lead = before[:, 1:-1] * leading  # (R, E - 1), of the episodes from the second on
+            lead = lead / (lead.sum(-1, keepdim=True) + chance)
+            gained = (weights[..., 2:] @ lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
+            share = share / torch.addcmul(one, kappa, gained)
+            plain, led = ((share.unsqueeze(1) * plain_and_led) @ weights).unbind(1)
+            before = torch.cat((plain[:, :2], torch.addcmul(plain[:, 2:], led[:, 2:], lead)), dim=-1)
             found.append(before)
         return torch.stack(found, dim=1)
