@@ -73,13 +73,9 @@ def perplexity(text: str, *more: str) -> tuple[str, ...]:
 
 PIECES = (
     Piece("novels_test.json", perplexity(NOVELS, "--limit-tokens", "30000", "--batch-size", "6"), 12, True),
-    Piece("wikitext2_test.json", perplexity(WIKI), 22, True),
-    Piece(
-        "recall_test.json",
-        ("eval", "recall", *MODEL, "--text", NOVELS, "--distances", "2000,8000,32000,128000"),
-        20,
-        True,
-    ),
+    Piece("wikitext2_test.json", perplexity(WIKI, "--conditions", "memory,off"), 9, True),
+    Piece("wikitext2_test_first12.json", perplexity(WIKI, "--documents", "12"), 6, True),
+    Piece("recall_test.json", ("eval", "recall", *MODEL, "--text", NOVELS), 7, True),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
     Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
