@@ -204,6 +204,7 @@ class Hippocampus(nn.Module):
         length = torch.tensor(new, device=device)
         read = torch.tensor(done, device=device)
         column = torch.arange(n_new, device=device)
+        tokens = tokens.to(state.episodes.token.dtype)  # comparing numbers of two widths costs several times as much
         is_real = (column < length.unsqueeze(-1)) & (read.unsqueeze(-1) + column > 0)  # token 0 completes nothing
         dtype = self.recall.key_proj.weight.dtype
         untouched = torch.cat((state.last_hidden.unsqueeze(1), hidden), dim=1)  # (R, N+1, D)
