@@ -217,7 +217,7 @@ def one_segment(
     config, key_proj = hippocampus.config, hippocampus.recall.key_proj.weight
     device, n_rows, n_new = key_proj.device, episodes.position.shape[0], config.segment_len
     shape = (n_rows, n_new)
-    hidden = torch.randn(*shape, key_proj.shape[1], generator=generator).to(device, key_proj.dtype)
+    hidden = torch.randn(*shape, key_proj.shape[1], generator=generator).to(device, episodes.key.dtype)
     tokens = torch.randint(0, config.vocab_size, shape, generator=generator, dtype=torch.int32).to(device)
     salience = (0.5 + 0.5 * torch.rand(shape, generator=generator)).to(device)
     done = number * n_new

@@ -208,7 +208,7 @@ class Hippocampus(nn.Module):
         is_real = (column < length.unsqueeze(-1)) & (read.unsqueeze(-1) + column > 0)  # token 0 completes nothing
         dtype = self.recall.key_proj.weight.dtype
         untouched = torch.cat((state.last_hidden.unsqueeze(1), hidden), dim=1)  # (R, N+1, D)
-        queries = self.normed(untouched.to(dtype))
+        queries = self.normed(untouched.to(dtype) if torch.is_grad_enabled() else untouched)
         before, after = queries[:, :-1], queries[:, 1:]
 
         first = torch.tensor([config.buffer_size + working_fill(d, config) for d in done], device=device)
@@ -220,12 +220,13 @@ class Hippocampus(nn.Module):
         )
         # The gate judges token t by what was complete before t; recall of query t may already use t.
         known = episodes.slots(low, high)
+        visible = recall_mask(known.valid, first - low, n_new + 1)
         logit, extended = self.salience_gate(
             before,
             after,
             surprise.to(dtype),
             known,
-            recall_mask(known.valid, first - low, n_new),
+            visible[:, :-1],
             state.recent_salience,
         )
         salience = self._salience(logit, surprise)
@@ -236,10 +237,10 @@ class Hippocampus(nn.Module):
             priority=put(episodes.priority, place, torch.where(is_real, weight, 0.0)),
         )
         known = episodes.slots(low, high)
-        visible = recall_mask(known.valid, first - low + 1, n_new)
         mass = known.effective_priority(config.decay_rate) * known.strength
         own = (-surprise).exp()
-        recollection = self.recall(after, tokens, own, known, mass, visible, max(config.buffer_size - low, 0))
+        n_shared = max(config.buffer_size - low, 0)
+        recollection = self.recall(after, tokens, own, known, mass, visible[:, 1:], n_shared)
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.

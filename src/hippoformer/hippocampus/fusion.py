@@ -51,7 +51,7 @@ class Fusion(nn.Module):
     def residual(self, hidden: Tensor, recollection: Recollection) -> Tensor:
         """(R, N, D) to add to the hidden state, in its dtype."""
         assert recollection.content is not None
-        gate = torch.sigmoid(self.residual_gate(hidden))
+        gate = torch.sigmoid(self.residual_gate(hidden.to(self.residual_gate.weight.dtype)))
         content = self.dropout(self.residual_proj(recollection.content.to(self.residual_proj.weight.dtype)))
         return torch.tanh(self.residual_scale) * gate * content
 
@@ -59,6 +59,7 @@ class Fusion(nn.Module):
         """(R, N) lambda in [0, 1]: how much recall is believed."""
         if not self.has_distribution:
             return torch.zeros_like(recollection.nothing)
+        hidden = hidden.to(self.gate_in.weight.dtype)
         evidence = torch.stack((recollection.nothing, recollection.peak), dim=-1).to(hidden.dtype)
         gate = self.gate_out(torch.nn.functional.gelu(self.gate_in(torch.cat((hidden, evidence), dim=-1))))
         return self.strength.clamp(0.0, 1.0) * torch.sigmoid(gate.squeeze(-1))

@@ -23,9 +23,10 @@ from torch.nn.functional import normalize, pad
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.tensors.precision import project
 
 # Queries whose scores exist at once without gradients: few, so that they stay in the processor's cache.
-_QUERY_BLOCK = 16
+_QUERY_BLOCK = 32
 _TINY = 1e-12
 
 
@@ -77,11 +78,11 @@ class Recall(nn.Module):
 
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""
-        return self.unit_heads(self.key_proj(hidden))
+        return self.unit_heads(project(self.key_proj, hidden).float())
 
     def encode_value(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, U)."""
-        return self.value_proj(hidden)
+        return project(self.value_proj, hidden)
 
     def unit_heads(self, projected: Tensor) -> Tensor:
         """(..., K) -> (..., K), unit length per head; zero stays zero."""
@@ -110,12 +111,14 @@ class Recall(nn.Module):
         Returns:
             The recollection, in float32.
         """
-        query = self.unit_heads(self.query_proj(hidden)) * self.log_scale.exp().repeat_interleave(self.head_dim)
+        scale = self.log_scale.exp().repeat_interleave(self.head_dim)
+        query = self.unit_heads(project(self.query_proj, hidden).float()) * scale
         query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(episodes.key.dtype)
         key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).permute(0, 2, 3, 1)  # (R, H, K/H, E)
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
         alike = bias[..., :n_shared].masked_fill(~visible[:, None, :1, :n_shared], -torch.inf)
         bias = torch.cat((alike, bias[..., n_shared:]), dim=-1)
+        hidden = hidden.to(self.null_proj.weight.dtype)
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         position = episodes.position
@@ -172,9 +175,9 @@ class Recall(nn.Module):
         for weights, share, leading, chance in steps:
             lead = before[:, 1:-1] * leading  # (R, E - 1), of the episodes from the second on
             lead = lead / (lead.sum(-1, keepdim=True) + chance)
-            gained = (weights[..., 2:] @ lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
+            gained = torch.bmm(weights[..., 2:], lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
             share = share / torch.addcmul(one, kappa, gained)
-            plain, led = ((share.unsqueeze(1) * plain_and_led) @ weights).unbind(1)
+            plain, led = torch.bmm(share.unsqueeze(1) * plain_and_led, weights).unbind(1)
             before = torch.cat((plain[:, :2], torch.addcmul(plain[:, 2:], led[:, 2:], lead)), dim=-1)
             found.append(before)
         return torch.stack(found, dim=1)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.tensors.precision import project
 
 _LEAST_SURPRISE, _MOST_SURPRISE = 1e-4, 30.0
 
@@ -68,7 +69,8 @@ class SalienceGate(nn.Module):
             (R, N) salience logits, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
         """
         both = self.local_norm(torch.cat((before, after), dim=-1))
-        local = self.local_in(torch.cat((both, surprise.unsqueeze(-1) / 10.0), dim=-1))
+        both = torch.cat((both, (surprise.unsqueeze(-1) / 10.0).to(both.dtype)), dim=-1)
+        local = project(self.local_in, both).to(self.local_out.weight.dtype)
         local = self.local_out(torch.nn.functional.gelu(local)).squeeze(-1)
         weight = torch.sigmoid(self.pathway_weight)
         raw = weight * local + (1.0 - weight) * self._global(after, episodes, visible)
@@ -77,7 +79,9 @@ class SalienceGate(nn.Module):
         return smooth - self.threshold + self.surprise_weight * surprise_odds(surprise.float()), extended
 
     def _global(self, after: Tensor, episodes: Episodes, visible: Tensor) -> Tensor:
-        query = self.global_query(after).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, N, d)
+        query = (
+            project(self.global_query, after).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        )  # (R, G, N, d)
         key = episodes.key[..., : self.n_heads * self.head_dim]
         key = key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, E, d)
         value = episodes.value.unsqueeze(1).expand(-1, self.n_heads, -1, -1)  # (R, G, E, U)
@@ -85,7 +89,7 @@ class SalienceGate(nn.Module):
         sees = visible.any(-1, keepdim=True)  # (R, N, 1)
         mask = (visible | ~sees).unsqueeze(1)
         seen = scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=mask, scale=1.0)
-        seen = seen.transpose(1, 2).flatten(-2).to(after.dtype)  # (R, N, G U)
+        seen = seen.transpose(1, 2).flatten(-2).to(self.global_out.weight.dtype)  # (R, N, G U)
         return self.global_out(torch.where(sees, seen, 0.0)).squeeze(-1)
 
 
