@@ -167,17 +167,26 @@ class Recall(nn.Module):
         Returns:
             (R, n, E + 1) weights, each query's summing to 1.
         """
-        kappa, found = self.log_contiguity.exp(), []
+        # One turn a token: as little as possible happens within it.
+        found, kappa = [], self.log_contiguity.exp().unsqueeze(-1)  # (H, 1)
         one = torch.ones_like(kappa)
-        plain_and_led = torch.stack((one, kappa))  # (2, H)
-        own = own.unsqueeze(-1) + _TINY
-        steps = zip(attention.unbind(2), mixture.unbind(2), leads.unbind(1), own.unbind(1), strict=True)
-        for weights, share, leading, chance in steps:
+        shares = mixture.unsqueeze(1) * torch.stack((one, kappa))  # (R, 2, H, n), for what is plain and what is led
+        turns = zip(
+            attention.unbind(2),
+            attention[..., 2:].unbind(2),
+            shares.unbind(3),
+            leads.unbind(1),
+            (own.unsqueeze(-1) + _TINY).unbind(1),
+            strict=True,
+        )
+        for weights, successors, share, leading, chance in turns:
             lead = before[:, 1:-1] * leading  # (R, E - 1), of the episodes from the second on
             lead = lead / (lead.sum(-1, keepdim=True) + chance)
-            gained = torch.bmm(weights[..., 2:], lead.unsqueeze(-1)).squeeze(-1)  # (R, H)
-            share = share / torch.addcmul(one, kappa, gained)
-            plain, led = torch.bmm(share.unsqueeze(1) * plain_and_led, weights).unbind(1)
-            before = torch.cat((plain[:, :2], torch.addcmul(plain[:, 2:], led[:, 2:], lead)), dim=-1)
+            whole = torch.addcmul(one, kappa, torch.bmm(successors, lead.unsqueeze(-1)))  # (R, H, 1)
+            before, led = torch.bmm(share / whole.transpose(1, 2), weights).unbind(1)
+            if torch.is_grad_enabled():
+                before = torch.cat((before[:, :2], torch.addcmul(before[:, 2:], led[:, 2:], lead)), dim=-1)
+            else:
+                before[:, 2:].addcmul_(led[:, 2:], lead)
             found.append(before)
         return torch.stack(found, dim=1)
