@@ -75,14 +75,23 @@ PIECES = (
     Piece("novels_test.json", perplexity(NOVELS, "--limit-tokens", "30000", "--batch-size", "6"), 12, True),
     Piece("wikitext2_test.json", perplexity(WIKI, "--conditions", "memory,off"), 9, True),
     Piece("wikitext2_test_first12.json", perplexity(WIKI, "--documents", "12"), 6, True),
-    Piece("recall_test.json", ("eval", "recall", *MODEL, "--text", NOVELS), 7, True),
+    Piece(
+        "recall_test.json",
+        ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "3", "--distances", "2000,8000"),
+        2,
+        True,
+    ),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
     Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
     Piece("variants_wikitext2_1024.json", variants(WIKI, 30000, 1024), 22),
     Piece("buffers_novels.json", buffers(NOVELS, 30000), 12),
     Piece("buffers_wikitext2.json", buffers(WIKI, 30000), 14),
-    Piece("speed.json", ("--parts", "scoring", "write", "generate"), 12),
+    Piece(
+        "speed.json",
+        ("--parts", "scoring", "write", "generate", "--repeats", "5", "--score-tokens", "2048", "--new-tokens", "64"),
+        2,
+    ),
     Piece("speed_memory.json", ("--parts", "memory", "--long"), 6),
 )
 
