@@ -59,6 +59,13 @@ def variants(text: str, limit: int, buffer: int, options: tuple[str, ...] = VARI
     return ("eval", "variants", *MODEL, "--text", text, "--limit-tokens", str(limit), *chosen)
 
 
+def validation(text: str, *more: str) -> tuple[str, ...]:
+    """The command that compares selection and replay at the shipped buffer, on text that training decisions used."""
+    options = ("shipped", "fifo:selection=fifo", "surprise:selection=surprise", "no-replay:max_replay_rounds=0")
+    chosen = (part for option in options for part in ("--variant", option))
+    return ("eval", "variants", *MODEL, "--text", f"data/{text}", *more, *chosen)
+
+
 def buffers(text: str, limit: int) -> tuple[str, ...]:
     """The command that compares buffer sizes, the shipped one first."""
     sizes = sorted(BUFFERS, key=lambda size: size != 2048)
@@ -81,6 +88,10 @@ PIECES = (
         2,
         True,
     ),
+    Piece(
+        "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
+    ),
+    Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
     Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
