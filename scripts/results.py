@@ -13,6 +13,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,25 +53,28 @@ class Piece:
         return [sys.executable, *script, *self.command, "--output", f"results/{self.file}"]
 
 
+def compared(options: Iterable[str], text: str, *more: str) -> tuple[str, ...]:
+    """The command that compares variants, each named with its options."""
+    chosen = (part for option in options for part in ("--variant", option))
+    return ("eval", "variants", *MODEL, "--text", text, *more, *chosen)
+
+
 def variants(text: str, limit: int, buffer: int, options: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
     """The command that compares variants at one buffer size."""
     named = (f"{v}{',' if ':' in v else ':'}buffer_size={buffer}" for v in options)
-    chosen = (part for option in named for part in ("--variant", option))
-    return ("eval", "variants", *MODEL, "--text", text, "--limit-tokens", str(limit), *chosen)
+    return compared(named, text, "--limit-tokens", str(limit))
 
 
 def validation(text: str, *more: str) -> tuple[str, ...]:
     """The command that compares selection and replay at the shipped buffer, on text that training decisions used."""
     options = ("shipped", "fifo:selection=fifo", "surprise:selection=surprise", "no-replay:max_replay_rounds=0")
-    chosen = (part for option in options for part in ("--variant", option))
-    return ("eval", "variants", *MODEL, "--text", f"data/{text}", *more, *chosen)
+    return compared(options, f"data/{text}", *more)
 
 
 def buffers(text: str, limit: int) -> tuple[str, ...]:
     """The command that compares buffer sizes, the shipped one first."""
     sizes = sorted(BUFFERS, key=lambda size: size != 2048)
-    chosen = (part for size in sizes for part in ("--variant", f"buffer-{size}:buffer_size={size}"))
-    return ("eval", "variants", *MODEL, "--text", text, "--limit-tokens", str(limit), *chosen)
+    return compared((f"buffer-{size}:buffer_size={size}" for size in sizes), text, "--limit-tokens", str(limit))
 
 
 def perplexity(text: str, *more: str) -> tuple[str, ...]:

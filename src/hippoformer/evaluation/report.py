@@ -182,8 +182,8 @@ def _cells(result: ConditionResult) -> list[str]:
     perplexity, compared = result.token_perplexity, result.against_off
     words, bits = result.word_perplexity, result.bits_per_byte
     return [
-        _with_range("{:.2f}", perplexity.estimate, perplexity.low, perplexity.high),
-        "-" if compared is None else _with_range("{:+.1%}", *_changes(compared.ratio)),
+        with_range("{:.2f}", perplexity.estimate, perplexity.low, perplexity.high),
+        "-" if compared is None else with_range("{:+.1%}", *changes(compared.ratio)),
         "-" if compared is None else f"{compared.documents_better}/{compared.documents}",
         "-" if words is None else f"{words:.2f}",
         "-" if bits is None else f"{bits:.4f}",
@@ -193,12 +193,14 @@ def _cells(result: ConditionResult) -> list[str]:
     ]
 
 
-def _changes(ratio: Interval) -> tuple[float, float | None, float | None]:
+def changes(ratio: Interval) -> tuple[float, float | None, float | None]:
+    """A ratio and the ends of its interval as changes: 0.9 is -0.1."""
     low, high = ratio.low, ratio.high
     return ratio.estimate - 1, None if low is None else low - 1, None if high is None else high - 1
 
 
-def _with_range(form: str, estimate: float, low: float | None, high: float | None) -> str:
+def with_range(form: str, estimate: float, low: float | None, high: float | None) -> str:
+    """An estimate and, where there is one, its interval in brackets."""
     if low is None or high is None:
         return form.format(estimate)
     return f"{form.format(estimate)} [{form.format(low)}, {form.format(high)}]"

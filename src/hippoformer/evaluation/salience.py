@@ -25,13 +25,13 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.report import with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
-from hippoformer.evaluation.statistics import LEVEL, RESAMPLES, Interval
+from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader
-from hippoformer.training.streams import Piece
 
 FORMAT = "hippoformer.salience/1"
 RULES = ("salience", "surprise", "untrained gate")
@@ -138,12 +138,14 @@ def evaluate_salience(
                 transitions += int(known.sum())
             if progress is not None:
                 progress(number + 1, len(encoded))
-    intervals = {rule: [_mean([f[i] for f in of], seed, resamples) for i in range(3)] for rule, of in figures.items()}
+    intervals = {
+        rule: [mean_interval([f[i] for f in of], seed, resamples) for i in range(3)] for rule, of in figures.items()
+    }
     return SalienceReport(
         model=describe(model),
         documents=titles,
         transitions=transitions,
-        perfect=_mean(perfect, seed, resamples),
+        perfect=mean_interval(perfect, seed, resamples),
         rules=tuple(RuleResult(rule, *of) for rule, of in intervals.items()),
         provenance=provenance(seed=seed, documents=list(documents), command=command),
     )
@@ -151,12 +153,8 @@ def evaluate_salience(
 
 def _salience(model: Any, cache: HiddenStateCache, number: int) -> Tensor:
     """(T,) salience of each transition of a document when it was written."""
-    reader, length, parts = CachedReader(model, cache, 1), cache.lengths[number], []
-    for start in range(0, length, model.config.segment_len):
-        n = min(model.config.segment_len, length - start)
-        found = reader.read(Piece([number], [start], [n], [0] if start == 0 else [])).found
-        parts.append(found.salience[0, :n].float().cpu())
-    return torch.cat(parts)
+    readings = CachedReader(model, cache, 1).through(number)
+    return torch.cat([piece.found.salience[0].float().cpu() for piece in readings])
 
 
 def _untrained(model: Any, seed: int) -> Any:
@@ -188,18 +186,5 @@ def _held(values: Any, credit: Any) -> float:
     return float(credit[best].sum() / credit.sum())
 
 
-def _mean(values: list[float], seed: int, resamples: int) -> Interval:
-    """The mean over documents, and its percentile bootstrap interval."""
-    sample, low, high = np.asarray(values, dtype=float), None, None
-    if len(values) > 1:
-        found = stats.bootstrap(
-            (sample,), np.mean, n_resamples=resamples, confidence_level=LEVEL, method="percentile", rng=seed
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    return Interval(float(sample.mean()), low, high, LEVEL, resamples, seed)
-
-
 def _shown(interval: Interval) -> str:
-    if interval.low is None or interval.high is None:
-        return f"{interval.estimate:.3f}"
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return with_range("{:.3f}", interval.estimate, interval.low, interval.high)

@@ -129,6 +129,11 @@ def paired_ratio(
     )
 
 
+def mean_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
+    """Mean of one figure a document, (D,), each document counting once, with a percentile bootstrap interval."""
+    return _bootstrap((np.asarray(values, dtype=np.float64),), np.mean, seed, resamples, level)
+
+
 def _bootstrap(samples: Sequence[NDArray[Any]], statistic: Any, seed: int, resamples: int, level: float) -> Interval:
     estimate = float(statistic(*samples))
     documents = len(samples[0])

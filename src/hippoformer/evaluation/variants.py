@@ -17,6 +17,7 @@ from rich.text import Text
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.report import changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
 from hippoformer.training.credit import reconfigured
@@ -179,6 +180,4 @@ def evaluate_variants(
 
 
 def _change(ratio: Interval) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.estimate - 1:+.2%}"
-    return f"{ratio.estimate - 1:+.2%} [{ratio.low - 1:+.2%}, {ratio.high - 1:+.2%}]"
+    return with_range("{:+.2%}", *changes(ratio))

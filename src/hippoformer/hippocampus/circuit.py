@@ -24,6 +24,7 @@ from hippoformer.hippocampus.replay import ReplayReport, consolidate
 from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.masks import recall_mask
+from hippoformer.tensors.ragged import last_of
 from hippoformer.tensors.selection import put
 
 
@@ -269,13 +270,12 @@ class Hippocampus(nn.Module):
             salience=salience,
             importance=weight,
         )
-        last = untouched.gather(1, length[:, None, None].expand(-1, 1, untouched.shape[-1])).squeeze(1)
         vote = self._next_vote(vote, output, length, low)
         return output, replace(
             state,
             episodes=replace(episodes, recalled=torch.where(length.unsqueeze(-1) > 0, vote.weights, episodes.recalled)),
             vote=vote,
-            last_hidden=last.to(state.last_hidden.dtype),
+            last_hidden=last_of(hidden, new, state.last_hidden),
             recent_salience=last_of_each_row(extended, length, config.salience_min_duration - 1),
         )
 

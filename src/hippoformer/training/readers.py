@@ -96,6 +96,13 @@ class CachedReader:
         self._sleep(piece)
         return Reading(found, torch.where(counted, fused, 0.0), base_log_prob, counted, tokens)
 
+    def through(self, number: int) -> Iterator[Reading]:
+        """Reads one document from its beginning to its end, piece by piece, in the only row."""
+        length, segment_len = self.documents.lengths[number], self.model.config.segment_len
+        for start in range(0, length, segment_len):
+            n = min(segment_len, length - start)
+            yield self.read(Piece([number], [start], [n], [0] if start == 0 else []))
+
     def _touched_log_prob(self, hidden: Tensor, found: StepOutput, last: Tensor, tokens: Tensor) -> Tensor:
         """log p of the tokens after the residual; the step's first token is judged without it, its touched state is
         gone.
@@ -195,12 +202,9 @@ def score_cached(model: HippoFormer, documents: HiddenStateCache) -> Iterator[Ca
     Args:
         model: in evaluation mode. documents: read by its base, with its window.
     """
-    segment_len = model.config.segment_len
-    for number, length in enumerate(documents.lengths):
+    for number in range(len(documents)):
         reader, score = CachedReader(model, documents, 1), CachedScore(0, 0.0, 0.0, 0)
-        for start in range(0, length, segment_len):
-            n = min(segment_len, length - start)
-            reading = reader.read(Piece([number], [start], [n], [0] if start == 0 else []))
+        for reading in reader.through(number):
             score.tokens += int(reading.counted.sum())
             score.nll -= float(reading.target_log_prob.double().sum())
             score.base_nll -= float(reading.base_log_prob[reading.counted].double().sum())
