@@ -196,7 +196,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     ("argv", "command"),
     [
         (["/somewhere/bin/hippoformer", "eval", "a file"], "hippoformer eval 'a file'"),
-        ([hippoformer.cli.__file__, "eval"], "hippoformer eval"),
+        ([str(Path(hippoformer.cli.__file__).with_name("__main__.py")), "eval"], "hippoformer eval"),
         (["benchmarks/speed.py", "--long"], "benchmarks/speed.py --long"),
         ([str(Path.cwd() / "benchmarks" / "speed.py")], "benchmarks/speed.py"),
         (["/elsewhere/tool.py"], "tool.py"),

@@ -108,7 +108,7 @@ def _command() -> str:
     """The command line, with the program as a user would call it instead of where it lies on this machine."""
     program, arguments = Path(sys.argv[0]), sys.argv[1:]
     package = Path(__file__).resolve().parents[1]
-    if program.stem == package.name or program.resolve() == package / "cli.py":
+    if program.stem == package.name or program.resolve().parent == package / "cli":
         return shlex.join([package.name, *arguments])
     if program.is_absolute() and program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())

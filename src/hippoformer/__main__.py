@@ -1,0 +1,5 @@
+"""`python -m hippoformer`: the command line."""
+
+from hippoformer.cli import main
+
+main()

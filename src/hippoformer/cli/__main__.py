@@ -1,0 +1,5 @@
+"""`python -m hippoformer.cli`."""
+
+from hippoformer.cli import main
+
+main()
