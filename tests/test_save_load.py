@@ -82,12 +82,12 @@ def test_options_can_be_changed_when_loading(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_files_are_safetensors_and_json_alone(tmp_path: Path) -> None:
+def test_files_are_safetensors_json_and_a_card_alone(tmp_path: Path) -> None:
     model = with_adapters()
     model.save_pretrained(tmp_path)
     read_some(model).save(tmp_path / "memory.safetensors")
     names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert names == ["config.json", "hippocampus.safetensors", "memory.safetensors"]
+    assert names == ["README.md", "config.json", "hippocampus.safetensors", "memory.safetensors"]
     json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for path in tmp_path.glob("*.safetensors"):
         header_size = int.from_bytes(path.read_bytes()[:8], "little")

@@ -5,6 +5,8 @@ import hippoformer
 model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048)
 """
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
@@ -19,6 +21,9 @@ __version__ = "0.1.0"
 
 # The name this had in the original research code.
 DifferentiablePriorityBuffer = Episodes
+
+AutoConfig.register(HippoFormerConfig.model_type, HippoFormerConfig, exist_ok=True)
+AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
 
 __all__ = [
     "ConsolidationRScore",

@@ -35,9 +35,9 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
         base.requires_grad_(True)
 
 
-def lora_state(base: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapters' tensors by name."""
-    return get_peft_model_state_dict(base, adapter_name=_ADAPTER)
+def lora_state(base: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapters' tensors by name, taken from the base or from a state dict of it."""
+    return get_peft_model_state_dict(base, state, adapter_name=_ADAPTER)
 
 
 def load_lora_state(base: PreTrainedModel, state: dict[str, Tensor]) -> None:

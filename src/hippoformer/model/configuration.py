@@ -4,11 +4,14 @@ The `PreTrainedConfig` of transformers does the reading and writing of `config.j
 picture of the architecture; each says its unit and what it changes.
 """
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hippoformer.errors import ConfigurationError
+
+_SAME_SETTING = {"recall_n_heads", "fusion_n_heads"}
 
 
 class HippoFormerConfig(PreTrainedConfig):
@@ -188,6 +191,20 @@ class HippoFormerConfig(PreTrainedConfig):
         self.max_grad_norm = max_grad_norm
         self._check()
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but options changed in `kwargs` are checked together with all others.
+
+        Raises:
+            ConfigurationError: as the constructor.
+        """
+        changed = {name: value for name, value in kwargs.items() if name in inspect.signature(cls).parameters}
+        kept = {name: value for name, value in config_dict.items() if name not in changed}
+        if changed.keys() & _SAME_SETTING:
+            kept = {name: value for name, value in kept.items() if name not in _SAME_SETTING}
+        others = {name: value for name, value in kwargs.items() if name not in changed}
+        return super().from_dict(kept | changed, **others)
 
     @property
     def key_dim(self) -> int:

@@ -28,14 +28,15 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
     Args:
         name: a saved HippoFormer (folder or hub repository), or a base model: a short name (`smollm2-135m`, with the
             hippocampus that the package ships), a folder, or a hub repository (a fresh hippocampus, which is the base
-            until it is trained).
-        options: of `HippoFormerConfig`, to change (window, buffer_size, ...); `dtype` of the base; `device`.
+            until it is trained). The tokenizer is the base's, or one saved beside the hippocampus.
+        options: of `HippoFormerConfig`, to change (window, buffer_size, ...); `dtype` of the base; `device`; of a saved
+            HippoFormer also `revision`, `token` and the others of `from_pretrained`.
 
     Raises:
         BaseModelNotFoundError, CheckpointError, UnsupportedArchitectureError, ConfigurationError.
     """
     device = options.pop("device", None)
-    saved = shipped_hippocampus(str(name)) or (name if _is_saved(str(name)) else None)
+    saved = shipped_hippocampus(str(name)) or (name if _holds(str(name), checkpoint.WEIGHTS) else None)
     if saved is not None:
         model = HippoFormer.from_pretrained(saved, **options)
     else:
@@ -43,18 +44,19 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **({"use_lora": False} | options)), base)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
-    return model, load_tokenizer(model.config.base_model_name)
+    own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")
+    return model, load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
 
 
-def _is_saved(name: str) -> bool:
-    """Whether a name is a saved HippoFormer; what cannot be asked of the hub is left to the base's loader."""
+def _holds(name: str, file: str) -> bool:
+    """Whether a folder or repository has a file; what cannot be asked of the hub is left to the base's loader."""
     if Path(name).is_dir():
-        return (Path(name) / checkpoint.WEIGHTS).is_file()
+        return (Path(name) / file).is_file()
     if name in PINNED_MODELS:
         return False
-    if isinstance(try_to_load_from_cache(name, checkpoint.WEIGHTS), str):
+    if isinstance(try_to_load_from_cache(name, file), str):
         return True
     try:
-        return hub_failure(name, checkpoint.CONFIG, None) is None and file_exists(name, checkpoint.WEIGHTS)
+        return hub_failure(name, checkpoint.CONFIG, None) is None and file_exists(name, file)
     except (HfHubHTTPError, HFValidationError):
         return False

@@ -45,6 +45,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     config_class = HippoFormerConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
+    _is_stateful = True  # what was consolidated cannot be rolled back: `generate` refuses assistants
     _supports_sdpa = True
 
     def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
@@ -352,7 +353,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if not isinstance(cache, HippoCache):
             raise InputError(f"past_key_values must be a HippoCache (model.new_cache()), got {type(cache).__name__}")
         if cache.batch_size != n_rows:
-            raise InputError(f"the cache holds {cache.batch_size} rows, input_ids {n_rows}")
+            raise InputError(
+                f"the cache holds {cache.batch_size} rows, input_ids {n_rows}: beams and several sequences of a row "
+                "need as many rows of the cache; make them of a copy, by batch_repeat_interleave"
+            )
         ids = input_ids.to(self.device).long()
         if attention_mask is None:
             real = torch.ones_like(ids, dtype=torch.bool)
@@ -404,21 +408,60 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     # ---------------------------------------------------------------- files and numbers
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, **_: Any
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
     ) -> None:
-        """Writes hippocampus, adapters and config (not the base, unless its own weights were trained); see
+        """Writes hippocampus, adapters, config and card (not the base, unless its own weights were trained); see
         `checkpoint`.
+
+        Args:
+            is_main_process: False writes nothing, in the other processes of a distributed run.
+            state_dict: instead of the model's own, which may be in shards.
+            push_to_hub: also upload, to `repo_id` or a repository named like the folder, with the options of
+                `push_to_hub`.
+            options: others that transformers' models take (shard sizes, file formats) change nothing here.
         """
-        checkpoint.save(self, Path(save_directory))
+        folder = Path(save_directory)
+        if is_main_process:
+            checkpoint.save(self, folder, state_dict)
+            checkpoint.write_card(self, folder, folder.name)
+        if push_to_hub and is_main_process:
+            asked = {name: value for name, value in options.items() if name in _PUSH_OPTIONS}
+            self.push_to_hub(repo_id or folder.name, **asked)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
+        """Uploads what `save_pretrained` writes, with a model card where the repository has none.
+
+        Args:
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+
+        Returns:
+            What the hub says about the commit.
+
+        Raises:
+            ConfigurationError: an option that does not exist.
+        """
+        unknown = sorted(set(options) - _PUSH_OPTIONS)
+        if unknown:
+            raise ConfigurationError(
+                f"push_to_hub does not take {', '.join(unknown)}: expected {sorted(_PUSH_OPTIONS)}"
+            )
+        return checkpoint.push(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, name_or_path: str | Path, base_model: PreTrainedModel | None = None, **overrides: Any
+        cls, name_or_path: str | Path, base_model: PreTrainedModel | None = None, **options: Any
     ) -> "HippoFormer":
         """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see
-        `checkpoint`.
+        `checkpoint.load`.
         """
-        return checkpoint.load(cls, name_or_path, base_model, **overrides)
+        return checkpoint.load(cls, name_or_path, base_model, **options)
 
     def get_num_trainable_params(self) -> int:
         """Number of parameters that training changes."""
@@ -437,6 +480,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         raise InputError("the memory is in the cache object: call cache.reset(), or start with model.new_cache()")
 
 
+_PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
 # Arguments that transformers hands to any model and that have nothing to say here.
 _HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids"}
 

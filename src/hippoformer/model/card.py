@@ -1,0 +1,117 @@
+"""The model card of a checkpoint: what it is, on which base, with which options, and how to load it.
+
+Written beside the weights where there is none yet, and pushed with them. Everything in it is read off the model; what
+only the author knows (the texts it was trained on, the licence) is left for the author to add.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from hippoformer.model.pinned_models import PINNED_MODELS
+
+if TYPE_CHECKING:
+    from hippoformer.model.modeling import HippoFormer
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+A hippocampus for {base}: a bounded episodic memory that decides what is worth keeping, consolidates it by replay, and
+recalls it, so that the model reads text of any length in constant space. {contents}
+
+| | |
+| --- | --- |
+{facts}
+
+## How to load it
+
+```python
+import hippoformer
+
+model, tokenizer = hippoformer.load("{name}")
+cache = model.new_cache(batch_size=1)  # all that will be remembered
+ids = tokenizer("Some long text.", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, past_key_values=cache, max_new_tokens=20)[0]))
+```
+
+`AutoModelForCausalLM.from_pretrained("{name}")` works as well once `hippoformer` is imported. {where_the_base_is}
+"""
+
+
+def base_repository(name: str) -> str | None:
+    """The hub repository that a base model's name stands for, or None for a local folder."""
+    if name in PINNED_MODELS:
+        return PINNED_MODELS[name].hub_repository
+    if Path(name).expanduser().is_dir():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def model_card(model: "HippoFormer", name: str) -> ModelCard:
+    """The card of a model that is about to be saved.
+
+    Args:
+        name: what to load it by: a hub repository, or a folder.
+    """
+    config = model.config
+    own_base = not config.freeze_base and not config.use_lora
+    repository = base_repository(config.base_model_name)
+    data = ModelCardData(
+        base_model=repository,
+        base_model_relation=None if repository is None else "finetune" if own_base else "adapter",
+        library_name="hippoformer",
+        pipeline_tag="text-generation",
+        tags=["hippoformer", "memory", "long-context", *(["lora"] if config.use_lora else [])],
+    )
+    shown = config.base_model_name if repository is not None else Path(config.base_model_name).name
+    contents = ["the hippocampus"]
+    if config.use_lora:
+        contents.append(f"LoRA adapters of rank {config.lora_r} on {', '.join(config.lora_target_modules)}")
+    contents.append("the base, whose weights were trained" if own_base else "not the base")
+    facts = {
+        "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
+        "parameters besides the base's": f"{_added(model):,}",
+        "trained": "yes" if _speaks(model) else "no: it is its base until it is trained",
+        "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
+        "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
+        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of layer {config.memory_layer}",
+        "replay": f"{config.max_replay_rounds} rounds of {config.replay_batch} at each segment end, "
+        f"decay {config.decay_rate}, threshold {config.priority_threshold}",
+    }
+    if own_base:
+        where = "The base comes along, in the folder `base`."
+    elif repository is None:
+        where = f"The base is a local folder, `{shown}`, that is on no hub: give it as `base_model=`."
+    else:
+        where = "The base is fetched from where its name says."
+    return ModelCard(
+        _TEMPLATE.format(
+            metadata=data.to_yaml(),
+            title=name.rstrip("/").split("/")[-1],
+            base=f"[{shown}](https://huggingface.co/{repository})" if repository else f"`{shown}`",
+            contents=f"Inside: {'; '.join(contents)}.",
+            facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+            name=name,
+            where_the_base_is=where,
+        )
+    )
+
+
+def _added(model: "HippoFormer") -> int:
+    lora = sum(p.numel() for n, p in model.base.named_parameters() if "lora_" in n)
+    return lora + sum(p.numel() for p in model.hippocampus.parameters())
+
+
+def _speaks(model: "HippoFormer") -> bool:
+    fusion = model.hippocampus.fusion
+    return bool(fusion.strength != 0) or bool(fusion.residual_scale != 0)
