@@ -1,18 +1,16 @@
-"""Invariant 3: one prefill = chunks of any size = token by token; `generate` with and without cache agree."""
+"""Invariant 3: one prefill = chunks of any size = token by token. What `generate` makes of it: test_generation.py."""
 
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
-from hippoformer import HippoCache, HippoFormer
+from hippoformer import HippoCache
 from hippoformer.errors import InputError
-from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, same_state, state_of, text
+from tiny import ARCHITECTURES, awake, read_in_chunks, same_state, state_of, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
-GREEDY = {"do_sample": False, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(
@@ -74,142 +72,6 @@ def test_kept_logits_are_the_last_ones() -> None:
     for keep in (1, 9, 53):
         kept = model(ids, attention_mask=mask, logits_to_keep=keep).logits
         torch.testing.assert_close(kept, whole[:, -keep:], **TOLERANCE)
-
-
-def talkative(name: str = "llama") -> HippoFormer:
-    """Awake, but with votes weak enough that greedy decoding does not fall into a loop at once."""
-    model = awake(name)
-    with torch.no_grad():
-        model.hippocampus.fusion.gate_out.bias.fill_(-2.0)
-    return model
-
-
-def greedy_by_hand(model: HippoFormer, ids: Tensor, count: int) -> Tensor:
-    """Greedy decoding, no pair of tokens twice, with a fresh reading of the whole text for every token."""
-    for _ in range(count):
-        logits = model(ids).logits[:, -1]
-        for row, tokens in enumerate(ids.tolist()):
-            banned = [after for before, after in itertools.pairwise(tokens) if before == tokens[-1]]
-            logits[row, banned] = -torch.inf
-        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
-    return ids
-
-
-@pytest.mark.parametrize("name", SOME)
-@torch.no_grad()
-def test_generate_with_and_without_cache(name: str) -> None:
-    model, prompt = talkative(name), text(rows=2, length=31)
-    mask = torch.ones_like(prompt)
-    expected = greedy_by_hand(model, prompt, 16)
-    for use_cache in (True, False):
-        options = {"max_new_tokens": 16, "no_repeat_ngram_size": 2, "use_cache": use_cache} | GREEDY
-        out = model.generate(prompt, attention_mask=mask, **options)
-        assert torch.equal(out, expected), f"use_cache={use_cache}"
-    assert len(set(expected[:, 31:].flatten().tolist())) > 4, "a degenerate text tests nothing"
-
-
-@torch.no_grad()
-def test_a_left_padded_batch_generates_as_single_rows() -> None:
-    model, prompt = talkative(), text(rows=3, length=40)
-    mask = torch.ones_like(prompt)
-    mask[1, :27], mask[2, :39] = 0, 0
-    together = model.generate(prompt, attention_mask=mask, max_new_tokens=15, **GREEDY)
-    for row in range(3):
-        own = prompt[row : row + 1, mask[row] == 1]
-        alone = model.generate(own, attention_mask=torch.ones_like(own), max_new_tokens=15, **GREEDY)
-        assert torch.equal(together[row, 40:], alone[0, own.shape[1] :])
-
-
-@torch.no_grad()
-def test_beams_find_the_best_continuation() -> None:
-    """With as many beams as tokens the search over two tokens is exhaustive, and can be checked by hand."""
-    model, prompt = awake(), text(rows=1, length=30)
-    beams = VOCAB
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, num_beams=beams, length_penalty=0.0, **GREEDY
-    )
-    first = model(prompt).logits[0, -1]  # (V,)
-    every = torch.cat((prompt.expand(VOCAB, -1), torch.arange(VOCAB).unsqueeze(-1)), dim=1)
-    joint = first.unsqueeze(-1) + model(every).logits[:, -1]  # (V, V)
-    best = divmod(int(joint.argmax()), VOCAB)
-    assert tuple(out[0, 30:].tolist()) == best
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@torch.no_grad()
-def test_beams_agree_with_and_without_cache(name: str) -> None:
-    model, prompt = awake(name), text(rows=2, length=25)
-    mask = torch.ones_like(prompt)
-    mask[1, :9] = 0
-    one, two = (
-        model.generate(prompt, attention_mask=mask, max_new_tokens=14, num_beams=3, use_cache=cached, **GREEDY)
-        for cached in (True, False)
-    )
-    assert torch.equal(one, two)
-
-
-@torch.no_grad()
-def test_sampling_goes_by_the_seed_alone() -> None:
-    model, prompt = awake(), text(rows=2, length=25)
-    options = {
-        "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": 20,
-        "do_sample": True,
-        "top_p": 0.9,
-        "pad_token_id": 0,
-    }
-    drawn = []
-    for seed, cached in ((1, True), (1, True), (1, False), (2, True)):
-        torch.manual_seed(seed)
-        drawn.append(model.generate(prompt, use_cache=cached, **options))
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[3])
-
-
-@torch.no_grad()
-def test_rows_end_at_the_end_token() -> None:
-    model, prompt = talkative(), text(rows=2, length=25)
-    mask = torch.ones_like(prompt)
-    free = model.generate(prompt, attention_mask=mask, max_new_tokens=12, **GREEDY)[:, 25:]
-    end = next(t for t in free[0].tolist() if t not in free[1].tolist())  # ends row 0 alone
-    stop = free[0].tolist().index(end)
-    out = model.generate(prompt, attention_mask=mask, max_new_tokens=12, eos_token_id=end, **GREEDY)[:, 25:]
-    assert out[0, : stop + 1].tolist() == free[0, : stop + 1].tolist()
-    assert not out[0, stop + 1 :].any(), "after its end a row is padding"
-    assert torch.equal(out[1], free[1])
-
-
-@torch.no_grad()
-def test_a_streamer_gets_every_token() -> None:
-    class Collector:
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-            self.ended = False
-
-        def put(self, value: Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended = True
-
-    model, prompt, streamer = awake(), text(rows=1, length=25), Collector()
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=9, streamer=streamer, **GREEDY)
-    assert streamer.tokens == out[0].tolist() and streamer.ended
-
-
-@pytest.mark.parametrize("read_before", [1, 18, 30])
-@torch.no_grad()
-def test_generation_goes_on_from_a_cache(read_before: int) -> None:
-    model, prompt = talkative(), text(rows=2, length=31)
-    mask = torch.ones_like(prompt)
-    expected = model.generate(prompt, attention_mask=mask, max_new_tokens=12, **GREEDY)
-    cache = model.new_cache(2)
-    model(prompt[:, :read_before], past_key_values=cache)
-    out = model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **GREEDY)
-    assert torch.equal(out, expected)
-    # The cache now holds all but the last token: a second call takes up where the first ended.
-    longer = model.generate(out, attention_mask=torch.ones_like(out), past_key_values=cache, max_new_tokens=8, **GREEDY)
-    assert torch.equal(longer, model.generate(prompt, attention_mask=mask, max_new_tokens=20, **GREEDY))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

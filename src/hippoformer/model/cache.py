@@ -83,6 +83,14 @@ class HippoCache(WindowCache):
         """No limit on the stream."""
         return -1
 
+    def new_turn(self) -> None:
+        """Lets the next call be handed only what is new, without what was read before.
+
+        `generate` takes the first `get_seq_length()` columns of its input for what the cache has read. A stream of any
+        length need not be kept for that: after this call it counts from 0 again. Nothing is forgotten.
+        """
+        self.columns = 0
+
     @property
     def window_nbytes(self) -> int:
         """Bytes of the window: keys, values and tokens of every slot."""

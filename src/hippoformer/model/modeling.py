@@ -482,7 +482,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
 _PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
 # Arguments that transformers hands to any model and that have nothing to say here.
-_HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids"}
+_HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
 
 
 def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
