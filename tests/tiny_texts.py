@@ -37,9 +37,17 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}a: {% endif %}"
+)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end."""
-    return byte_tokenizer(["<end>"], bos_token="<end>", eos_token="<end>", pad_token="<end>")
+    """One token a byte, and an end, which also ends the turns of a chat."""
+    tokenizer = byte_tokenizer(["<end>"], bos_token="<end>", eos_token="<end>", pad_token="<end>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerFast]:
@@ -47,7 +55,7 @@ def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, 
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(LETTERS) + 1,
+            vocab_size=options.pop("vocab_size", len(LETTERS) + 1),
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,

@@ -7,6 +7,7 @@ model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hippoformer.chat import Conversation
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
@@ -27,6 +28,7 @@ AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
 
 __all__ = [
     "ConsolidationRScore",
+    "Conversation",
     "DifferentiablePriorityBuffer",
     "EmbeddingDriftCalibrator",
     "Episode",

@@ -37,5 +37,9 @@ class TextError(HippoFormerError, ValueError):
     """Text that cannot be read: missing, empty, or not UTF-8."""
 
 
+class ChatTemplateError(HippoFormerError, ValueError):
+    """A tokenizer without a chat template, or one whose template cannot render the turns of a conversation."""
+
+
 class NonFiniteError(HippoFormerError, ArithmeticError):
     """NaN or infinity in weights or activations, caught before it reaches the memory."""

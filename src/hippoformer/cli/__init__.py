@@ -1,13 +1,13 @@
-"""The command line: `hippoformer eval …`, `train`, `demo`, `memory show`.
+"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `memory show`.
 
 Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick. A
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import evaluate, memory, run
+from hippoformer.cli import chat, evaluate, memory, run
 from hippoformer.cli.app import app
 
-__all__ = ["app", "evaluate", "main", "memory", "run"]
+__all__ = ["app", "chat", "evaluate", "main", "memory", "run"]
 
 
 def main() -> None:

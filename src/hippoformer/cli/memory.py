@@ -1,7 +1,7 @@
 """`hippoformer memory …`: look into saved memories."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -42,7 +42,14 @@ def memoryshow(
 
     loaded, tokenizer = load(model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size)
     cache = HippoCache.load(file, loaded)
-    decay = loaded.config.decay_rate
+    console().print(episodes_table(cache, tokenizer, f"in {file}, row {row}", row=row, limit=limit, sort=sort))
+
+
+def episodes_table(
+    cache: Any, tokenizer: Any, where: str, row: int = 0, limit: int = 20, sort: Order = "priority"
+) -> Table:
+    """The first `limit` episodes of a cache's row."""
+    decay = cache.config.decay_rate
     keys = {
         "priority": lambda episode: -episode.priority * decay**episode.age,
         "salience": lambda episode: -episode.salience,
@@ -50,7 +57,7 @@ def memoryshow(
         "position": lambda episode: episode.position,
     }
     episodes = sorted(cache.episodes(row), key=keys[sort])
-    table = Table(title=Text(f"{len(episodes)} episodes in {file}, row {row}"))
+    table = Table(title=Text(f"{len(episodes)} episodes {where}"))
     table.add_column("token")
     table.add_column("context", overflow="fold")
     table.add_column("where")
@@ -68,4 +75,4 @@ def memoryshow(
             f"{episode.priority * decay**episode.age:.2f}",
             f"{episode.strength:g}",
         )
-    console().print(table)
+    return table

@@ -56,6 +56,7 @@ class HippoCache(WindowCache):
         frozen: True while the store is read-only.
         written: False until the first episode is written.
         drift: what loading this memory measured; empty for one that was not loaded.
+        notes: short texts that whoever uses the cache wants to find again; saved and copied along, gone on reset.
     """
 
     def __init__(self, window: WindowCache, memory: MemoryState, last_output: Tensor, model: "HippoFormer") -> None:
@@ -69,6 +70,7 @@ class HippoCache(WindowCache):
         self.frozen = False
         self.written = False
         self.drift: dict[str, float | bool] = {}
+        self.notes: dict[str, str] = {}
 
     @property
     def batch_size(self) -> int:
@@ -177,6 +179,7 @@ class HippoCache(WindowCache):
         self.lengths = [0 if row in set(rows) else done for row, done in enumerate(self.lengths)]
         if len(rows) == self.batch_size:
             self.columns, self.frozen, self.written = 0, False, False
+            self.notes = {}
 
     def detach(self) -> None:
         """Cuts the state from the graph that made it: gradients of later calls stop here."""
@@ -268,7 +271,7 @@ class HippoCache(WindowCache):
         new_cache.layers = layers
         new_cache.tokens, new_cache.last_output = function(self.tokens), function(self.last_output)
         new_cache.memory = self.memory.map(function)
-        new_cache.lengths = list(lengths)
+        new_cache.lengths, new_cache.notes = list(lengths), dict(self.notes)
         return new_cache
 
 

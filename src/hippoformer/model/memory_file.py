@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
+_NOTE = "note."  # before the name of each of the cache's notes
 _PRINTS = ("base", "hippocampus", "shape")
 _SAMPLES = 1024
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
@@ -88,6 +89,7 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
         "stored_bound": cache.memory.stored_bound,
     }
     metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(fingerprint(model))}
+    metadata |= {f"{_NOTE}{name}": text for name, text in cache.notes.items()}
     write_tensors(Path(path), tensors, metadata)
 
 
@@ -102,7 +104,7 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code
             has nothing in common with this one's.
     """
-    tensors, counters, theirs = _read(Path(path))
+    tensors, counters, theirs, notes = _read(Path(path))
     mine = fingerprint(model)
     if mine["shape"] != theirs["shape"]:
         ours, other = json.loads(mine["shape"]), json.loads(theirs["shape"])
@@ -114,7 +116,7 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
     cache.restore(kept, counters["stored_bound"])
     cache.lengths, cache.columns = counters["lengths"], counters["columns"]
-    cache.frozen, cache.written = counters["frozen"], counters["written"]
+    cache.frozen, cache.written, cache.notes = counters["frozen"], counters["written"], notes
     if unchanged:
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
     else:
@@ -122,8 +124,8 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     return cache
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Tensors, counters and fingerprint of a file."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str], dict[str, str]]:
+    """Tensors, counters, fingerprint and notes of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -143,7 +145,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
         raise MemoryFileError(f"the counters or the fingerprint of {path} are damaged: {error!r}") from error
     if not complete:
         raise MemoryFileError(f"the counters or the fingerprint of {path} are incomplete; it was not written by `save`")
-    return tensors, counters, prints
+    notes = {name.removeprefix(_NOTE): text for name, text in metadata.items() if name.startswith(_NOTE)}
+    return tensors, counters, prints, notes
 
 
 def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:

@@ -1,0 +1,218 @@
+"""Conversations: the cache remembers, so each turn reads only what is new.
+
+A chat template renders a whole conversation. Of that text a turn needs the end alone: what closes the reply before it,
+the user's message, and the opening of the next reply. It is cut out of a rendering in which a mark stands for the
+earlier reply, so a template may rewrite older turns (some leave out earlier reasoning): what was read stays read. The
+token that ends a reply is chosen but never read; the template's own closing is, with the next turn.
+"""
+
+import json
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.modeling import HippoFormer
+
+# Stands for a reply while a template is rendered; of a private area of Unicode, so in no text.
+_MARK = "\ue000reply\ue001"
+_NOTE = "conversation"
+_ONE_LINE = ("num_beams", "num_return_sequences")
+
+
+class Conversation:
+    """Turns of a user and a model that share one memory.
+
+    Args:
+        model: a HippoFormer. tokenizer: of its base, with a chat template.
+        system: the system prompt, or None for what the template does without one.
+        cache: one row of state to go on from, such as the memory of a book; None starts with nothing.
+        options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
+
+    Attributes:
+        cache: all that is remembered. turns: replies given so far.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no chat template, or one that refuses the system prompt.
+        ConfigurationError: several beams or sequences: a conversation follows one line.
+    """
+
+    def __init__(
+        self,
+        model: HippoFormer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        cache: HippoCache | None = None,
+        **options: Any,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise ChatTemplateError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, so nothing says how "
+                "it expects turns to be written: take an instruction-tuned model, or set tokenizer.chat_template"
+            )
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.options = {"max_new_tokens": 256} | _checked(options)
+        self.cache = model.new_cache() if cache is None else _one_row(cache)
+        self.turns = 0
+        self.turn_ids("a first turn")  # what the template refuses, it refuses now
+
+    def turn_ids(self, text: str) -> Tensor:
+        """The tokens that a user's turn adds to what was read, (1, T) int64.
+
+        Raises:
+            ChatTemplateError: the template cannot be rendered, or leaves the replies out.
+        """
+        return self._encode(self._render_turn(text, first=self.turns == 0))
+
+    def say(
+        self,
+        text: str,
+        *,
+        streamer: BaseStreamer | None = None,
+        stopping_criteria: Iterable[StoppingCriteria] = (),
+        **options: Any,
+    ) -> str:
+        """Reads a user's turn and replies. If anything fails, the conversation is as it was before.
+
+        Args:
+            text: what the user says.
+            streamer, stopping_criteria: as in `generate`. options: of `generate`, for this reply.
+
+        Returns:
+            The reply, without special tokens.
+        """
+        ids = self.turn_ids(text).to(self.model.device)
+        own, pad = self._ends(), self.model.generation_config.pad_token_id
+        defaults = {"eos_token_id": own or None, "pad_token_id": pad if pad is not None else next(iter(own), 0)}
+        asked: dict[str, Any] = defaults | self.options | _checked(options)
+        before = self.cache.copy()
+        self.cache.new_turn()
+        try:
+            model: Any = self.model
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=self.cache,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList(stopping_criteria),
+                **(asked | {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)),
+            )
+            reply = out[0, ids.shape[1] :]
+            if int(reply[-1]) not in _listed(asked["eos_token_id"]):  # cut short: its last token belongs to the text
+                with torch.no_grad():
+                    model(out[:, -1:], past_key_values=self.cache, logits_to_keep=1)
+        except BaseException:
+            self.cache = before
+            raise
+        self.turns += 1
+        return str(self.tokenizer.decode(reply, skip_special_tokens=True))
+
+    def forget(self) -> None:
+        """Starts anew: nothing of the conversation is remembered."""
+        self.cache, self.turns = self.model.new_cache(), 0
+
+    def save(self, path: str | Path) -> None:
+        """Writes the memory, as `HippoCache.save` does, with a note of how far the conversation is."""
+        self.cache.notes[_NOTE] = json.dumps({"turns": self.turns, "system": self.system})
+        self.cache.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """Takes up a saved conversation where it was; any other memory of one row is something read before the first
+        turn.
+
+        Raises:
+            MemoryFileError: as `HippoCache.load`; also where the memory is of several rows.
+        """
+        cache, turns, system = _one_row(HippoCache.load(path, self.model)), 0, self.system
+        if _NOTE in cache.notes:
+            try:
+                note = json.loads(cache.notes[_NOTE])
+                turns, system = note["turns"], note["system"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise MemoryFileError(f"the note about the conversation in {path} is damaged: {error!r}") from error
+        self.cache, self.turns, self.system = cache, turns, system
+
+    def _render_turn(self, text: str, first: bool) -> str:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        new = {"role": "user", "content": text}
+        if first:
+            return self._render([*system, new])
+        earlier = [{"role": "user", "content": "..."}, {"role": "assistant", "content": _MARK}]
+        _, found, ending = self._render([*system, *earlier, new]).partition(_MARK)
+        if not found:
+            raise ChatTemplateError(
+                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} leaves earlier replies out, "
+                "so a turn cannot be added to them: set another tokenizer.chat_template"
+            )
+        return ending
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ChatTemplateError(
+                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} refuses: {error}; "
+                "some know no system prompt: leave it out, or put it into the first turn"
+            ) from error
+
+    def _encode(self, text: str) -> Tensor:
+        # The template writes the special tokens itself.
+        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        return torch.as_tensor(encoded["input_ids"]).long()
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a reply: those of the model, and the one with which the template closes a turn."""
+        own = _listed(self.model.generation_config.eos_token_id) or _listed(self.tokenizer.eos_token_id)
+        closing = int(self._encode(self._render_turn("...", first=False))[0, 0])
+        return sorted({*own, *({closing} & set(self.tokenizer.all_special_ids))})
+
+
+class Interrupt(StoppingCriteria):
+    """Ends a reply at Ctrl-C instead of the program: `with Interrupt() as stop: say(..., stopping_criteria=[stop])`."""
+
+    def __enter__(self) -> "Interrupt":
+        self.pressed = False
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """(R,) bool, True everywhere once Ctrl-C was pressed."""
+        return torch.full((input_ids.shape[0],), self.pressed, device=input_ids.device)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    several = [name for name in _ONE_LINE if options.get(name, 1) != 1]
+    if several:
+        raise ConfigurationError(
+            f"{several[0]}={options[several[0]]}: a conversation follows one line, whose memory goes on; sample, or "
+            "decode greedily"
+        )
+    return {name: value for name, value in options.items() if name not in _ONE_LINE}
+
+
+def _one_row(cache: HippoCache) -> HippoCache:
+    if cache.batch_size != 1:
+        raise MemoryFileError(
+            f"this memory has {cache.batch_size} rows, a conversation has one: choose one by cache.select_rows"
+        )
+    return cache

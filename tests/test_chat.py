@@ -1,0 +1,318 @@
+"""A conversation: each turn reads what is new and nothing else, and what was read is what the template says."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, TextStreamer
+from typer.testing import CliRunner
+
+import hippoformer
+from hippoformer import Conversation, HippoCache, HippoFormer
+from hippoformer.chat import Interrupt
+from hippoformer.cli import app
+from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
+from tiny import same_state, state_of
+from tiny_texts import WINDOW, byte_tokenizer, tiny_load
+
+# Replies of letters alone: bytes that are no text could not be rendered again.
+LETTERS_ALONE = {"suppress_tokens": [0, *(i for i in range(1, 257) if not 66 <= i <= 90)], "do_sample": False}
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # The system prompt goes into the last user turn, blanks are cut off.
+    "inst": "{{ bos_token }}{% set ns = namespace(s='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set ns.s = m.content + '\n' %}"
+    "{% elif m.role == 'user' %}[INST] {% if loop.last %}{{ ns.s }}{% endif %}{{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
+    # Older reasoning is left out.
+    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+def tokenizer_of(template: str | None) -> PreTrainedTokenizerFast:
+    special = ["<end>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = byte_tokenizer(
+        special, bos_token="<end>", eos_token="<end>", additional_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def reading_of(model: HippoFormer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by every token that the model reads."""
+    read: list[int] = []
+    stream = model.stream
+
+    def watched(ids: Tensor, lengths: list[int], cache: HippoCache) -> Any:
+        read.extend(ids[0, : lengths[0]].tolist())
+        return stream(ids, lengths, cache)
+
+    monkeypatch.setattr(model, "stream", watched)
+    return read
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_turns_add_up_to_the_whole_conversation(system: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the first turns have long left the window; and nothing is read twice."""
+    model, tokenizer = tiny_load()
+    read = reading_of(model, monkeypatch)
+    talk = Conversation(model, tokenizer, system=system, max_new_tokens=9, **LETTERS_ALONE)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for text in ("Who was first?", "And second?", "Where did they go on that day?", "Why?"):
+        before, done = len(read), talk.cache.lengths[0]
+        reply = talk.say(text)
+        assert len(reply) == 9 and reply.isascii()
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+        assert talk.cache.lengths[0] - done == len(read) - before
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert whole == tokenizer.decode(read) + "<end>\n"  # the last reply is closed with the next turn
+    assert talk.cache.lengths[0] == len(read) > 2 * WINDOW
+    assert len(read) - before < 40, "a turn read more than is new"
+    other = model.new_cache()
+    with torch.no_grad():
+        model(torch.tensor([read]), past_key_values=other)
+        ahead = tokenizer("What is next?", return_tensors="pt").input_ids
+        one, two = (model(ahead, past_key_values=cache).logits for cache in (talk.cache, other))
+    torch.testing.assert_close(one, two, rtol=0.0, atol=1e-4)
+
+
+def test_a_reply_that_ends_itself_is_closed_by_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end token is not read twice, nor left out."""
+    model, tokenizer = tiny_load()
+    read = reading_of(model, monkeypatch)
+    talk = Conversation(model, tokenizer, max_new_tokens=5, forced_eos_token_id=0, do_sample=False)
+    talk.say("One?")
+    assert len(read) == len("u: One?.\na: ") + 4
+    talk.say("Two?")
+    assert read.count(0) == 3  # of the turns of the user, and of the first reply
+    assert tokenizer.decode(read).count("<end>\nu: Two?<end>\na: ") == 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_is_the_end_of_the_rendered_conversation(name: str) -> None:
+    model, _ = tiny_load(vocab_size=259)
+    tokenizer = tokenizer_of(TEMPLATES[name])
+    talk = Conversation(model, tokenizer, system="Be kind.")
+    system, one, two = ({"role": r, "content": c} for r, c in (("system", "Be kind."), ("user", "A?"), ("user", "B?")))
+    reply = {"role": "assistant", "content": "<think>hm</think>yes"}
+
+    def rendered(*messages: dict[str, str]) -> str:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    assert tokenizer.decode(talk.turn_ids("A?")[0]) == rendered(system, one)
+    talk.turns = 1
+    ending = tokenizer.decode(talk.turn_ids("B?")[0])
+    whole = rendered(system, one, reply, two)
+    assert whole.endswith("yes" + ending) and "B?" in ending and "A?" not in ending
+
+
+def test_the_token_that_closes_a_turn_ends_a_reply() -> None:
+    """Even where the model's generation config knows another one alone."""
+    model, _ = tiny_load(vocab_size=259)
+    talk = Conversation(model, tokenizer_of(TEMPLATES["chatml"]), max_new_tokens=4, forced_eos_token_id=2)
+    turn = talk.turn_ids("A?").shape[1]
+    talk.say("A?")
+    assert talk.cache.lengths[0] == turn + 3, "the closing token was read as a part of the reply"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system prompts') }}", "no system prompts"),
+        ("{{ messages[-1].content }}", "leaves earlier replies out"),
+    ],
+)
+def test_templates_that_do_not_do(template: str | None, message: str) -> None:
+    model, tokenizer = tiny_load()
+    tokenizer.chat_template = template
+    with pytest.raises(ChatTemplateError, match=message):
+        Conversation(model, tokenizer, system="Be kind.").say("A?")
+
+
+# ---------------------------------------------------------------- replies
+
+
+def test_replies_are_streamed_and_seeded(capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny_load()
+    replies = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        talk = Conversation(model, tokenizer, max_new_tokens=9, do_sample=True, temperature=1.5)
+        replies.append(talk.say("Who?", streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)))
+        assert capsys.readouterr().out.strip() == replies[-1].strip()
+    assert replies[0] == replies[1] != replies[2]
+    assert len(talk.say("And?", max_new_tokens=2, **LETTERS_ALONE)) == 2, "an option for one reply"
+
+
+def test_a_conversation_follows_one_line() -> None:
+    model, tokenizer = tiny_load()
+    with pytest.raises(ConfigurationError, match="num_beams=3"):
+        Conversation(model, tokenizer, num_beams=3)
+    with pytest.raises(ConfigurationError, match="num_return_sequences=2"):
+        Conversation(model, tokenizer).say("A?", num_return_sequences=2)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_turn_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
+    class Broken(TextStreamer):
+        def put(self, value: Tensor) -> None:
+            raise error
+
+    model, tokenizer = tiny_load()
+    talk = Conversation(model, tokenizer, max_new_tokens=4)
+    talk.say("One?")
+    before, lengths = state_of(talk.cache), talk.cache.lengths
+    with pytest.raises(error):
+        talk.say("Two?", streamer=Broken(tokenizer))
+    assert not same_state(before, state_of(talk.cache))
+    assert (talk.turns, talk.cache.lengths) == (1, lengths)
+
+
+class PressCtrlC(TextStreamer):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not stream_end:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_the_reply_alone() -> None:
+    model, tokenizer = tiny_load()
+    talk, before = Conversation(model, tokenizer, max_new_tokens=200), signal.getsignal(signal.SIGINT)
+    with Interrupt() as stop:
+        reply = talk.say("a b", streamer=PressCtrlC(tokenizer, skip_prompt=True), stopping_criteria=[stop])
+    assert len(reply) < 100 and talk.turns == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_saved_conversation_goes_on_as_if_never_saved(tmp_path: Path) -> None:
+    model, tokenizer = tiny_load()
+    talk = Conversation(model, tokenizer, system="Be kind.", max_new_tokens=7, do_sample=False)
+    talk.say("Who was first?")
+    talk.save(tmp_path / "talk.safetensors")
+    expected = talk.say("And then?")
+    again = Conversation(model, tokenizer, max_new_tokens=7, do_sample=False)
+    again.load(tmp_path / "talk.safetensors")
+    assert (again.turns, again.system) == (1, "Be kind.")
+    assert again.say("And then?") == expected
+    assert not same_state(state_of(talk.cache), state_of(again.cache))
+    again.forget()
+    assert (again.turns, again.cache.lengths, again.cache.notes) == (0, [0], {})
+
+
+def test_a_conversation_about_what_was_read_before(tmp_path: Path) -> None:
+    """The memory of a book is no conversation yet: its first turn is a first turn."""
+    model, tokenizer = tiny_load()
+    cache = model.new_cache()
+    model.score(tokenizer("A long book. " * 20, return_tensors="pt").input_ids, past_key_values=cache)
+    read = cache.lengths[0]
+    cache.save(tmp_path / "book.safetensors")
+    talk = Conversation(model, tokenizer, system="Be kind.", max_new_tokens=3)
+    first = talk.turn_ids("What?")
+    talk.say("Something else?")
+    talk.load(tmp_path / "book.safetensors")
+    assert torch.equal(talk.turn_ids("What?"), first) and talk.system == "Be kind." and talk.cache.lengths == [read]
+    talk.say("What?")
+    assert talk.cache.lengths[0] - read in (first.shape[1] + 2, first.shape[1] + 3)
+    direct = Conversation(model, tokenizer, cache=HippoCache.load(tmp_path / "book.safetensors", model))
+    assert direct.cache.lengths == [read]
+
+
+def test_memories_that_are_no_conversation_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = tiny_load()
+    talk = Conversation(model, tokenizer, max_new_tokens=3)
+    talk.say("One?")
+    cache, path = talk.cache, tmp_path / "memory.safetensors"
+    model.new_cache(2).save(path)
+    with pytest.raises(MemoryFileError, match="2 rows"):
+        talk.load(path)
+    broken = model.new_cache()
+    broken.notes["conversation"] = "{"
+    broken.save(path)
+    with pytest.raises(MemoryFileError, match="note about the conversation"):
+        talk.load(path)
+    assert talk.cache is cache and talk.turns == 1
+
+
+# ---------------------------------------------------------------- the terminal
+
+Say = Callable[..., Any]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Runs `hippoformer chat` with lines typed into it."""
+    monkeypatch.setattr(hippoformer, "load", tiny_load)
+
+    def run(*lines: str, options: tuple[str, ...] = ()) -> Any:
+        arguments = ["chat", "--model", "tiny", "--max-new-tokens", "5", *options]
+        return CliRunner().invoke(app, arguments, input="\n".join(lines) + "\n", prog_name="hippoformer")
+
+    return run
+
+
+def test_talking_in_the_terminal(say: Say, tmp_path: Path) -> None:
+    file = tmp_path / "talk.safetensors"
+    said = say("Who was first?", "", "/memory", f"/save {file}", "/forget", "/memory", f"/load {file}", "/quit", "no")
+    assert said.exit_code == 0, said.output
+    assert f"Saved to {file}." in said.stdout.replace("\n", "") and "Forgotten." in said.stdout
+    read = len("u: Who was first?.\na: ") + 5
+    before, after = said.stdout.split("Forgotten.")
+    assert f"turns: 1, tokens read: {read}, bytes: " in before
+    assert "turns: 0, tokens read: 0, bytes: " in after and f"turns: 1, tokens read: {read}\n" in after
+    assert "episodes of this conversation" in said.stdout
+    saved = Conversation(*tiny_load("tiny", seed=0))
+    saved.load(file)
+    assert saved.turns == 1
+
+
+def test_replies_are_those_of_the_seed_and_go_on_from_a_memory(say: Say, tmp_path: Path) -> None:
+    file = str(tmp_path / "talk.safetensors")
+    one, two, other = (
+        say("a b", f"/save {file}", options=("--seed", seed, "--temperature", "2.0")).stdout for seed in "112"
+    )
+    assert one == two != other
+    on = say("/memory", options=("--memory", file, "--system", "Be kind."))
+    assert on.exit_code == 0 and "turns: 1, " in on.stdout
+    greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).stdout for seed in "12"]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path) -> None:
+    said = say("/nothing", "/save", "/memory now", f"/load {tmp_path}/none", "/help", "a b")
+    assert said.exit_code == 0, said.output
+    for expected in ("no /nothing", "/save FILE", "no memory file at", "/forget", "start anew"):
+        assert expected in said.stdout
+    assert say(options=("--memory", str(tmp_path / "none"))).exit_code == 2
+
+
+def test_a_model_without_a_template_is_one_red_line(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_load()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(hippoformer, "load", lambda *_, **__: (model, tokenizer))
+    said = say("a b")
+    assert said.exit_code == 2 and "has no chat template" in said.stderr
+
+
+@pytest.mark.real
+def test_a_talk_with_the_real_model(tmp_path: Path) -> None:
+    said = CliRunner().invoke(
+        app,
+        ["chat", "--model", "smollm2-135m", "--system", "You answer in one word.", "--temperature", "0"],
+        input=f"What is the capital of France?\nAnd of Italy?\n/memory\n/save {tmp_path}/talk\n",
+    )
+    assert said.exit_code == 0, said.output
+    assert "Paris" in said.stdout and "Rome" in said.stdout and "turns: 2, " in said.stdout
+    assert (tmp_path / "talk").stat().st_size > 1_000_000
