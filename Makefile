@@ -7,15 +7,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+REPORT := .pytest_cache/report.xml
 
-.PHONY: demo test unit lint results results-quick clean
+.PHONY: demo test unit lint support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/hippoformer demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --junitxml=$(REPORT)
+	$(BIN)/python scripts/support_table.py $(REPORT) --check
 
 # The quick part of the suite: no real model, nothing fetched.
 unit: $(INSTALLED)
@@ -25,6 +27,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# docs/support.md, from the tests that show what works with what.
+support: $(INSTALLED)
+	$(BIN)/python -m pytest -m supports --junitxml=$(REPORT)
+	$(BIN)/python scripts/support_table.py $(REPORT)
 
 # Every figure of the README and the docs, from the test texts in the folder data; results-quick makes the headline rows.
 results: $(INSTALLED)

@@ -1,9 +1,45 @@
-"""One thread: tiny models gain nothing from more, and sums then come in one order."""
+"""One thread for all tests, and the mark `supports`, from which the tables of docs/support.md are made.
+
+Tiny models gain nothing from more threads, and sums then come in one order.
+"""
+
+import json
+from collections.abc import Callable
 
 import pytest
 import torch
+
+AXES = {"architecture", "trainer", "precision", "mode", "refused"}
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts what a test shows into its entry of a JUnit report. Marks of a test and of its parameters add up."""
+    for item in items:
+        record: dict[str, object] = {}
+        for mark in reversed(list(item.iter_markers("supports"))):
+            record |= mark.kwargs
+        if record:
+            item.user_properties.append(_property(item, record))
+
+
+@pytest.fixture
+def shows(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """For a test that finds out what it shows while it runs; it carries a bare mark."""
+    assert request.node.get_closest_marker("supports"), "mark the test with @pytest.mark.supports"
+    return lambda **record: request.node.user_properties.append(_property(request.node, record))
+
+
+def _property(item: pytest.Item, record: dict[str, object]) -> tuple[str, str]:
+    if unknown := record.keys() - AXES:
+        raise pytest.UsageError(f"{item.nodeid}: supports({', '.join(unknown)}=…) is none of {', '.join(sorted(AXES))}")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    words = {
+        axis: [one.format(**parameters) for one in ([value] if isinstance(value, str) else value)]
+        for axis, value in record.items()
+    }
+    return "supports", json.dumps(words, ensure_ascii=False)

@@ -50,6 +50,7 @@ def log_probs(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
+@pytest.mark.supports(architecture="{name}", mode="fresh: the base")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fresh_is_memory_off_to_the_last_bit(name: str) -> None:
     model, ids = fresh(name), text(rows=2, length=LENGTH)
@@ -72,6 +73,7 @@ def test_within_a_segment_it_is_the_base_to_the_last_bit(name: str) -> None:
     assert torch.equal(off(model, ids), expected)
 
 
+@pytest.mark.supports(architecture="{name}", mode="memory off: the base")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_within_the_window_it_is_the_base(name: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from tiny import ARCHITECTURES, awake, text
 
 
+@pytest.mark.supports(architecture="{name}", mode="bounded state")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_state_stays_the_same_size_over_many_segments(name: str) -> None:

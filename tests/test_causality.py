@@ -18,6 +18,7 @@ def with_other_future(ids: Tensor, moment: int) -> Tensor:
     return torch.where(after, (ids + step) % VOCAB, ids)
 
 
+@pytest.mark.supports(architecture="{name}", mode="causal")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_future_changes_nothing(name: str, training: bool) -> None:

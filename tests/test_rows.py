@@ -32,6 +32,7 @@ def rows_of_many_lengths() -> list[Tensor]:
     return [text(rows=1, length=n, seed=n)[0] for n in LENGTHS]
 
 
+@pytest.mark.supports(architecture="{name}", mode="batch with padding")
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()

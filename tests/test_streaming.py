@@ -13,6 +13,7 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
 
 
+@pytest.mark.supports(architecture="{name}", mode="read in chunks")
 @pytest.mark.parametrize(
     ("name", "size"), [(n, s) for n in ARCHITECTURES for s in (1, 7)] + [("llama", s) for s in (6, 13, 24, 52)]
 )

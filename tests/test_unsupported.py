@@ -116,6 +116,7 @@ def build(config: PreTrainedConfig, auto: type = AutoModelForCausalLM) -> torch.
         return auto.from_config(config).eval()
 
 
+@pytest.mark.supports(refused="{name}")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     base = build(REFUSED[name]())
@@ -124,6 +125,7 @@ def test_refused(name: str) -> None:
     assert type(base).__name__ in str(error.value) and "Supported are decoders" in str(error.value)
 
 
+@pytest.mark.supports(refused="{name}")
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_encoder_decoders_are_refused(name: str) -> None:
     config = ENCODER_DECODERS[name]()
@@ -133,9 +135,10 @@ def test_encoder_decoders_are_refused(name: str) -> None:
         HippoFormer(small_config(), base)
 
 
+@pytest.mark.supports
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_read_rightly_or_refused(name: str) -> None:
+def test_read_rightly_or_refused(name: str, shows: Callable[..., None]) -> None:
     base = build(OTHERS[name]())
     ids = text(rows=2, length=30)
     whole = torch.log_softmax(base(ids).logits.float(), dim=-1)
@@ -143,7 +146,9 @@ def test_read_rightly_or_refused(name: str) -> None:
         model = HippoFormer(small_config(window=30), base)
     except HippoFormerError as error:
         assert isinstance(error, UnsupportedArchitectureError)
+        shows(refused=name)
         return
+    shows(architecture=name, mode=("memory off: the base", "read in chunks", "batch with padding"))
     with model.memory_off():
         torch.testing.assert_close(model(ids).logits, whole, rtol=0.0, atol=1e-4)
     small = HippoFormer(small_config(), base)
