@@ -98,6 +98,10 @@ class WindowLayer(CacheLayerMixin):
         """No limit on the stream."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in the first releases of transformers 5, where it is abstract."""
+        return -1
+
 
 def _write(slots: Tensor, new: Tensor, placement: Placement) -> Tensor:
     if torch.is_grad_enabled():
