@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.perplexity_report import ConditionResult, DocumentResult, PerplexityReport
 from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.report import ConditionResult, DocumentResult, PerplexityReport
 from hippoformer.evaluation.scoring import (
     CONDITIONS,
     BatchScores,

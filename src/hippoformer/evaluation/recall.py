@@ -6,11 +6,10 @@ question is put to a copy of the state, so that asking leaves the stream as it w
 counts if every token of it is right. The same question is put to the same copy with the memory off.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -21,11 +20,11 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.needles import KINDS, Needle, draw_needle
-from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.statistics import LEVEL
 
-FORMAT = "hippoformer.recall/1"
 _PIECE = 512  # tokens read between two looks at what is due
 _SPACING = 384  # tokens of the document before the first fact and between two facts
 
@@ -57,13 +56,15 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class RecallReport:
+class RecallReport(Report):
     """All questions, and where the numbers came from.
 
     Attributes:
         model: what was measured. settings: options. asked: every question.
         state_nbytes: bytes of a row's state at the end of each stream.
     """
+
+    FORMAT: ClassVar[str] = "hippoformer.recall/1"
 
     model: dict[str, Any]
     settings: dict[str, Any]
@@ -96,23 +97,9 @@ class RecallReport:
             )
         return cells
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON content."""
-        content = {
-            "format": FORMAT,
-            "model": self.model,
-            "settings": self.settings,
-            "cells": self.cells(),
-            "asked": [asdict(a) for a in self.asked],
-            "state_nbytes": self.state_nbytes,
-            "provenance": self.provenance,
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
-        return plain
-
-    def save(self, path: Any) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
+    def content(self) -> dict[str, Any]:
+        """With the cells."""
+        return super().content() | {"cells": self.cells()}
 
     def to_table(self) -> Table:
         """One line a cell, for a terminal."""

@@ -10,11 +10,10 @@ Each figure stands beside that of plain surprise, and of the same gate before tr
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from scipy import stats
 from torch import Tensor
 
 from hippoformer.data import Document
-from hippoformer.evaluation.provenance import provenance, write_json
-from hippoformer.evaluation.report import with_range
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.hippocampus.salience import SalienceGate
@@ -33,7 +32,6 @@ from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader
 
-FORMAT = "hippoformer.salience/1"
 RULES = ("salience", "surprise", "untrained gate")
 _KEPT = 0.1
 
@@ -54,12 +52,14 @@ class RuleResult:
 
 
 @dataclass(frozen=True)
-class SalienceReport:
+class SalienceReport(Report):
     """Every rule, and where the numbers came from.
 
     Attributes:
         perfect: what `held` would be for a rule that knew the credit.
     """
+
+    FORMAT: ClassVar[str] = "hippoformer.salience/1"
 
     model: dict[str, Any]
     documents: list[str]
@@ -67,15 +67,6 @@ class SalienceReport:
     perfect: Interval
     rules: tuple[RuleResult, ...]
     provenance: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON content."""
-        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT} | asdict(self), allow_nan=False))
-        return plain
-
-    def save(self, path: Any) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
 
     def to_table(self) -> Table:
         """One line a rule, for a terminal."""

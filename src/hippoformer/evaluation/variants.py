@@ -5,26 +5,23 @@ What the base computes does not depend on the memory: its hidden states are read
 The numbers are those of `evaluate_perplexity`, which runs everything together.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.provenance import provenance, write_json
-from hippoformer.evaluation.report import changes, with_range
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import score_cached
-
-FORMAT = "hippoformer.variants/1"
 
 # Options that the cached states, or the shapes of the weights, are made with.
 _FIXED = (
@@ -63,8 +60,10 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
-class VariantsReport:
+class VariantsReport(Report):
     """Every variant, and where the numbers came from."""
+
+    FORMAT: ClassVar[str] = "hippoformer.variants/1"
 
     model: dict[str, Any]
     reference: str
@@ -74,15 +73,6 @@ class VariantsReport:
     base_nll: list[float]
     variants: tuple[VariantResult, ...]
     provenance: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON content."""
-        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT} | asdict(self), allow_nan=False))
-        return plain
-
-    def save(self, path: Any) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
 
     def to_table(self) -> Table:
         """One line a variant, for a terminal."""
