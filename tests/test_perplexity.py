@@ -6,11 +6,13 @@ real model does; the expected values are worked out from slices of whole documen
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
 from hippoformer.evaluation import CONDITIONS, PerplexityReport, evaluate_perplexity
+from hippoformer.evaluation.causality import check
+from hippoformer.evaluation.scoring import reading
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from tiny_texts import byte_tokenizer
@@ -36,6 +40,7 @@ TABLE = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_s
 
 class FakeConfig:
     base_model_name, window, sink_tokens, segment_len, buffer_size = "fake [model]", WINDOW, 0, 4, 1000
+    vocab_size = VOCABULARY
 
     def to_dict(self) -> dict[str, Any]:
         return {"window": WINDOW, "dtype": torch.float32, "limit": math.inf}
@@ -48,6 +53,9 @@ class FakeCache:
         self.seen: list[list[int]] = [[] for _ in range(rows)]
         self.far: list[list[int]] = [[] for _ in range(rows)]
         self.frozen = False
+
+    def copy(self) -> "FakeCache":
+        return copy.deepcopy(self)
 
     def freeze_memory(self, frozen: bool = True) -> None:
         self.frozen = frozen
@@ -90,22 +98,37 @@ class FakeModel:
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Tensor:
         assert not self.training
         assert not torch.is_grad_enabled()
-        assert attention_mask is not None
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         self.streams += 1
         out = torch.zeros(input_ids.shape[0], input_ids.shape[1] - 1)
         for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
             seen, far = past_key_values.seen[row], past_key_values.far[row]
             for place, token in enumerate(token for token, real in zip(ids, mask, strict=True) if real):
-                if seen:
+                if seen and place:
                     out[row, place - 1] = math.log(self._probability(seen, far, token))
-                seen.append(token)
-                if len(seen) > WINDOW:
-                    left = seen.pop(0)
-                    if self.remembers and not past_key_values.frozen:
-                        far.append(left)
+                self._read(token, seen, far, past_key_values.frozen)
         if self.broken:
             out[-1, 0] = math.nan
         return out
+
+    def __call__(self, input_ids: Tensor, past_key_values: Any) -> SimpleNamespace:
+        (ids,), seen, far = input_ids.tolist(), past_key_values.seen[0], past_key_values.far[0]
+        rows = []
+        for token in ids:
+            self._read(token, seen, far, past_key_values.frozen)
+            row = 0.8 * TABLE[seen[-1]] + 0.2 * torch.bincount(torch.tensor(seen), minlength=VOCABULARY) / len(seen)
+            if far:
+                row = 0.7 * row + 0.3 * torch.bincount(torch.tensor(far), minlength=VOCABULARY) / len(far)
+            rows.append(row.log())
+        return SimpleNamespace(logits=torch.stack(rows).unsqueeze(0))
+
+    def _read(self, token: int, seen: list[int], far: list[int], frozen: bool) -> None:
+        seen.append(token)
+        if len(seen) > WINDOW:
+            left = seen.pop(0)
+            if self.remembers and not frozen:
+                far.append(left)
 
     def _probability(self, window: list[int], far: list[int], token: int) -> float:
         probability = float(TABLE[window[-1], token])
@@ -278,8 +301,11 @@ def test_seeds_and_progress(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_no_stream_beyond_those_needed(tokenizer: PreTrainedTokenizerFast) -> None:
     model = FakeModel()
+    with reading(model):
+        check(model)
+    for_the_check, model.streams = model.streams, 0
     evaluate_perplexity(model, tokenizer, DOCUMENTS, resamples=10, batch_size=len(SCORED))
-    assert model.streams == 5  # one a condition, and one that reads the other documents
+    assert model.streams - for_the_check == 5  # one a condition, and one that reads the other documents
 
 
 def test_nan_names_the_document_and_the_mode_comes_back(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -43,3 +43,11 @@ class ChatTemplateError(HippoFormerError, ValueError):
 
 class NonFiniteError(HippoFormerError, ArithmeticError):
     """NaN or infinity in weights or activations, caught before it reaches the memory."""
+
+
+class CausalityError(HippoFormerError, ValueError):
+    """A model whose prediction of a token depends on that token or on later ones: it has no perplexity."""
+
+
+class MissingPackageError(HippoFormerError, ImportError):
+    """An optional package that a part of this library needs and that is not installed; the message says which."""

@@ -3,7 +3,8 @@
 Every document is read in order, from its first token, as one stream; the state is empty at the start of each; every
 token after the first is scored exactly once; all averages are over tokens, never over documents or batches. Documents
 are read side by side in ragged rows, which do not see each other. All conditions of a batch run one after the other
-before the next batch begins, so that a slow minute of the machine meets them all.
+before the next batch begins, so that a slow minute of the machine meets them all. First of all the model must show that
+it does not look ahead (`causality`).
 
     report = evaluate_perplexity(model, tokenizer, read_documents("wiki.test.raw"))
     rich.print(report.to_table())
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.causality import check
 from hippoformer.evaluation.perplexity_report import ConditionResult, DocumentResult, PerplexityReport
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.scoring import (
@@ -54,6 +56,8 @@ def evaluate_perplexity(
 ) -> PerplexityReport:
     """Streams documents under each condition and reports perplexity, its interval, and the bytes of state.
 
+    A model that looks ahead is refused before anything is scored.
+
     Args:
         model: a HippoFormer; its training mode is put back afterwards.
         tokenizer: its fast tokenizer.
@@ -72,6 +76,7 @@ def evaluate_perplexity(
     Raises:
         ConfigurationError: an unknown or repeated condition, an option out of range, no other document to read.
         TextError: no document long enough to score a token.
+        CausalityError: the model looks ahead; see `hippoformer.evaluation.causality`.
         NonFiniteError: a scored token has probability zero or NaN.
     """
     _check(conditions, batch_size, limit_tokens, skip_tokens, max_documents)
@@ -96,6 +101,7 @@ def evaluate_perplexity(
     done, total = 0, len(conditions) * sum(document.tokens_read for document in scored)
     scores: dict[str, list[BatchScores]] = {condition: [] for condition in conditions}
     with reading(model):
+        causality = check(model, scored[0].input_ids)
         for batch, batch_others in zip(plan, others, strict=True):
             for condition in conditions:
                 scores[condition].append(score_batch(model, condition, batch, batch_others))
@@ -120,6 +126,7 @@ def evaluate_perplexity(
             "resamples": resamples,
             "level": LEVEL,
             "start_tokens": start_tokens(tokenizer),
+            "causality": causality.to_dict(),
         },
         conditions=tuple(results),
         documents=tuple(
