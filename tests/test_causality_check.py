@@ -95,7 +95,7 @@ def test_a_predictor_of_ones_own() -> None:
             parts = ids.split(chunk or len(ids))
             return torch.cat([self.table[part.roll(-1) if self.ahead else part] for part in parts])
 
-        def scores(self, ids: Tensor, chunk: int | None) -> Tensor:
+        def scores(self, ids: Tensor) -> Tensor:
             return self.table.log_softmax(-1)[ids[:-1], ids[1:]]
 
     model = Bigram()
