@@ -53,6 +53,7 @@ def evaluate_perplexity(
     resamples: int = RESAMPLES,
     progress: Progress | None = None,
     command: str | None = None,
+    on_scores: Callable[[str, EncodedDocument, Tensor], None] | None = None,
 ) -> PerplexityReport:
     """Streams documents under each condition and reports perplexity, its interval, and the bytes of state.
 
@@ -72,6 +73,7 @@ def evaluate_perplexity(
         seed, resamples: of the bootstrap over documents.
         progress: called with (tokens read so far, tokens in all) after each batch and condition.
         command: recorded in the report; the process's own command line where it is None.
+        on_scores: called with a condition, a document, and log p of each of its tokens but the first, (T - 1,).
 
     Raises:
         ConfigurationError: an unknown or repeated condition, an option out of range, no other document to read.
@@ -105,6 +107,9 @@ def evaluate_perplexity(
         for batch, batch_others in zip(plan, others, strict=True):
             for condition in conditions:
                 scores[condition].append(score_batch(model, condition, batch, batch_others))
+                if on_scores is not None:
+                    for document, log_probs in zip(batch, scores[condition][-1].log_probs, strict=True):
+                        on_scores(condition, document, log_probs)
                 done += sum(document.tokens_read for document in batch)
                 if progress is not None:
                     progress(done, total)

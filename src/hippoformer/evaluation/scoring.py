@@ -68,11 +68,13 @@ class BatchScores:
 
     Attributes:
         nll: R sums of −log p over the scored tokens, in nats.
+        log_probs: R tensors (T - 1,) float32, log p of each token but the first, also of those that only were read.
         window_nbytes, memory_nbytes: bytes of state of one row at the end of the batch; no memory under `off`.
         seconds: wall time of reading the documents; for `other-document` without the reading of the others.
     """
 
     nll: list[float]
+    log_probs: list[Tensor]
     window_nbytes: int
     memory_nbytes: int
     seconds: float
@@ -203,6 +205,7 @@ def score_batch(
         nll.append(-float(scored.sum()))
     return BatchScores(
         nll=nll,
+        log_probs=[row[: document.tokens_read - 1].clone() for document, row in zip(batch, log_probs, strict=True)],
         window_nbytes=cache.window_nbytes // len(rows),
         # With memory off, the cache still holds room for one; it is no part of what this condition needs.
         memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),

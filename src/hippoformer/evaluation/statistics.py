@@ -93,7 +93,7 @@ def perplexity_interval(
     def perplexity(nll: NDArray[Any], tokens: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         return np.asarray(np.exp(nll.sum(axis) / tokens.sum(axis)))
 
-    return _bootstrap((sums, counts), perplexity, seed, resamples, level)
+    return bootstrap_interval((sums, counts), perplexity, seed, resamples, level)
 
 
 def paired_ratio(
@@ -122,7 +122,7 @@ def paired_ratio(
 
     ratios = np.exp((sums - reference_sums) / counts)
     return PairedComparison(
-        ratio=_bootstrap((sums, reference_sums, counts), ratio, seed, resamples, level),
+        ratio=bootstrap_interval((sums, reference_sums, counts), ratio, seed, resamples, level),
         documents=len(counts),
         documents_better=int((sums < reference_sums).sum()),
         document_ratios=tuple(float(value) for value in ratios),
@@ -131,10 +131,35 @@ def paired_ratio(
 
 def mean_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
     """Mean of one figure a document, (D,), each document counting once, with a percentile bootstrap interval."""
-    return _bootstrap((np.asarray(values, dtype=np.float64),), np.mean, seed, resamples, level)
+    return bootstrap_interval((np.asarray(values, dtype=np.float64),), np.mean, seed, resamples, level)
 
 
-def _bootstrap(samples: Sequence[NDArray[Any]], statistic: Any, seed: int, resamples: int, level: float) -> Interval:
+def weighted_mean_interval(
+    sums: ArrayLike, weights: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Interval:
+    """sum(sums) / sum(weights) over documents, (D,) each, with a percentile bootstrap interval over documents."""
+
+    def mean(sums: NDArray[Any], weights: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        return np.asarray(sums.sum(axis) / weights.sum(axis))
+
+    arrays = (np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64))
+    return bootstrap_interval(arrays, mean, seed, resamples, level)
+
+
+def bootstrap_interval(
+    samples: Sequence[NDArray[Any]],
+    statistic: Any,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Interval:
+    """Any statistic of whole documents with its percentile interval.
+
+    Args:
+        samples: arrays of one figure a document, (D,) each, resampled together.
+        statistic: called with all of them and `axis`, over which it reduces.
+        seed, resamples, level: as for `perplexity_interval`.
+    """
     estimate = float(statistic(*samples))
     documents = len(samples[0])
     if documents < 2:
