@@ -67,15 +67,20 @@ def documents_sha256(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Writes JSON so that the file is either the old one or the whole new one, also after a kill or a full disk.
+
+    Args:
+        path: of the file. content: what goes in.
+        indent: blanks a level; None for one line without any, for long columns of numbers.
 
     Raises:
         HippoFormerError: the file cannot be written; whatever stood there before is untouched.
         ValueError: NaN or infinity in the content, which JSON cannot hold.
     """
     path = Path(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(content, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False) + "\n"
     # In the same folder, because os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
