@@ -33,6 +33,10 @@ class CheckpointError(HippoFormerError, OSError):
     """A hippocampus or training checkpoint that is missing, incomplete, or could not be written."""
 
 
+class ResultError(HippoFormerError, ValueError):
+    """Result files that are missing, not understood, or without what a figure or report needs."""
+
+
 class TextError(HippoFormerError, ValueError):
     """Text that cannot be read: missing, empty, or not UTF-8."""
 

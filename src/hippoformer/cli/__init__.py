@@ -4,10 +4,10 @@ Each command is a thin layer over a function of the package, imported only when 
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, evaluate, memory, run, trace
+from hippoformer.cli import chat, evaluate, memory, report, run, trace
 from hippoformer.cli.app import app
 
-__all__ = ["app", "chat", "evaluate", "main", "memory", "run", "trace"]
+__all__ = ["app", "chat", "evaluate", "main", "memory", "report", "run", "trace"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ Shapes: T tokens, E episode slots.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -65,25 +65,25 @@ class SegmentTrace:
     """The store after a segment end, and what happened there.
 
     Attributes:
-        tokens: read so far. left_window: episodes that left the window and competed for room. admitted: of these, how
-            many are in the store now. reactivated, merged, forgotten: by replay.
+        end: tokens read so far. left_window: episodes that left the window and competed for room. written: of these,
+            how many are in the store now. reactivated, merged, forgotten: by replay.
         stored: episodes in the store. utilisation: their share of `buffer_size`.
-        priority, effective_priority, age, strength, credit: means over the store; age in segments.
+        mean_priority, mean_effective_priority, mean_age, mean_strength, mean_credit: over the store; age in segments.
     """
 
-    tokens: int
+    end: int
     left_window: int
-    admitted: int
+    written: int
     reactivated: int
     merged: int
     forgotten: int
     stored: int
     utilisation: float
-    priority: float
-    effective_priority: float
-    age: float
-    strength: float
-    credit: float
+    mean_priority: float
+    mean_effective_priority: float
+    mean_age: float
+    mean_strength: float
+    mean_credit: float
 
 
 @dataclass(frozen=True)
@@ -243,13 +243,13 @@ def _segment(cache: Any, report: Any, before: Tensor, done: int, new: int) -> Se
     leaving = working_fill(done, config) + new - working_fill(done + new, config)
     left = set(before[config.buffer_size :][:leaving].tolist()) - {-1}
     kept = set(cache.memory.episodes.position[0, : config.buffer_size].tolist())
+    names = [field.name for field in fields(SegmentTrace) if field.name in stats and field.name != "stored"]
     return SegmentTrace(
-        tokens=cache.lengths[0],
+        end=cache.lengths[0],
         left_window=len(left),
-        admitted=len(left & kept),
+        written=len(left & kept),
         stored=stats["stored"][0],
-        **{name: stats[name] for name in ("reactivated", "merged", "forgotten", "utilisation")},
-        **{name: stats[f"mean_{name}"] for name in ("priority", "effective_priority", "age", "strength", "credit")},
+        **{name: stats[name] for name in names},
     )
 
 

@@ -1,0 +1,142 @@
+"""Memory along a stream, and replay at work: from a trace, or from the dynamics of a longer stream."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hippoformer.figures.results import Result
+from hippoformer.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    canvas,
+    forest,
+    percent_change,
+)
+
+
+def draw_dynamics(results: Sequence[Result]) -> Figure:
+    """Utilisation, priority, age, and writes beside replay, at every segment end of the last stream."""
+    stream = _longest(results)
+    segments = stream["segments"]
+    read = [segment["end"] for segment in segments]
+
+    def column(name: str) -> list[float]:
+        return [segment[name] for segment in segments]
+
+    def mean(name: str) -> list[float]:
+        """Of an empty store there is none."""
+        return [segment[name] if segment["stored"] else math.nan for segment in segments]
+
+    figure = canvas(10.5, 6.2)
+    (use, priority), (age, work) = figure.subplots(2, 2, sharex=True)
+    use.fill_between(read, [100 * u for u in column("utilisation")], color=BLUE, alpha=0.15, linewidth=0)
+    use.plot(read, [100 * u for u in column("utilisation")], color=BLUE)
+    use.set(title="Utilisation", ylabel=f"% of {stream['model']['buffer_size']:,} episodes", ylim=(0, 104))
+    priority.plot(read, mean("mean_priority"), color=BLUE, label="mean priority P")
+    priority.plot(read, mean("mean_effective_priority"), color=ORANGE, linestyle="--", label="after ageing")
+    priority.set(title="Priority", ylabel="priority")
+    priority.legend()
+    age.plot(read, mean("mean_age"), color=GREEN, label="mean age")
+    without = _ages_without_replay(stream["model"], read)
+    age.plot(read, without, color=GREY, linestyle=":", label="if nothing were ever replayed")
+    age.set(title="Age since last replayed", ylabel="segments", xlabel="tokens read")
+    age.legend()
+    for name, colour, label in (
+        ("written", BLUE, "written"),
+        ("reactivated", GREEN, "reactivated"),
+        ("merged", ORANGE, "merged"),
+        ("forgotten", VERMILLION, "forgotten"),
+    ):
+        work.plot(read, column(name), color=colour, label=label, marker="o", markersize=3, linewidth=1.5)
+    work.set(title="Writes and replay", ylabel="episodes a segment", xlabel="tokens read")
+    work.legend(ncols=2)
+    return figure
+
+
+def draw_replay(results: Sequence[Result]) -> Figure:
+    """What replay did to the store at the end of the last stream, and what it is worth where that was measured."""
+    stream = _longest([result for result in results if "segments" in result.content])
+    worth = [variant for result in results for variant in _without_replay(result)]
+    figure = canvas(10.5 if worth else 7.6, 3.9)
+    panels = figure.subplots(1, 3 if worth else 2).tolist()
+    _ages(panels[0], stream)
+    _priorities(panels[1], stream)
+    if worth:
+        forest(panels[2], [w[0] for w in worth], [percent_change(w[1]) for w in worth], [GREEN] * len(worth))
+        panels[2].axvline(0, color=MUTED, linewidth=1)
+        panels[2].set(title="Without replay", xlabel="change of perplexity (%)")
+    return figure
+
+
+def _longest(results: Sequence[Result]) -> dict[str, Any]:
+    """The stream that was read furthest, what is stored at its end as columns."""
+    stream = max((result.content for result in results), key=lambda content: content["segments"][-1]["end"])
+    if "store" in stream:
+        return stream
+    names = ("position", "salience", "priority", "age", "credit")
+    return stream | {"store": {name: [episode[name] for episode in stream["retained"]] for name in names}}
+
+
+def _ages_without_replay(model: dict[str, Any], read: Sequence[int]) -> list[float]:
+    """Mean age at each segment end of all that left the window, had none of it been replayed, merged or lost."""
+    window, segment = model["window"], model["segment_len"]
+    ages = []
+    for tokens in read:
+        gone = [_admitted_at(position, window, segment) for position in range(1, tokens - window)]
+        ages.append(float(np.mean([(tokens - at) / segment + 1 for at in gone])) if gone else math.nan)
+    return ages
+
+
+def _admitted_at(position: int, window: int, segment: int) -> int:
+    """The segment end, in tokens read, at which an episode leaves the window."""
+    return math.ceil((position + window + 1) / segment) * segment
+
+
+def _ages(axes: Axes, stream: dict[str, Any]) -> None:
+    model, store = stream["model"], stream["store"]
+    last = stream["segments"][-1]["end"]
+    alone = [
+        (last - _admitted_at(position, model["window"], model["segment_len"])) / model["segment_len"] + 1
+        for position in store["position"]
+    ]
+    bins = [edge - 0.5 for edge in range(int(max([*alone, *store["age"], 1])) + 2)]
+    axes.hist(store["age"], bins=bins, color=GREEN, alpha=0.8, label="with replay")
+    axes.hist(alone, bins=bins, histtype="step", color=GREY, linewidth=2, label="if nothing were replayed")
+    axes.set(title="Young again", xlabel="age (segments since replayed)", ylabel="episodes stored")
+    axes.legend()
+
+
+def _priorities(axes: Axes, stream: dict[str, Any]) -> None:
+    store, config = stream["store"], stream["model"]["config"]
+    low, high = config["importance_weight_range"]
+    salience = np.array(store["salience"])
+    written = np.where(salience > 0.5, low + (high - low) * (2 * salience - 1), config["untagged_weight"])
+    credit = np.array(store["credit"])
+    useful = credit > 0.1
+    priority = np.array(store["priority"])
+    axes.scatter(
+        written[~useful], priority[~useful], s=8, color=GREY, alpha=0.5, label="credit up to 0.1", rasterized=True
+    )
+    axes.scatter(written[useful], priority[useful], s=16, color=PURPLE, label="credit above 0.1", rasterized=True)
+    lowest = float(config["untagged_weight"])
+    axes.plot([lowest, high], [lowest, high], color=MUTED, linewidth=1, linestyle="--")
+    axes.set(title="Useful memories rise", xlabel="priority when written", ylabel="priority now")
+    axes.legend(loc="lower right")
+
+
+def _without_replay(result: Result) -> list[tuple[str, dict[str, Any]]]:
+    """(label, ratio to the same model with replay) of every variant without replay."""
+    return [
+        (result.name.removeprefix("variants_").replace("_", "\n"), variant["against"]["ratio"])
+        for variant in result.content.get("variants", [])
+        if variant["options"].get("max_replay_rounds") == 0 and variant["against"] is not None
+    ]
