@@ -1,13 +1,13 @@
-"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `memory show`.
+"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `memory show`, `import-original`.
 
 Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick. A
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, evaluate, memory, report, run, trace
+from hippoformer.cli import chat, evaluate, memory, original, report, run, trace
 from hippoformer.cli.app import app
 
-__all__ = ["app", "chat", "evaluate", "main", "memory", "report", "run", "trace"]
+__all__ = ["app", "chat", "evaluate", "main", "memory", "original", "report", "run", "trace"]
 
 
 def main() -> None:
