@@ -61,6 +61,7 @@ def reading_of(model: HippoFormer, monkeypatch: pytest.MonkeyPatch) -> list[int]
 # ---------------------------------------------------------------- what is read
 
 
+@pytest.mark.supports(architecture="llama", mode="chat")
 @pytest.mark.parametrize("system", [None, "Be kind."])
 def test_turns_add_up_to_the_whole_conversation(system: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the first turns have long left the window; and nothing is read twice."""

@@ -43,6 +43,7 @@ def talkative(name: str = "llama") -> HippoFormer:
     return model
 
 
+@pytest.mark.supports(architecture="{name}", mode=("{mode}", "without cache", "prefill in chunks"))
 @pytest.mark.parametrize(("name", "mode"), CASES)
 @torch.no_grad()
 def test_cached_uncached_and_chunked_runs_agree(name: str, mode: str) -> None:
@@ -62,6 +63,7 @@ def test_cached_uncached_and_chunked_runs_agree(name: str, mode: str) -> None:
     assert torch.equal(run(past_key_values=model.new_cache(n_rows), prefill_chunk_size=5), expected)
 
 
+@pytest.mark.supports(architecture="{name}", mode="batch with left padding")
 @pytest.mark.parametrize(("name", "mode"), [(n, m) for n, m in CASES if not MODES[m]["do_sample"]])
 @torch.no_grad()
 def test_a_row_of_a_batch_generates_what_it_does_alone(name: str, mode: str) -> None:
@@ -136,6 +138,7 @@ def test_rows_end_at_the_end_token() -> None:
     assert torch.equal(out[1], free[1])
 
 
+@pytest.mark.supports(architecture="llama", mode="streamer")
 @torch.no_grad()
 def test_a_streamer_gets_every_token() -> None:
     class Collector(BaseStreamer):
@@ -154,6 +157,7 @@ def test_a_streamer_gets_every_token() -> None:
     assert streamer.tokens == out[0].tolist() and streamer.ended
 
 
+@pytest.mark.supports(architecture="llama", mode="goes on from a cache")
 @pytest.mark.parametrize("read_before", [1, 18, 30])
 @torch.no_grad()
 def test_generation_goes_on_from_a_cache(read_before: int) -> None:
@@ -169,6 +173,7 @@ def test_generation_goes_on_from_a_cache(read_before: int) -> None:
     assert torch.equal(longer, model.generate(prompt, attention_mask=mask, max_new_tokens=20, **GREEDY))
 
 
+@pytest.mark.supports(architecture="llama", mode="goes on from a saved cache")
 @torch.no_grad()
 def test_only_what_is_new_need_be_handed_over(tmp_path: Path) -> None:
     """A conversation from a saved state: the same tokens, with and without all that came before them."""
@@ -198,6 +203,7 @@ class Until(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
+@pytest.mark.supports(architecture="llama", mode="stopping criteria")
 @torch.no_grad()
 def test_stopping_criteria_stop() -> None:
     model, prompt = talkative(), text(rows=1, length=25)
@@ -210,6 +216,7 @@ def test_stopping_criteria_stop() -> None:
     assert cache.lengths == [25 + at], "the token that stopped it is not read"
 
 
+@pytest.mark.supports(architecture="llama", mode="stop strings")
 @torch.no_grad()
 def test_strings_stop() -> None:
     model, tokenizer = tiny_load()
@@ -235,6 +242,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.supports(architecture="llama", mode="prompt of 50,000 tokens")
 @torch.no_grad()
 def test_a_prompt_of_fifty_thousand_tokens_takes_no_more_space_than_a_short_one() -> None:
     model, _ = tiny_load(window=256, segment_len=256)

@@ -75,6 +75,7 @@ def test_kept_logits_are_the_last_ones() -> None:
         torch.testing.assert_close(kept, whole[:, -keep:], **TOLERANCE)
 
 
+@pytest.mark.supports(architecture="{name}", mode="goes on from a saved cache")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_saved_cache_goes_on_as_if_never_saved(name: str, tmp_path) -> None:
