@@ -9,7 +9,6 @@ credit the transitions hold that a rule would keep if it could keep one in ten.
 Each figure stands beside that of plain surprise, and of the same gate before training.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from scipy import stats
 from torch import Tensor
 
 from hippoformer.data import Document
+from hippoformer.evaluation.gates import untrained_gate
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
-from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader
@@ -119,7 +118,7 @@ def evaluate_salience(
                 measured = {
                     "salience": _salience(model, cache, number),
                     "surprise": 1.0 - cache[number].log_prob.exp(),
-                    "untrained gate": _salience(_untrained(model, seed), cache, number),
+                    "untrained gate": _salience(untrained_gate(model, seed), cache, number),
                 }
                 worth = credit[known].double().numpy()
                 for rule, values in measured.items():
@@ -146,21 +145,6 @@ def _salience(model: Any, cache: HiddenStateCache, number: int) -> Tensor:
     """(T,) salience of each transition of a document when it was written."""
     readings = CachedReader(model, cache, 1).through(number)
     return torch.cat([piece.found.salience[0].float().cpu() for piece in readings])
-
-
-def _untrained(model: Any, seed: int) -> Any:
-    """The model with a gate as it is before training, surprise left out; everything else is shared."""
-    other = copy.copy(model)
-    other._modules = dict(model._modules)
-    hippocampus = copy.copy(model.hippocampus)
-    hippocampus._modules = dict(model.hippocampus._modules)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        gate = SalienceGate(hippocampus.width, hippocampus.config).to(model.device).eval()
-    gate.surprise_weight.data.zero_()
-    hippocampus._modules["salience_gate"] = gate
-    other._modules["hippocampus"] = hippocampus
-    return other
 
 
 def _compared(values: Any, credit: Any) -> tuple[float, float, float]:

@@ -1,0 +1,75 @@
+"""Greedy continuations of rows that were read from empty memories, and how long they took."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Wall time of a batch.
+
+    Attributes:
+        prompt_tokens_per_second: of reading the prompts, all rows together.
+        seconds_to_first_token: from the first prompt token handed over to the first new token.
+        seconds_per_token: of every later step, which makes one token in each row.
+        tokens_per_second: new tokens of all rows in the time after the first.
+    """
+
+    prompt_tokens_per_second: float
+    seconds_to_first_token: float
+    seconds_per_token: float
+    tokens_per_second: float
+
+
+@torch.no_grad()
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, memory: bool = True
+) -> tuple[list[list[int]], Speed]:
+    """The `new_tokens` likeliest next tokens of each prompt, one after the other.
+
+    Args:
+        model: a HippoFormer in evaluation mode.
+        prompts: token ids of each row; rows end together, padded on the left.
+        new_tokens: to add to each. memory: whether it is read and written.
+
+    Returns:
+        The new ids of each row, and the speed.
+    """
+    ids, mask = left_padded(prompts, model.device)
+    cache = model.new_cache(len(prompts))
+    made: list[Tensor] = []
+    with nullcontext() if memory else model.memory_off():
+        began = time.perf_counter()
+        token, real = ids, mask
+        first = began
+        for step in range(new_tokens):
+            logits = model(token, attention_mask=real, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            token = logits.argmax(-1, keepdim=True)
+            real = torch.ones_like(token)
+            made.append(token.cpu())  # waits for the device
+            if step == 0:
+                first = time.perf_counter()
+        ended = time.perf_counter()
+    rows, later = len(prompts), max(new_tokens - 1, 1)
+    after = max(ended - first, 1e-9)
+    speed = Speed(
+        prompt_tokens_per_second=sum(map(len, prompts)) / max(first - began, 1e-9),
+        seconds_to_first_token=first - began,
+        seconds_per_token=after / later,
+        tokens_per_second=rows * later / after,
+    )
+    return torch.cat(made, dim=1).tolist(), speed
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """(R, T) ids and mask, all rows ending together."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
