@@ -67,9 +67,7 @@ def test_figures_follow_from_the_samples(report: QualityReport) -> None:
         both = [report.conditions[condition][metric].estimate for condition in ("memory", "off")]
         assert found.difference.estimate == pytest.approx(both[0] - both[1])
         if found.test.p is not None:
-            ours, theirs = (
-                [text_scores(s[c], s["truth"])[metric] for s in report.samples] for c in ("memory", "off")
-            )
+            ours, theirs = ([text_scores(s[c], s["truth"])[metric] for s in report.samples] for c in ("memory", "off"))
             assert found.test.p == pytest.approx(stats.wilcoxon(ours, theirs).pvalue)
     assert report.to_dict()["speed"]["memory"]["tokens_per_second"] > 0
     assert report.to_table().row_count == 11

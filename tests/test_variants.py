@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from scipy import stats
 from typer.testing import CliRunner
 
 from hippoformer import cli
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import evaluate_perplexity
-from hippoformer.evaluation.variants import evaluate_variants
+from hippoformer.evaluation.variants import ABLATIONS, evaluate_variants
 from tiny_texts import documents, tiny_load
 
 
@@ -45,6 +46,22 @@ def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
         ratios = v.against.document_ratios
         assert len(ratios) == 2 and v.against.ratio.low <= v.against.ratio.estimate <= v.against.ratio.high
         assert v.against.documents_better == sum(r < 1 for r in ratios)
+
+
+def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    report = evaluate_variants(model, tokenizer, documents(400, 300, 200), ABLATIONS, cache, resamples=20)
+    assert model.hippocampus.fusion.has_distribution
+    by_name = {v.name: v for v in report.variants}
+    assert by_name["no recall distribution"].nll == pytest.approx(report.base_nll)
+    assert by_name["as it is"].nll != pytest.approx(report.base_nll)
+    assert by_name["buffer 4096"].memory_nbytes > by_name["buffer 512"].memory_nbytes
+    assert report.variants[0].test is None and report.variants[0].name == report.reference == "as it is"
+    p = [v.test.p_corrected for v in report.variants[1:] if v.test.p is not None]
+    assert p and all(0 < value <= 1 for value in p)
+    nats = {v.name: [n / t for n, t in zip(v.nll, report.tokens, strict=True)] for v in report.variants}
+    fifo = stats.wilcoxon(nats["no gate: first in, first out"], nats["as it is"])
+    assert by_name["no gate: first in, first out"].test.p == pytest.approx(fifo.pvalue)
 
 
 def test_what_needs_other_states_or_weights_is_refused(cache: Path) -> None:

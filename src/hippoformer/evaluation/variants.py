@@ -5,20 +5,25 @@ What the base computes does not depend on the memory: its hidden states are read
 The numbers are those of `evaluate_perplexity`, which runs everything together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
+from hippoformer.hippocampus.fusion import Fusion
+from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import score_cached
@@ -39,6 +44,27 @@ _FIXED = (
     "residual_readout",
 )
 
+# What each mechanism is worth, without training anything again; the first is the model as it is.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no gate: first in, first out": {"selection": "fifo"},
+    "no gate: random": {"selection": "random"},
+    "no gate: surprise": {"selection": "surprise"},
+    "no gate: all alike": {"importance_weight_range": [5.0, 5.0], "untagged_weight": 5.0},
+    "no replay": {"max_replay_rounds": 0},
+    "no forgetting": {"priority_threshold": 0.0},
+    "no memory: window only": {"buffer_size": 0},
+    "no recall distribution": {"distribution_readout": False},
+    "buffer 512": {"buffer_size": 512},
+    "buffer 1024": {"buffer_size": 1024},
+    "buffer 4096": {"buffer_size": 4096},
+    "decay 0.8": {"decay_rate": 0.8},
+    "decay 0.95": {"decay_rate": 0.95},
+    "decay 0.99": {"decay_rate": 0.99},
+    "importance 1 to 3": {"importance_weight_range": [1.0, 3.0]},
+    "importance 1 to 10": {"importance_weight_range": [1.0, 10.0]},
+}
+
 
 @dataclass(frozen=True)
 class VariantResult:
@@ -47,7 +73,8 @@ class VariantResult:
     Attributes:
         name, options: of the variant. nll: (D,) per document. perplexity: of all documents together.
         memory_nbytes: of a row. against_base: paired with the base alone. against: paired with the reference variant,
-            None for the reference itself.
+            None for the reference itself. test: of the documents' nats a token against the reference, p values
+            corrected for the number of variants by Holm's method.
     """
 
     name: str
@@ -57,6 +84,7 @@ class VariantResult:
     memory_nbytes: int
     against_base: PairedComparison
     against: PairedComparison | None
+    test: TestResult | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +107,7 @@ class VariantsReport(Report):
         caption = f"{len(self.documents)} documents, {sum(self.tokens):,} tokens; base alone {self.base_perplexity:.2f}"
         table = Table(title=Text(f"Variants of {self.model['base_model_name']}"), caption=Text(caption))
         table.add_column("variant")
-        for heading in ("token ppl", "against the base", f"against {self.reference}", "better in", "memory kB"):
+        for heading in ("token ppl", "against the base", f"against {self.reference}", "better in", "p", "memory kB"):
             table.add_column(heading, justify="right")
         for v in self.variants:
             compared = "-" if v.against is None else _change(v.against.ratio)
@@ -90,6 +118,7 @@ class VariantsReport(Report):
                 _change(v.against_base.ratio),
                 compared,
                 better,
+                "-" if v.test is None or v.test.p_corrected is None else f"{v.test.p_corrected:.2g}",
                 f"{v.memory_nbytes / 1e3:,.0f}",
             )
             table.add_row(*(Text(cell) for cell in cells))
@@ -141,11 +170,14 @@ def evaluate_variants(
         for name, options in variants.items():
             if progress is not None:
                 progress(name)
-            with reconfigured(model.hippocampus, **options):
+            with reconfigured(model.hippocampus, **options) as config, _readout(model.hippocampus.fusion, config):
                 scores[name] = list(score_cached(model, cache))
     first = next(iter(variants))
     tokens, base = [s.tokens for s in scores[first]], [s.base_nll for s in scores[first]]
     nll = {name: [s.nll for s in of] for name, of in scores.items()}
+    nats = {name: np.array(of) / np.array(tokens) for name, of in nll.items()}
+    others = [name for name in variants if name != first]
+    tests = dict(zip(others, corrected([paired_test(nats[name], nats[first]) for name in others]), strict=True))
     return VariantsReport(
         model=describe(model),
         reference=first,
@@ -162,11 +194,22 @@ def evaluate_variants(
                 memory_nbytes=max(s.memory_nbytes for s in scores[name]),
                 against_base=paired_ratio(nll[name], base, tokens, seed, resamples),
                 against=None if name == first else paired_ratio(nll[name], nll[first], tokens, seed, resamples),
+                test=tests.get(name),
             )
             for name, options in variants.items()
         ),
         provenance=provenance(seed=seed, documents=list(documents), command=command),
     )
+
+
+@contextmanager
+def _readout(fusion: Fusion, config: HippoFormerConfig) -> Iterator[None]:
+    """Lets the recall distribution speak or not, which the module was told when it was made."""
+    before, fusion.has_distribution = fusion.has_distribution, config.distribution_readout
+    try:
+        yield
+    finally:
+        fusion.has_distribution = before
 
 
 def _change(ratio: Interval) -> str:
