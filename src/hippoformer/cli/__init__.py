@@ -4,10 +4,10 @@ Each command is a thin layer over a function of the package, imported only when 
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, evaluate, memory, original, report, run, trace
+from hippoformer.cli import chat, evaluate, memory, original, report, run, suite, trace
 from hippoformer.cli.app import app
 
-__all__ = ["app", "chat", "evaluate", "main", "memory", "original", "report", "run", "trace"]
+__all__ = ["app", "chat", "evaluate", "main", "memory", "original", "report", "run", "suite", "trace"]
 
 
 def main() -> None:

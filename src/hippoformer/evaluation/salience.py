@@ -22,6 +22,7 @@ from scipy import stats
 from torch import Tensor
 
 from hippoformer.data import Document
+from hippoformer.errors import TextError
 from hippoformer.evaluation.gates import untrained_gate
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
@@ -104,6 +105,9 @@ def evaluate_salience(
         limit_tokens: read only the first so many tokens of each document.
         seed: of the bootstrap, and of the untrained gate. progress: called with (documents read, documents in all).
         command: recorded in the report.
+
+    Raises:
+        TextError: no transition of any document earned credit.
     """
     encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
     encoded = [document for document in encoded if document.tokens_scored > 0]
@@ -128,6 +132,11 @@ def evaluate_salience(
                 transitions += int(known.sum())
             if progress is not None:
                 progress(number + 1, len(encoded))
+    if not titles:
+        raise TextError(
+            f"no transition of {len(encoded)} documents earned credit: none outlived the window of "
+            f"{model.config.window} tokens and was of use; name longer texts"
+        )
     intervals = {
         rule: [mean_interval([f[i] for f in of], seed, resamples) for i in range(3)] for rule, of in figures.items()
     }
