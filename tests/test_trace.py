@@ -91,16 +91,16 @@ def test_recall_is_what_the_last_query_voted(model: HippoFormer, document: Docum
 def test_segments_are_those_of_the_cache(model: HippoFormer, document: Document, trace: TraceReport) -> None:
     ids = torch.tensor([tiny_tokenizer()(document.text).input_ids])
     cache = model.new_cache(1)
-    assert [s.tokens for s in trace.segments] == list(range(16, TOKENS + 1, 16))
+    assert [s.end for s in trace.segments] == list(range(16, TOKENS + 1, 16))
     before: set[int] = set()
     for part, segment in zip(ids.split(16, dim=1), trace.segments, strict=False):
         stats = model(part, past_key_values=cache, return_memory_stats=True).memory_stats
         stored = {e.position for e in cache.episodes(stored_only=True)}
         assert segment.stored == len(stored) == stats["stored"][0]
-        assert segment.admitted == len(stored - before)
+        assert segment.written == len(stored - before)
         assert (segment.reactivated, segment.merged) == (stats["reactivated"], stats["merged"])
-        assert segment.age == pytest.approx(stats["mean_age"], abs=1e-4)
-        assert segment.credit == pytest.approx(stats["mean_credit"], abs=1e-4)
+        assert segment.mean_age == pytest.approx(stats["mean_age"], abs=1e-4)
+        assert segment.mean_credit == pytest.approx(stats["mean_credit"], abs=1e-4)
         before = stored
     # The window of 24 is passed after two segments; token 0 completes no episode.
     assert [s.left_window for s in trace.segments[:4]] == [0, 7, 16, 16]
