@@ -145,7 +145,11 @@ def _long_range() -> Content:
 
 
 def _measures() -> list[Content]:
-    values = {"trained gate": interval(2.345, 2.1, 2.6), "untrained gate": interval(1.05, 0.9, 1.2)}
+    values: dict[str, Content | None] = {
+        "trained gate": interval(2.345, 2.1, 2.6),
+        "untrained gate": interval(1.05, 0.9, 1.2),
+        "surprise": None,  # undefined: a share of nothing
+    }
     first = {"name": "content_function_ratio", "label": "Content over function", "target": 2.11, "unit": "ratio"}
     other = {"name": "replay_benefit", "label": "Replay benefit", "target": None, "unit": "nats"}
     return [

@@ -293,3 +293,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 2 and result.stderr.startswith("Error: the figure brain cannot be drawn: it needs")
     result = run(str(tmp_path / "nowhere"))
     assert result.exit_code == 2 and "is not a folder" in result.stderr
+
+
+def test_the_page_explains_every_figure() -> None:
+    page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(FIGURES)

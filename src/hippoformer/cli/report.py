@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hippoformer.cli.app import app
 from hippoformer.cli.options import check_output, console
-from hippoformer.errors import ConfigurationError
+from hippoformer.errors import MissingPackageError
 
 ResultsArgument = Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder of result files (JSON).")]
 
@@ -52,4 +52,6 @@ def report(
 def _need(*packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise ConfigurationError(f"{' and '.join(missing)} not installed: run pip install 'hippoformer[figures]'.")
+        raise MissingPackageError(
+            f"figures and the report need {' and '.join(missing)}; install hippoformer[figures], or that alone."
+        )

@@ -8,11 +8,11 @@ came. For every segment end: what was written, replayed, merged and forgotten. A
 Shapes: T tokens, E episode slots.
 """
 
-import json
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -22,11 +22,11 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance, write_json
+from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.scoring import describe, encode, reading, start_tokens
 from hippoformer.hippocampus.circuit import working_fill
 from hippoformer.model.statistics import memory_stats
 
-FORMAT = "hippoformer.trace/1"
 _STORE = ("position", "salience", "priority", "age", "strength", "credit")
 _DIGITS = 4
 _SHOWN = 12
@@ -87,13 +87,15 @@ class SegmentTrace:
 
 
 @dataclass(frozen=True)
-class TraceReport:
+class TraceReport(Report):
     """Everything about one document.
 
     Attributes:
         model, settings, document: what was read by what.
         tokens: columns. segments: one entry a segment end. store: columns of the stored episodes at the end.
     """
+
+    FORMAT: ClassVar[str] = "hippoformer.trace/1"
 
     model: dict[str, Any]
     settings: dict[str, Any]
@@ -103,13 +105,12 @@ class TraceReport:
     store: dict[str, list[Any]]
     provenance: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON content, numbers rounded to four decimals."""
-        plain: dict[str, Any] = json.loads(json.dumps({"format": FORMAT} | asdict(self), allow_nan=False))
-        measured = {name: _rounded(plain[name]) for name in ("tokens", "segments", "store")}
-        return plain | measured
+    def content(self) -> dict[str, Any]:
+        """All fields, the measured numbers rounded to four decimals."""
+        plain = super().content()
+        return plain | {name: _rounded(plain[name]) for name in ("tokens", "segments", "store")}
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the trace as JSON without blanks: there are many numbers."""
         write_json(path, self.to_dict(), indent=None)
 

@@ -16,9 +16,10 @@ def draw(results: Sequence[Result]) -> Figure:
     measures = results[-1].content["measures"]
     figure, axes = grid_of(len(measures), 3, 3.9, 2.6)
     for panel, measure in zip(axes, measures, strict=True):
-        rules = list(measure["values"])
+        values = {rule: of for rule, of in measure["values"].items() if of is not None}  # None: a share of nothing
+        rules = list(values)
         colours = [_COLOURS.get(rule, SERIES[2 + i % 4]) for i, rule in enumerate(rules)]
-        forest(panel, rules, list(measure["values"].values()), colours)
+        forest(panel, rules, list(values.values()), colours)
         if measure["target"] is not None:
             panel.axvline(measure["target"], color=VERMILLION, linestyle="--", linewidth=1.5)
         if measure["chance"] is not None:

@@ -98,9 +98,9 @@ def _recall(result: Result) -> list[Row]:
 def _brain(result: Result) -> list[Row]:
     return [
         [
-            measure["label"],
+            f"{measure['label']}, {measure['unit']}",
             rule,
-            _interval(interval, _number),
+            "undefined" if interval is None else _interval(interval, _number),
             "" if measure["chance"] is None else _number(measure["chance"]),
             "" if measure["target"] is None or i else _number(measure["target"]),
         ]
