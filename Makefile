@@ -9,7 +9,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 REPORT := .pytest_cache/report.xml
 
-.PHONY: demo test unit lint support results results-quick clean
+# The oldest torch that is allowed is 2.6.0; of another index or folder that has a build of it for the CPU alone, say
+# make test-lowest LOWEST_TORCH=2.6.0 PIP_EXTRA_INDEX_URL=...
+LOWEST := .venv-lowest
+LOWEST_TORCH ?= 2.13.0
+
+SKY := .venv-sky
+
+.PHONY: demo test unit test-lowest test-cloud lint support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -22,6 +29,14 @@ test: lint
 # The quick part of the suite: no real model, nothing fetched.
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not real"
+
+# The same with the lowest version of every dependency; warnings are errors there too.
+test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)
+	$(LOWEST)/bin/python -m pytest -m "not real"
+
+# The files under cloud/, read by SkyPilot's own parser.
+test-cloud: $(INSTALLED) $(SKY)/.installed
+	HIPPOFORMER_SKY_PYTHON=$(SKY)/bin/python $(BIN)/python -m pytest tests/test_cloud.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -47,5 +62,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
 	touch $@
 
+$(LOWEST)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt torch==$(LOWEST_TORCH) -e ".[dev]"
+	touch $@
+
+$(SKY)/.installed:
+	$(PYTHON) -m venv --clear $(SKY)
+	$(SKY)/bin/python -m pip install --disable-pip-version-check skypilot==0.14.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

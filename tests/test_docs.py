@@ -46,6 +46,7 @@ from pages import (
 
 # What the README's code prints is looked at in test_readme.py.
 WITH_CODE = [page for page in PAGES[1:] if any(block.language in PYTHON | SHELL for block in read_page(page))]
+WITH_REAL = [page for page in PAGES if any(block.mark == "real" for block in read_page(page))]
 MARKS = r"|before|run|real|skip .{10,}"
 
 
@@ -66,9 +67,7 @@ def test_what_a_page_shows_works(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.mark == "real" for block in read_page(page))], ids=named
-)
+@pytest.mark.parametrize("page", WITH_REAL, ids=list(map(named, WITH_REAL)))
 def test_what_a_page_shows_works_with_the_real_model(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
