@@ -136,6 +136,7 @@ def test_encoder_decoders_are_refused(name: str) -> None:
 
 
 @pytest.mark.supports
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # on import of GPTBigCode, in transformers 5.3
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_read_rightly_or_refused(name: str, shows: Callable[..., None]) -> None:

@@ -92,6 +92,10 @@ def load_tokenizer(
     """
     with _loading(name, revision, progress) as arguments:
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        files, folder = tokenizer.vocab_files_names.values(), Path(arguments["pretrained_model_name_or_path"])
+        if files and folder.is_dir() and not any((folder / file).is_file() for file in files):
+            # Some releases of transformers make up a tokenizer of a few special tokens and go on.
+            raise ValueError(f"none of {', '.join(files)} is there")
     tokenizer.name_or_path = os.fspath(name)
     return tokenizer
 
