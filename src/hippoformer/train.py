@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,15 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from hippoformer.data import Document, dataset_documents, read_documents
 from hippoformer.data.planted import plant_facts
+from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
 from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.training import checkpoints
 from hippoformer.training.arguments import TrainArguments, config_options, parse
 from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.processes import own_rows
+from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.trainer import Trainer, TrainingOptions
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHARACTERS_PER_TOKEN = 4
 _FACT_GAP = (2500, 30000)  # characters between the tellings: from just beyond a window to several thousand tokens
 
@@ -35,33 +41,57 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: TrainArguments) -> HippoFormer:
     """One training run; the trained model is also saved in `output_dir`."""
-    documents = _documents(arguments)
-    documents += _with_facts(documents, arguments)
+    # First of all: it knows this process among the others, and its device.
+    options = _options(arguments)
+    accelerator = options.accelerator()
     model = _model(arguments)
+    model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
-    texts = _encode(documents, tokenizer, arguments.max_document_tokens)
-    held_out = (
-        _encode(read_documents(arguments.eval_text), tokenizer, arguments.max_document_tokens)
-        if arguments.eval_text
-        else []
-    )
-    options = _options(arguments, model.config, texts)
     frozen = model.config.freeze_base and not model.config.use_lora
-    cache = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
-    trainer = Trainer(
-        model,
-        options,
-        HiddenStateCache(model, texts, cache) if frozen else texts,
-        HiddenStateCache(model, held_out, cache) if frozen and held_out else None,
-    )
-    resume = arguments.resume_from_checkpoint
-    history = trainer.train(Path(resume) if resume else None)
-    model.save_pretrained(options.output_dir)
-    facts = provenance(seed=arguments.seed, documents=documents)
-    write_json(
-        options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts}
-    )
+    _check_segments(arguments, model.config)
+    options.segments_per_step = arguments.max_seq_length // model.config.segment_len
+
+    def ready(documents: list[Document]) -> list[Tensor] | HiddenStateCache:
+        texts = [ids for d in documents if len(ids := _encode(d.text, tokenizer, arguments.max_document_tokens)) >= 2]
+        if not frozen or arguments.read_on_the_way:
+            return texts
+        folder = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
+        return HiddenStateCache(model, texts, folder, processes=accelerator.state)
+
+    documents: list[Document] = []
+    texts: list[Tensor] | HiddenStateCache | StreamedTexts
+    if arguments.read_on_the_way:
+        assert arguments.dataset is not None
+        place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        stream = DatasetStream(arguments.dataset, arguments.dataset_config, **place)
+        rows = len(own_rows(options.rows, accelerator))
+        encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
+        texts = StreamedTexts(stream, encode, rows, model.config.segment_len)
+    else:
+        documents = _documents(arguments)
+        documents += _with_facts(documents, arguments)
+        texts = ready(documents)
+        if arguments.num_epochs is not None:
+            lengths = texts.lengths if isinstance(texts, HiddenStateCache) else [len(ids) for ids in texts]
+            options.max_steps = _steps(arguments, options, lengths, model.config.segment_len)
+    held_out = ready(read_documents(arguments.eval_text)) if arguments.eval_text else None
+    trainer = Trainer(model, options, texts, held_out, accelerator)
+    history = trainer.train(_resume_from(arguments))
+    trainer.save_model(options.output_dir)
+    if accelerator.is_main_process:
+        facts = provenance(seed=arguments.seed, documents=documents or None)
+        write_json(
+            options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts}
+        )
+    trainer.close()
     return model
+
+
+def _resume_from(arguments: TrainArguments) -> Path | None:
+    if arguments.resume_from_checkpoint != "auto":
+        return Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
+    output = Path(arguments.output_dir)
+    return output if checkpoints.whole(output) else None
 
 
 def _model(arguments: TrainArguments) -> HippoFormer:
@@ -80,11 +110,14 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     if lora:
         options["lora_r"] = arguments.lora_r
     torch.manual_seed(arguments.seed)  # the hippocampus' initial weights
+    if arguments.dtype is not None and arguments.dtype not in _DTYPES:
+        raise ConfigurationError(f"--dtype {arguments.dtype} is unknown; choose one of {', '.join(_DTYPES)}")
     known = HippoFormerConfig().to_dict()
     extra = config_options(arguments.set)
     if unknown := sorted(set(extra) - set(known)):
         raise ConfigurationError(f"--set: HippoFormerConfig has no option {', '.join(unknown)}")
-    base = load_base_model(arguments.base_model, dtype=getattr(torch, arguments.dtype))
+    dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
+    base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
     return HippoFormer(HippoFormerConfig(**(options | extra)), base)  # type: ignore[arg-type]
 
 
@@ -109,30 +142,33 @@ def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Do
     return plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
 
 
-def _encode(documents: list[Document], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Tensor]:
-    encoded = (torch.tensor(tokenizer(d.text, truncation=True, max_length=limit)["input_ids"]) for d in documents)
-    return [ids for ids in encoded if len(ids) >= 2]
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
+    return torch.tensor(tokenizer(text, truncation=True, max_length=limit)["input_ids"], dtype=torch.int64)
 
 
-def _options(arguments: TrainArguments, config: HippoFormerConfig, texts: list[Tensor]) -> TrainingOptions:
+def _check_segments(arguments: TrainArguments, config: HippoFormerConfig) -> None:
     if arguments.max_seq_length % config.segment_len:
         raise ConfigurationError(
             f"--max_seq_length={arguments.max_seq_length} must be a multiple of segment_len={config.segment_len}"
         )
-    segments = arguments.max_seq_length // config.segment_len
-    steps = arguments.max_steps or 400
-    if arguments.num_epochs is not None:
-        per_step = arguments.batch_size * segments * arguments.gradient_accumulation_steps
-        steps = math.ceil(arguments.num_epochs * sum(math.ceil(len(t) / config.segment_len) for t in texts) / per_step)
+
+
+def _steps(arguments: TrainArguments, options: TrainingOptions, lengths: list[int], segment_len: int) -> int:
+    """Optimizer steps of so many passes over the documents."""
+    assert arguments.num_epochs is not None
+    per_step = options.rows * options.segments_per_step * options.gradient_accumulation_steps
+    return math.ceil(arguments.num_epochs * sum(math.ceil(n / segment_len) for n in lengths) / per_step)
+
+
+def _options(arguments: TrainArguments) -> TrainingOptions:
     trackers = list(arguments.report_to)
     if arguments.wandb_project and not arguments.no_wandb and "wandb" not in trackers:
         trackers.append("wandb")
     return TrainingOptions(
         output_dir=Path(arguments.output_dir),
-        max_steps=steps,
+        max_steps=arguments.max_steps or 400,
         recall_share=arguments.recall_share,
         rows=arguments.batch_size,
-        segments_per_step=segments,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         warmup_ratio=arguments.warmup_ratio,
         credit_documents=arguments.credit_documents,
@@ -140,6 +176,9 @@ def _options(arguments: TrainArguments, config: HippoFormerConfig, texts: list[T
         logging_steps=arguments.logging_steps,
         eval_steps=arguments.eval_steps,
         seed=arguments.seed,
+        mixed_precision=arguments.mixed_precision,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        torch_compile=arguments.torch_compile,
         report_to=[tracker for tracker in trackers if not (arguments.no_wandb and tracker == "wandb")],
         run_name=arguments.wandb_run_name,
         project=arguments.wandb_project or "hippoformer",

@@ -37,6 +37,7 @@ _RECIPES: dict[str, _Recipe] = {
         "text", data_files="hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/*.jsonl", rows="record"
     ),
     "pile": _Recipe("monology/pile-uncopyrighted"),
+    "fineweb": _Recipe("HuggingFaceFW/fineweb", "sample-10BT"),
     "pg19": _Recipe("emozilla/pg19"),
 }
 _ALIASES = {
@@ -47,6 +48,7 @@ _ALIASES = {
     "togethercomputer/RedPajama-Data-1T-Sample": "RedPajama-Data-1T-Sample",
     "EleutherAI/pile": "pile",
     "deepmind/pg19": "pg19",
+    "HuggingFaceFW/fineweb": "fineweb",
 }
 
 _MISSING = object()
@@ -65,8 +67,8 @@ def dataset_documents(
     with `streaming` is also when they are downloaded.
 
     Args:
-        name: wikitext, wikitext-2, wikitext-103, openwebtext, RedPajama-Data-1T-Sample, pile, pg19; or any repository
-            or local folder that `datasets.load_dataset` can open and whose rows have a `text`.
+        name: wikitext, wikitext-2, wikitext-103, openwebtext, RedPajama-Data-1T-Sample, pile, fineweb, pg19; or any
+            repository or local folder that `datasets.load_dataset` can open and whose rows have a `text`.
         config: the dataset's configuration; wikitext-2-raw-v1 is wikitext's default.
         split: the part to read, as `datasets` spells it ("train", "test", without streaming also "train[:10%]").
         streaming: read while downloading instead of preparing the whole dataset first.
@@ -80,11 +82,25 @@ def dataset_documents(
         raise ConfigurationError(
             f"max_samples={max_samples}, but at least one document must be read; leave it out for all."
         )
+    recipe, rows, source = opened(name, config, split, streaming)
+    return _limited(row_documents(rows, recipe, source), max_samples, source)
+
+
+def opened(name: str, config: str | None, split: str, streaming: bool) -> tuple[_Recipe, Any, str]:
+    """A dataset by its short or full name: what its rows are, its rows, and what errors call it.
+
+    Raises:
+        TextError: it cannot be reached or opened. The cause is chained.
+    """
     recipe = _RECIPES.get(_ALIASES.get(name, name), _Recipe(name))
     config = config or recipe.config
     source = ":".join(part for part in (name, config, split) if part)
-    rows = _open(recipe, config, split, streaming, source)
-    return _limited(_documents(_guarded(rows, source), recipe, source), max_samples, source)
+    return recipe, _open(recipe, config, split, streaming, source), source
+
+
+def row_documents(rows: Iterable[Mapping[str, Any]], recipe: _Recipe, source: str) -> Iterator[Document]:
+    """The documents in the rows; it takes no more rows than it needs for the next one, but for WikiText's lines."""
+    return _documents(_guarded(rows, source), recipe, source)
 
 
 def _open(recipe: _Recipe, config: str | None, split: str, streaming: bool, source: str) -> Iterable[Mapping[str, Any]]:

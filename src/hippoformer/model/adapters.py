@@ -36,8 +36,8 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
 
 
 def lora_state(base: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapters' tensors by name, taken from the base or from a state dict of it."""
-    return get_peft_model_state_dict(base, state, adapter_name=_ADAPTER)
+    """The adapters' tensors by name, out of the base's own state dict or a given one."""
+    return get_peft_model_state_dict(base, state_dict=state, adapter_name=_ADAPTER)
 
 
 def load_lora_state(base: PreTrainedModel, state: dict[str, Tensor]) -> None:

@@ -68,20 +68,16 @@ def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = N
     weights.
 
     Args:
-        state: the model's state dict, where it cannot be asked for it: one that accelerate gathered from its shards.
+        state: what to write instead of the model's own tensors, by their names in its state dict.
     """
-    base_state = None
-    if state is None:
-        own = model.hippocampus.state_dict()
-    else:
-        own = {n.removeprefix("hippocampus."): t for n, t in state.items() if n.startswith("hippocampus.")}
-        base_state = {n.removeprefix("base."): t for n, t in state.items() if n.startswith("base.")}
-    tensors = {f"hippocampus.{name}": tensor for name, tensor in own.items()}
+    state = model.state_dict() if state is None else state
+    base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
+    tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
     if model.config.use_lora:
-        tensors |= {f"lora.{name}": tensor for name, tensor in lora_state(model.base, base_state).items()}
+        tensors |= {f"lora.{name}": tensor for name, tensor in lora_state(model.base, base).items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     if not model.config.freeze_base and not model.config.use_lora:
-        model.base.save_pretrained(folder / BASE, state_dict=base_state)
+        model.base.save_pretrained(folder / BASE, state_dict=base)
     model.config.save_pretrained(folder)
 
 

@@ -16,7 +16,12 @@ class TrainArguments:
     eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
     dataset: str | None = field(default=None, metadata={"help": "a Hugging Face dataset instead of --text"})
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    streaming: bool = field(default=False, metadata={"help": "read the dataset as a stream; needs --max_samples"})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the dataset while training goes on; with --max_samples, download only so many documents"
+        },
+    )
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
     max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
     planted_documents: int = field(
@@ -28,7 +33,7 @@ class TrainArguments:
     max_seq_length: int = field(
         default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
     )
-    batch_size: int = field(default=4, metadata={"help": "documents side by side"})
+    batch_size: int = field(default=4, metadata={"help": "documents side by side, of all processes together"})
     gradient_accumulation_steps: int = 1
     num_epochs: float | None = field(
         default=None, metadata={"help": "passes over the documents, instead of --max_steps"}
@@ -48,7 +53,19 @@ class TrainArguments:
     set: list[str] = field(
         default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"}
     )
-    dtype: str = field(default="bfloat16", metadata={"help": "of the base: bfloat16, float16 or float32"})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "of the base: bfloat16, float16 or float32; default bfloat16, float32 if its weights train"},
+    )
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "bf16, fp16 (scaled) or no; default: as accelerate launch says"}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute a training base's layers twice instead of keeping them"}
+    )
+    torch_compile: str | None = field(
+        default=None, metadata={"help": "compile a live base's layers with this backend, for example inductor"}
+    )
     output_dir: str = "runs/hippoformer"
     cache_dir: str | None = field(
         default=None, metadata={"help": "of hidden states; default: output_dir/hidden_states"}
@@ -61,7 +78,14 @@ class TrainArguments:
     wandb_run_name: str | None = None
     no_wandb: bool = field(default=False, metadata={"help": "never report to wandb"})
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, wandb"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint or an output folder"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint, an output folder, or auto: output_dir's newest, if it has one"}
+    )
+
+    @property
+    def read_on_the_way(self) -> bool:
+        """Documents come from a stream while training goes on; else all are there before it begins."""
+        return self.streaming and self.max_samples is None
 
 
 def parse(argv: list[str]) -> TrainArguments:
@@ -75,8 +99,21 @@ def parse(argv: list[str]) -> TrainArguments:
         raise ConfigurationError("say what to train on: either --text FILE_OR_FOLDER... or --dataset NAME")
     if arguments.max_steps is not None and arguments.num_epochs is not None:
         raise ConfigurationError("--max_steps and --num_epochs both set the length of the run: give one of them")
-    if arguments.streaming and arguments.max_samples is None:
-        raise ConfigurationError("--streaming needs --max_samples: a stream has no end of its own")
+    if arguments.lora_r > 0 and arguments.train_base:
+        raise ConfigurationError("--lora_r trains adapters beside the base's weights, --train_base the weights: choose")
+    if arguments.streaming and arguments.dataset is None:
+        raise ConfigurationError("--streaming is for --dataset; texts of --text are read as they are")
+    if arguments.read_on_the_way and (arguments.num_epochs is not None or arguments.planted_documents):
+        raise ConfigurationError(
+            "--streaming without --max_samples reads a stream of unknown length: give --max_steps instead of "
+            "--num_epochs, and leave --planted_documents out"
+        )
+    live = arguments.lora_r > 0 or arguments.train_base or arguments.read_on_the_way
+    if (arguments.gradient_checkpointing or arguments.torch_compile) and not live:
+        raise ConfigurationError(
+            "--gradient_checkpointing and --torch_compile are for a base that runs while training (--lora_r, "
+            "--train_base or --streaming): a frozen one reads the texts once, before"
+        )
     return arguments
 
 

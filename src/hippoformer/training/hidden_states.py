@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,9 +47,17 @@ class HiddenStateCache:
         model: whose base reads. documents: token ids of each document.
         folder: where caches live; each gets a subfolder of its own.
         batch_size: documents read side by side.
+        processes: among which the reading is divided; None where there is one.
     """
 
-    def __init__(self, model: HippoFormer, documents: Sequence[Tensor], folder: Path, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: HippoFormer,
+        documents: Sequence[Tensor],
+        folder: Path,
+        batch_size: int = 8,
+        processes: PartialState | None = None,
+    ) -> None:
         if not documents:
             raise TextError("no documents to read: expected at least one with two tokens or more")
         config = model.config
@@ -61,7 +70,11 @@ class HiddenStateCache:
         self.folder = Path(folder) / digest
         self._files = [self.folder / f"{_digest(ids)}.safetensors" for ids in documents]
         self.lengths = [len(ids) for ids in documents]
-        self._fill(model, documents, batch_size)
+        index, count = (processes.process_index, processes.num_processes) if processes is not None else (0, 1)
+        if processes is not None and count > 1:
+            self._fill(model, documents, batch_size, index, count)
+            processes.wait_for_everyone()
+        self._fill(model, documents, batch_size)  # of several, what another machine did on a disk of its own
 
     def __len__(self) -> int:
         return len(self._files)
@@ -71,8 +84,11 @@ class HiddenStateCache:
         return ReadDocument(tensors["tokens"].long(), tensors["hidden"], tensors["log_prob"])
 
     @torch.no_grad()
-    def _fill(self, model: HippoFormer, documents: Sequence[Tensor], batch_size: int) -> None:
-        missing = [i for i, file in enumerate(self._files) if not file.is_file()]
+    def _fill(
+        self, model: HippoFormer, documents: Sequence[Tensor], batch_size: int, index: int = 0, count: int = 1
+    ) -> None:
+        """Reads what is missing of every `count`-th document."""
+        missing = [i for i, file in enumerate(self._files) if i % count == index and not file.is_file()]
         if not missing:
             return
         # Side by side go documents of like length, so that few rows idle.
@@ -84,7 +100,7 @@ class HiddenStateCache:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns) as progress, model.memory_off():
+        with Progress(*columns, disable=index > 0) as progress, model.memory_off():
             task = progress.add_task("reading with the base (tokens)", total=sum(self.lengths[i] for i in missing))
             for low in range(0, len(missing), batch_size):
                 chosen = missing[low : low + batch_size]

@@ -17,6 +17,7 @@ from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument
+from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece
 
 _DOCUMENTS_HELD = 64
@@ -58,6 +59,10 @@ class Reader(Protocol):
     @property
     def bound(self) -> int:
         """Host-side counter of the state (`MemoryState.stored_bound`)."""
+
+    @property
+    def memory(self) -> MemoryState:
+        """What the rows remember."""
 
 
 class CachedReader:
@@ -150,9 +155,14 @@ class LiveReader:
         model: trains. documents: token ids (T,). rows: R.
     """
 
-    def __init__(self, model: HippoFormer, documents: Sequence[Tensor], rows: int) -> None:
+    def __init__(self, model: HippoFormer, documents: Sequence[Tensor] | StreamedTexts, rows: int) -> None:
         self.model, self.documents = model, documents
         self.cache: HippoCache = model.new_cache(rows)
+
+    @property
+    def memory(self) -> MemoryState:
+        """See `Reader`."""
+        return self.cache.memory
 
     def read(self, piece: Piece) -> Reading:
         """See `Reader`."""
@@ -196,19 +206,36 @@ class CachedScore:
 
 
 @torch.no_grad()
-def score_cached(model: HippoFormer, documents: HiddenStateCache) -> Iterator[CachedScore]:
+def score_cached(
+    model: HippoFormer, documents: HiddenStateCache, numbers: Sequence[int] | None = None
+) -> Iterator[CachedScore]:
     """Streams each document from an empty memory; the base's part comes from the cache.
 
     Args:
         model: in evaluation mode. documents: read by its base, with its window.
+        numbers: of the documents to score; all of them where it is None.
     """
-    for number in range(len(documents)):
+    for number in range(len(documents)) if numbers is None else numbers:
         reader, score = CachedReader(model, documents, 1), CachedScore(0, 0.0, 0.0, 0)
         for reading in reader.through(number):
             score.tokens += int(reading.counted.sum())
             score.nll -= float(reading.target_log_prob.double().sum())
             score.base_nll -= float(reading.base_log_prob[reading.counted].double().sum())
         score.memory_nbytes = sum(t.numel() * t.element_size() for t in reader.memory.tensors().values())
+        yield score
+
+
+@torch.no_grad()
+def score_live(
+    model: HippoFormer, documents: Sequence[Tensor], numbers: Sequence[int] | None = None
+) -> Iterator[CachedScore]:
+    """The same with the base reading; for a base that learns."""
+    for number in range(len(documents)) if numbers is None else numbers:
+        cache, ids = model.new_cache(), documents[number].to(model.device).long().unsqueeze(0)
+        score = CachedScore(ids.shape[1] - 1, 0.0, 0.0, cache.memory_nbytes)
+        for step in model.stream(ids, [ids.shape[1]], cache):
+            score.nll -= float(step.target_log_prob.double().sum())
+            score.base_nll -= float(step.base_log_prob.double().sum())
         yield score
 
 

@@ -28,6 +28,12 @@ class Piece:
     length: list[int]
     fresh: list[int]
 
+    def of_rows(self, rows: range) -> "Piece":
+        """What some of the rows read, counted from the first of them."""
+        part = slice(rows.start, rows.stop)
+        fresh = [row - rows.start for row in self.fresh if row in rows]
+        return Piece(self.documents[part], self.start[part], self.length[part], fresh)
+
 
 class TextStreams:
     """An endless schedule of pieces over documents of known lengths.

@@ -8,8 +8,9 @@
     credit
 
 A step reads `segments_per_step` segments in every row and then steps the optimizer; the state is carried on, the
-graph is cut. `accelerate` places the run on its device and reports to trackers. A run is a function of its arguments:
-draws come from the seed, and a resumed run continues bit for bit.
+graph is cut. `accelerate` places the run on its device or devices (see `processes`), scales what half precision needs
+scaled, and reports to trackers. A run is a function of its arguments: draws come from the seed, and a resumed run
+continues bit for bit.
 """
 
 import math
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -30,12 +32,12 @@ from hippoformer.errors import ConfigurationError, NonFiniteError
 from hippoformer.hippocampus.drift import DriftMonitor
 from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.model import checkpoint
-from hippoformer.model.base_models import load_base_model
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training import checkpoints
+from hippoformer.training import layers, processes, resuming, tracking
 from hippoformer.training.credit import measure_credit, reconfigured, useful
 from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached
+from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached, score_live
+from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece, TextStreams
 
 _SCALAR_RATE = 10.0
@@ -47,13 +49,18 @@ class TrainingOptions:
 
     Attributes:
         max_steps: optimizer steps of both phases. recall_share: part of them in the recall phase.
-        rows: documents side by side. segments_per_step: segments between optimizer steps, over which gradients flow.
+        rows: documents side by side, of all processes.
+        segments_per_step: segments between optimizer steps, over which gradients flow.
         gradient_accumulation_steps: backward passes between optimizer steps.
         warmup_ratio: part of the steps with a rising learning rate, None for the config's `warmup_steps`; it then falls
             linearly to zero.
         credit_documents: documents whose credit is measured; 0 skips the credit target.
         save_steps, logging_steps, eval_steps: 0 for never. keep_checkpoints: complete ones to keep.
         seed: of order, initial weights' dropout and replay.
+        mixed_precision: "bf16" or "fp16" for autocast, "no", or None for what `accelerate launch` says.
+        gradient_checkpointing: compute the live base's layers again on the way back, instead of keeping them.
+        torch_compile: a backend of torch.compile for the live base's layers, "inductor" as a rule.
+        report_to, run_name, project: trackers of accelerate, and what the run is called there.
     """
 
     output_dir: Path
@@ -69,9 +76,18 @@ class TrainingOptions:
     eval_steps: int = 0
     keep_checkpoints: int = 2
     seed: int = 42
+    mixed_precision: str | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: str | None = None
     report_to: list[str] = field(default_factory=list)
     run_name: str | None = None
     project: str = "hippoformer"
+
+    def accelerator(self) -> Accelerator:
+        """What places a run with these options."""
+        return processes.new_accelerator(
+            self.report_to, str(self.output_dir), self.gradient_accumulation_steps, self.mixed_precision
+        )
 
 
 class Trainer:
@@ -79,19 +95,23 @@ class Trainer:
 
     Args:
         model: trained in place. options: see there.
-        documents: a `HiddenStateCache` for a frozen base, or token ids (T,) per document to run the base itself.
-        evaluation: held-out documents of the same kind, or None.
+        documents: a `HiddenStateCache` for a frozen base; token ids (T,) per document, or `StreamedTexts`, to run the
+            base itself.
+        evaluation: held-out documents, cached or token ids, or None.
+        accelerator: of the process, made of the options where it is None.
 
     Raises:
-        ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes.
+        ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes; rows
+            that the processes cannot divide.
     """
 
     def __init__(
         self,
         model: HippoFormer,
         options: TrainingOptions,
-        documents: HiddenStateCache | Sequence[Tensor],
-        evaluation: HiddenStateCache | None = None,
+        documents: HiddenStateCache | Sequence[Tensor] | StreamedTexts,
+        evaluation: HiddenStateCache | Sequence[Tensor] | None = None,
+        accelerator: Accelerator | None = None,
     ) -> None:
         config = model.config
         if isinstance(documents, HiddenStateCache) and (config.use_lora or not config.freeze_base):
@@ -103,18 +123,27 @@ class Trainer:
             )
         torch.manual_seed(options.seed)
         self.model, self.options, self.documents, self.evaluation = model, options, documents, evaluation
-        self.accelerator = Accelerator(log_with=options.report_to or None, project_dir=str(options.output_dir))
+        self.accelerator = accelerator or options.accelerator()
+        self.own = processes.own_rows(options.rows, self.accelerator)
         model.to(self.accelerator.device)
         model.hippocampus.fusion.open()
         self._choose_anchors()
+        if not isinstance(documents, HiddenStateCache):
+            if options.torch_compile:
+                layers.compile_layers(model, options.torch_compile)
+            if options.gradient_checkpointing:
+                layers.checkpoint_layers(model)
         self.reader: Reader
+        self.streams: TextStreams | StreamedTexts
         if isinstance(documents, HiddenStateCache):
-            lengths = documents.lengths
-            self.reader = CachedReader(model, documents, options.rows)
+            self.reader = CachedReader(model, documents, len(self.own))
         else:
-            lengths = [len(ids) for ids in documents]
-            self.reader = LiveReader(model, documents, options.rows)
-        self.streams = TextStreams(lengths, options.rows, config.segment_len, options.seed)
+            self.reader = LiveReader(model, documents, len(self.own))
+        if isinstance(documents, StreamedTexts):
+            self.streams = documents
+        else:
+            lengths = [_length(documents, number) for number in range(len(documents))]
+            self.streams = TextStreams(lengths, options.rows, config.segment_len, options.seed)
         self.loss = HippoFormerLoss(config)
         self.optimizer = torch.optim.AdamW(_parameter_groups(model))
         ratio = options.warmup_ratio
@@ -125,7 +154,9 @@ class Trainer:
         self.r_score = ConsolidationRScore()
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
+        self.work: Any = processes.Work(model)
+        self._anchors: Tensor | None = None
 
     @property
     def recall_steps(self) -> int:
@@ -137,12 +168,16 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss became NaN or infinite; the last checkpoint is untouched.
+            CheckpointError: `resume_from` has no whole checkpoint, or not one of this run.
         """
         if resume_from is not None:
-            self._resume(resume_from)
+            resuming.restore_weights(self, resume_from)
+        self.work, self.optimizer = processes.prepared(self.work, self.optimizer, self.accelerator)
+        torch.manual_seed(self.options.seed + self.accelerator.process_index)
+        if resume_from is not None:
+            resuming.restore_run(self, resume_from)
         if self.options.report_to:
-            named = {"wandb": {"name": self.options.run_name}} if self.options.run_name else {}
-            self.accelerator.init_trackers(self.options.project, self.model.config.to_dict(), init_kwargs=named)
+            tracking.start(self.accelerator, self.options.project, self.options.run_name, self.model.config)
         self._learning()
         started, tokens = time.monotonic(), 0
         window: list[dict[str, float]] = []
@@ -161,9 +196,18 @@ class Trainer:
             if self._due(self.options.save_steps) or (self.options.save_steps and self.step == self.options.max_steps):
                 self._save()
         self.model.eval()
-        if self.options.report_to:
-            self.accelerator.end_training()
         return self.history
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the model for `HippoFormer.from_pretrained`; every process must call it, the main one writes."""
+        state = resuming.weights(self)
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.model, folder, state)
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Ends what trackers and processes hold open."""
+        self.accelerator.end_training()
 
     def _learning(self) -> None:
         """Training mode; a frozen base stays in evaluation mode, as its hidden states are those of inference."""
@@ -175,29 +219,37 @@ class Trainer:
 
     def _optimize(self) -> dict[str, float]:
         sums: dict[str, float] = {}
-        passes = self.options.gradient_accumulation_steps
+        passes = self.accelerator.gradient_accumulation_steps
         for _ in range(passes):
-            with self._phase():
-                losses = []
-                for _ in range(self.options.segments_per_step):
-                    piece = self.streams.next()
-                    reading = self.reader.read(piece)
-                    loss, numbers = self._loss(piece, reading)
-                    losses.append(loss)
-                    for name, value in numbers.items():
-                        sums[name] = sums.get(name, 0.0) + value
-                total = torch.stack(losses).mean() / passes
-            if not torch.isfinite(total):
-                raise NonFiniteError(f"the loss is {total.item()} at step {self.step}: lower the learning rate")
-            self.accelerator.backward(total)
+            with self.accelerator.accumulate(self.work), self._phase():
+                total, numbers = self.work(self._read)
+                if not torch.isfinite(total):
+                    raise NonFiniteError(f"the loss is {total.item()} at step {self.step}: lower the learning rate")
+                self.accelerator.backward(processes.scaled(total, self.accelerator))
             self.reader.cut()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for g in self.optimizer.param_groups for p in g["params"]], self.model.config.max_grad_norm
-        )
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value
+        processes.average_unsharded(self.model, self.accelerator)
+        norm = self.accelerator.clip_grad_norm_(self.work.parameters(), self.model.config.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.optimizer.step_was_skipped:  # because of an overflow in half precision
+            self.scheduler.step()
+        self.optimizer.zero_grad()
         return sums | {"grad_norm": float(norm), "pieces": float(passes * self.options.segments_per_step)}
+
+    def _read(self) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the next pieces of all rows, and what is logged of them."""
+        losses = []
+        sums: dict[str, float] = {}
+        for _ in range(self.options.segments_per_step):
+            piece = self.streams.next()
+            own = piece if isinstance(self.streams, StreamedTexts) else piece.of_rows(self.own)
+            reading = processes.of_all_rows(self.reader.read(own), self.accelerator, self.model.config.segment_len)
+            loss, numbers = self._loss(piece, reading)
+            losses.append(loss)
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return torch.stack(losses).mean(), sums
 
     def _phase(self):  # type: ignore[no-untyped-def]
         if self.step < self.recall_steps:
@@ -250,12 +302,19 @@ class Trainer:
         documents = self.documents
         self.model.eval()
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(self.options.seed)).tolist()
-        chosen = order[: self.options.credit_documents]
-        for number in track(
-            chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal
-        ):
-            credit = measure_credit(self.model.hippocampus, documents[number])
-            self.useful[number] = useful(credit, self.model.config.target_tagged_share)
+        chosen = processes.share_of(order[: self.options.credit_documents], self.accelerator)
+
+        def measure() -> dict[int, Tensor]:
+            found = {}
+            for number in track(
+                chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal
+            ):
+                credit = measure_credit(self.model.hippocampus, documents[number])
+                found[number] = useful(credit, self.model.config.target_tagged_share)
+            return found
+
+        with torch.no_grad():
+            self.useful = processes.collected(self.work(measure), self.accelerator)
         self._learning()
 
     @torch.no_grad()
@@ -263,7 +322,7 @@ class Trainer:
         """Drift anchors from the training text itself, spread over the documents."""
         calibrator = self.model.hippocampus.drift_calibrator
         count, length = calibrator.anchor_ids.shape
-        documents = self.documents
+        documents = self.documents.texts() if isinstance(self.documents, StreamedTexts) else self.documents
         long = [i for i in range(len(documents)) if _length(documents, i) >= 4 * length]
         if not long:
             return  # texts too short to cut probes from: the pseudo-random ones stay
@@ -274,52 +333,61 @@ class Trainer:
             ids = documents[document]
             ids = ids if isinstance(ids, Tensor) else ids.tokens
             anchors.append(ids[start : start + length].to(torch.int32))
-        calibrator.set_anchors(torch.stack(anchors))
+        chosen = torch.stack(anchors).to(self.accelerator.device)
+        calibrator.set_anchors(broadcast(chosen) if isinstance(self.documents, StreamedTexts) else chosen)
 
     # ---------------------------------------------------------------- evaluation, logs, checkpoints
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Perplexity of the held-out documents, each from an empty memory: of the base, and with the memory."""
-        assert self.evaluation is not None
+        documents = self.evaluation
+        assert documents is not None
         was_training = self.model.training
         self.model.eval()
+        cached, everything = isinstance(documents, HiddenStateCache), list(range(len(documents)))
+        # Processes that share one base in pieces must all read the same.
+        divided = cached or not processes.is_sharded(self.accelerator)
+        chosen = processes.share_of(everything, self.accelerator) if divided else everything
+        score = score_cached if cached else score_live
         with self._phase():
-            scores = list(score_cached(self.model, self.evaluation))
+            scores = self.work(lambda: list(score(self.model, documents, chosen)))  # type: ignore[operator]
         if was_training:
             self._learning()
-        tokens = max(sum(score.tokens for score in scores), 1)
-        base = math.exp(sum(score.base_nll for score in scores) / tokens)
-        fused = math.exp(sum(score.nll for score in scores) / tokens)
+        sums = [float(sum(getattr(score, name) for score in scores)) for name in ("tokens", "nll", "base_nll")]
+        tokens, nll, base_nll = processes.summed(sums, self.accelerator) if divided else sums
+        base, fused = (math.exp(total / max(tokens, 1.0)) for total in (base_nll, nll))
         return {"eval_base_perplexity": base, "eval_perplexity": fused, "eval_gain": 1 - fused / base}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
     def _log(self, window: list[dict[str, float]], tokens_per_second: float) -> None:
-        total = {name: sum(w.get(name, 0.0) for w in window) for name in window[-1]}
-        n, pieces = max(total["tokens"], 1.0), total["pieces"]
-        numbers = {name: total[name] / pieces for name in total if name.startswith("loss_")}
-        numbers |= {
-            "perplexity": math.exp(total["nll"] / n),
-            "base_perplexity": math.exp(total["base_nll"] / n),
-            "salience_mean": total["salience"] / n,
-            "tagged_share": total["tagged"] / n,
-            "recall_use": total["mixture"] / n,
-            "grad_norm": total["grad_norm"] / len(window),
+        numbers = tracking.means(window) | {
             "learning_rate": self.scheduler.get_last_lr()[0],
             "epoch": self.streams.epoch,
             "tokens_per_second": tokens_per_second,
-            "buffer_use": self.reader.bound / max(self.model.config.buffer_size, 1),
+            "buffer_use": self._buffer_use(),
+            "drift": self.drift.update(self.work(self._anchor_keys)),
         }
-        if self.model.config.use_lora:
-            numbers["drift"] = self.drift.update(
-                self.model.anchors(self.model.hippocampus.drift_calibrator.anchor_ids)[0]
-            )
         if not math.isnan(r_score := self.r_score.compute()):
             numbers |= {"consolidation_r": r_score, "consolidation_r_target": self.model.config.consolidation_r_target}
             self.r_score = ConsolidationRScore()
         self._record(numbers)
+
+    def _buffer_use(self) -> float:
+        stored = self.reader.memory.episodes.slots(0, self.model.config.buffer_size).valid
+        filled, places = processes.summed([float(stored.sum()), float(stored.numel())], self.accelerator)
+        return filled / max(places, 1.0)
+
+    @torch.no_grad()
+    def _anchor_keys(self) -> Tensor:
+        """(A L, K) how the anchors are encoded now; a frozen base reads them once."""
+        hippocampus = self.model.hippocampus
+        if self._anchors is None or any(p.requires_grad for p in self.model.base.parameters()):
+            self._anchors = self.model.window.hidden_of(hippocampus.drift_calibrator.anchor_ids.long())
+        normed = hippocampus.normed(self._anchors.to(hippocampus.recall.key_proj.weight.dtype))
+        return hippocampus.recall.encode_key(normed).flatten(0, 1).float()
 
     def _record(self, numbers: dict[str, float]) -> None:
         self.history.append({"step": float(self.step)} | numbers)
@@ -329,42 +397,7 @@ class Trainer:
             self.accelerator.log(numbers, step=self.step)
 
     def _save(self) -> None:
-        tensors = checkpoints.optimizer_tensors(self.optimizer)
-        tensors |= {f"reader.{name}": tensor for name, tensor in self.reader.state().items()}
-        tensors |= {f"useful.{number}": target for number, target in self.useful.items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.drift.reference is not None:
-            tensors["drift.reference"] = self.drift.reference
-        counters: dict[str, Any] = {
-            "step": self.step,
-            "streams": self.streams.state(),
-            "bound": self.reader.bound,
-            "scheduler": self.scheduler.state_dict(),
-            "history": self.history,
-        }
-        checkpoints.save(
-            self.options.output_dir, self.step, self.model, tensors, counters, self.options.keep_checkpoints
-        )
-
-    def _resume(self, path: Path) -> None:
-        model, tensors, counters = checkpoints.load(path)
-        checkpoint.restore(self.model, model)
-        base = checkpoints.locate(path) / checkpoint.BASE
-        if base.is_dir():
-            self.model.base.load_state_dict(load_base_model(str(base), dtype=self.model.dtype).state_dict())
-        checkpoints.restore_optimizer(self.optimizer, tensors)
-        reader = {
-            n.removeprefix("reader."): t.to(self.model.device) for n, t in tensors.items() if n.startswith("reader.")
-        }
-        self.reader.restore(reader, counters["bound"])
-        self.useful = {int(n.removeprefix("useful.")): t for n, t in tensors.items() if n.startswith("useful.")}
-        self.drift.reference = tensors.get("drift.reference")
-        torch.set_rng_state(tensors["random.cpu"])
-        self.streams.restore(counters["streams"])
-        self.scheduler.load_state_dict(counters["scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        self.step, self.history = counters["step"], counters["history"]
+        resuming.save(self)
 
 
 def _parameter_groups(model: HippoFormer) -> list[dict[str, Any]]:

@@ -1,0 +1,64 @@
+"""What a live base's decoder layers can be told: to keep less for the way back, and to be compiled.
+
+transformers' own gradient checkpointing takes the key/value cache away, and the window is one. Here a layer's slots
+are part of what goes in and comes out: the layer runs on a cache of its own that holds the slots as they were, so it
+can run once more on the way back and write the same (Chen et al. 2016, arXiv:1604.06174).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hippoformer.errors import ConfigurationError
+from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.window import WindowCache
+
+
+def checkpoint_layers(model: HippoFormer) -> None:
+    """From now on the base's layers keep their input alone and compute the rest again when gradients need it."""
+    for number in range(model.window.n_layers):
+        layer = model.window.layer(number + 1)
+        layer.forward = _checkpointed(layer.forward, number)  # type: ignore[method-assign]
+
+
+def compile_layers(model: HippoFormer, backend: str) -> None:
+    """Compiles each of the base's layers, for lengths that vary.
+
+    Raises:
+        ConfigurationError: a backend that torch does not have.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigurationError(f"--torch_compile {backend} is unknown; choose one of {', '.join(known)}")
+    for number in range(model.window.n_layers):
+        layer = model.window.layer(number + 1)
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, WindowCache)), None)
+        if cache is None or not torch.is_grad_enabled() or not cache.layers[number].is_initialized:
+            return forward(*args, **kwargs)  # the very first piece makes the slots, and is kept whole
+
+        def again(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            own = copy.copy(before)
+            own.layers = [*before.layers]
+            own.layers[number] = copy.copy(before.layers[number])
+            own.layers[number].fill(keys, values)
+            args = tuple(own if value is cache else value for value in args)
+            kwargs = {name: own if value is cache else value for name, value in kwargs.items()}
+            output = forward(*args, **kwargs)
+            return output, own.layers[number].keys, own.layers[number].values
+
+        before = copy.copy(cache)  # with the placement of now
+        layer = cache.layers[number]
+        output, keys, values = checkpoint(again, layer.keys, layer.values, *args, use_reentrant=False, **kwargs)
+        layer.fill(keys, values)
+        return output
+
+    return run

@@ -1,0 +1,202 @@
+"""Training in several processes, and in processes that are killed: the same losses, the same weights.
+
+The processes talk through gloo on the CPU. FSDP2 shards and gathers for real; accelerate only has to be told that it
+may, since it offers sharding on accelerators alone (`forge.shard_on_cpu`).
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hippoformer.training.checkpoints as checkpoints
+from hippoformer import HippoFormer
+from hippoformer.errors import ConfigurationError
+from hippoformer.training.processes import own_rows
+from test_training import arguments, folder  # noqa: F401
+
+Jobs = list[dict[str, Any]]
+Forge = Callable[[Jobs], list[int]]
+
+NO_DROPOUT = ["fusion_dropout=0.0", "lora_dropout=0.0"]  # draws differ between processes
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[Forge]:
+    """Runs jobs side by side in processes of their own; see forge.py."""
+    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forge.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
+
+    def run(jobs: Jobs) -> list[int]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(jobs) + "\n")
+        process.stdin.flush()
+        codes = json.loads(process.stdout.readline())
+        if any(code > 0 for code in codes):
+            print(*(Path(job["log"]).read_text() for job in jobs), sep="\n")
+        return codes
+
+    with process:
+        yield run
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def texts(folder: Path) -> Path:  # noqa: F811
+    """The folder, with texts of several lengths, so that rows end at different times."""
+    (folder / "texts").mkdir()
+    for i in range(6):
+        text = f"number {i} the memory keeps what the window loses. " * (4 + 3 * i)
+        (folder / "texts" / f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def alone(texts: Path, output: str, *more: str, **job: Any) -> Jobs:  # noqa: F811
+    argv = arguments(texts, output, "--recall_share", "0", "--logging_steps", "1", *more) + NO_DROPOUT
+    argv[argv.index(str(texts / "text.txt"))] = str(texts / "texts")
+    return [{"argv": argv, "log": str(texts / f"{output}.log"), **job}]
+
+
+def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:  # noqa: F811
+    """Two processes as `accelerate launch` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (one,) = alone(texts, output, *more, **job)
+    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        one | {"log": str(texts / f"{output}.{rank}.log"), "env": shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}}
+        for rank in range(2)
+    ]
+
+
+def losses(texts: Path, output: str) -> list[dict[str, float]]:  # noqa: F811
+    history = json.loads((texts / output / "training_log.json").read_text())["history"]
+    varying = ("tokens_per_second", "consolidation_r", "grad_norm")
+    return [{name: value for name, value in entry.items() if name not in varying} for entry in history]
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the weights in which two saved models differ in a bit."""
+    names = []
+    for file in ("hippocampus.safetensors", "base/model.safetensors"):
+        if (one / file).exists() or (other / file).exists():
+            a, b = load_file(one / file), load_file(other / file)
+            names += [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
+    return names
+
+
+MODES = {"frozen": [], "lora": ["--lora_r", "2"], "base": ["--train_base", "--gradient_accumulation_steps", "2"]}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_compute_what_one_does(texts: Path, forge: Forge, mode: str) -> None:
+    """Data parallel and sharded; credit is measured, rows end and begin, and gradients are clipped on the way."""
+    more = [*MODES[mode], "--eval_text", str(texts / "text.txt"), "--eval_steps", "8"]
+    assert forge(alone(texts, "one", *more)) == [0]
+    assert forge(pair(texts, "ddp", *more)) == [0, 0]
+    assert forge(pair(texts, "fsdp", *more, fsdp=True)) == [0, 0]
+    expected = losses(texts, "one")
+    assert len(expected) == 9 and "eval_perplexity" in expected[-1] and expected[3]["loss_total"] > 0
+    if mode == "frozen":
+        assert expected[0]["loss_credit"] > 0, "the credit that the processes share out was not measured"
+    for output in ("ddp", "fsdp"):
+        for got, wanted in zip(losses(texts, output), expected, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+        assert (texts / output / "config.json").is_file()
+        HippoFormer.from_pretrained(texts / output)
+
+
+def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> None:
+    assert forge(pair(texts, "two")) == [0, 0]
+    main, other = ((texts / f"two.{rank}.log").read_text() for rank in range(2))
+    assert "step 8/8" in main and "step" not in other
+    checkpoint = checkpoints.whole(texts / "two")[-1]
+    assert sorted(file.name for file in checkpoint.iterdir()) == [
+        "config.json",
+        "hippocampus.safetensors",
+        "process-00000-of-00002.safetensors",
+        "process-00001-of-00002.safetensors",
+        "training.json",
+        "training.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine: str) -> None:
+    """On two to the same bits, and on one to the same numbers."""
+    more, job = ["--lora_r", "2"], {"fsdp": engine == "fsdp"}
+    assert forge(pair(texts, "whole", *more, **job)) == [0, 0]
+    killed = [{**one, "die": ["step", 6]} for one in pair(texts, "parts", *more, **job)]
+    codes = forge(killed)
+    assert -signal.SIGKILL in codes and 0 not in codes
+    assert [path.name for path in checkpoints.whole(texts / "parts")] == ["checkpoint-00000003"]
+    resumed = [*more, "--resume_from_checkpoint", str(texts / "parts" / "checkpoint-00000003")]
+    assert forge(alone(texts, "alone", *resumed)) == [0]
+    assert forge(pair(texts, "parts", *resumed, **job)) == [0, 0]
+    assert differing(texts / "whole", texts / "parts") == []
+    assert losses(texts, "whole") == losses(texts, "parts")
+    for got, wanted in zip(losses(texts, "alone"), losses(texts, "whole"), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forge: Forge) -> None:
+    """SIGKILL before the first checkpoint, in the middle of writing the first or the second, and after it."""
+    automatic = ["--save_steps", "3", "--train_base", "--resume_from_checkpoint", "auto"]
+    assert forge(alone(texts, "whole", *automatic)) == [0]
+    deaths = {("step", 2): 0, ("tensors", 3): 0, ("rename", 7): 1, ("tensors", 5): 1, ("step", 7): 2}
+    runs = [f"{where}-{count}" for where, count in deaths]
+    jobs = [alone(texts, f"{where}-{count}", *automatic, die=[where, count])[0] for where, count in deaths]
+    assert forge(jobs) == [-signal.SIGKILL] * len(deaths)
+    assert [len(checkpoints.whole(texts / run)) for run in runs] == list(deaths.values())
+    assert forge([alone(texts, run, *automatic)[0] for run in runs]) == [0] * len(deaths)
+    for run in runs:
+        assert differing(texts / "whole", texts / run) == [], run
+        assert not list((texts / run).glob(".checkpoint*")), "what the killed run left behind is still there"
+
+
+def test_rows_must_divide_evenly() -> None:
+    class Fake:
+        num_processes, process_index = 2, 1
+
+    assert own_rows(4, Fake()) == range(2, 4)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="batch_size=3"):
+        own_rows(3, Fake())  # type: ignore[arg-type]
+
+
+def test_accelerate_launch(texts: Path) -> None:
+    """The command of the documentation, two processes on the CPU."""
+    (job,) = alone(texts, "launched", "--max_steps", "4")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "hippoformer.train", *job["argv"]],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    history = losses(texts, "launched")
+    assert len(history) == 4 and all(math.isfinite(entry["loss_total"]) for entry in history)
+    assert len(list((checkpoints.whole(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
