@@ -274,7 +274,8 @@ def test_flags_are_accepted_with_either_dash() -> None:
         ([], "--text"),
         (["--text", "a", "--dataset", "wikitext"], "either"),
         (["--text", "a", "--max_steps", "3", "--num_epochs", "1"], "one of them"),
-        (["--dataset", "openwebtext", "--streaming"], "max_samples"),
+        (["--text", "a", "--lora_r", "4", "--train_base"], "choose"),
+        (["--text", "a", "--gradient_checkpointing"], "frozen"),
     ],
 )
 def test_contradicting_flags_are_refused(argv: list[str], message: str) -> None:

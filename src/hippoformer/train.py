@@ -44,6 +44,8 @@ def run(arguments: TrainArguments) -> HippoFormer:
     # First of all: it knows this process among the others, and its device.
     options = _options(arguments)
     accelerator = options.accelerator()
+    documents = [] if arguments.read_on_the_way else _documents(arguments)
+    documents += _with_facts(documents, arguments)
     model = _model(arguments)
     model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
@@ -58,7 +60,6 @@ def run(arguments: TrainArguments) -> HippoFormer:
         folder = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
         return HiddenStateCache(model, texts, folder, processes=accelerator.state)
 
-    documents: list[Document] = []
     texts: list[Tensor] | HiddenStateCache | StreamedTexts
     if arguments.read_on_the_way:
         assert arguments.dataset is not None
@@ -68,8 +69,6 @@ def run(arguments: TrainArguments) -> HippoFormer:
         encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
         texts = StreamedTexts(stream, encode, rows, model.config.segment_len)
     else:
-        documents = _documents(arguments)
-        documents += _with_facts(documents, arguments)
         texts = ready(documents)
         if arguments.num_epochs is not None:
             lengths = texts.lengths if isinstance(texts, HiddenStateCache) else [len(ids) for ids in texts]

@@ -66,6 +66,11 @@ def new_accelerator(
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
+    unscaled = accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
+    if accelerator.mixed_precision == "fp16" and unscaled:
+        raise ConfigurationError(
+            f"mixed precision fp16 needs a device with float16 arithmetic, not {accelerator.device.type}: use bf16 or no"
+        )
     if missing := sorted(set(report_to) - {str(getattr(t, "value", t)) for t in accelerator.log_with}):
         raise ConfigurationError(
             f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or leave it out"

@@ -55,5 +55,6 @@ def means(window: Sequence[dict[str, float]]) -> dict[str, float]:
         "salience_mean": total["salience"] / tokens,
         "tagged_share": total["tagged"] / tokens,
         "recall_use": total["mixture"] / tokens,
-        "grad_norm": total["grad_norm"] / len(window),
+        "grad_norm": total["grad_norm"] / max(len(window) - total["skipped"], 1.0),
+        "skipped_steps": total["skipped"],
     }

@@ -231,11 +231,15 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
         processes.average_unsharded(self.model, self.accelerator)
         norm = self.accelerator.clip_grad_norm_(self.work.parameters(), self.model.config.max_grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise NonFiniteError(f"the gradients are {float(norm)} at step {self.step}: lower the learning rate")
         self.optimizer.step()
-        if not self.optimizer.step_was_skipped:  # because of an overflow in half precision
+        skipped = self.optimizer.step_was_skipped  # because of an overflow in float16; the scale is lower now
+        if not skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
-        return sums | {"grad_norm": float(norm), "pieces": float(passes * self.options.segments_per_step)}
+        pieces = float(passes * self.options.segments_per_step)
+        return sums | {"grad_norm": 0.0 if skipped else float(norm), "skipped": float(skipped), "pieces": pieces}
 
     def _read(self) -> tuple[Tensor, dict[str, float]]:
         """The loss of the next pieces of all rows, and what is logged of them."""
