@@ -1,7 +1,25 @@
+"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `memory show`, `figures`, `report`, `lm-eval`, …
+
+Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick. A
+file a group of commands; importing it registers them.
+"""
+
 from hippoformer.cli import chat, evaluate, harness, memory, original, report, run, suite, trace
 from hippoformer.cli.app import app
 
-__all__ = ["app", "chat", "evaluate", "harness", "main", "memory", "original", "report", "run", "suite", "trace"]
+__all__ = [
+    "app",
+    "chat",
+    "evaluate",
+    "harness",
+    "main",
+    "memory",
+    "original",
+    "report",
+    "run",
+    "suite",
+    "trace",
+]
 
 
 def main() -> None:
