@@ -42,14 +42,15 @@ def memoryshow(
 
     loaded, tokenizer = load(model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size)
     cache = HippoCache.load(file, loaded)
-    console().print(episodes_table(cache, tokenizer, f"in {file}, row {row}", row=row, limit=limit, sort=sort))
+    console().print(
+        episodes_table(cache, tokenizer, f"in {file}, row {row}", loaded.config.decay_rate, row, limit, sort)
+    )
 
 
 def episodes_table(
-    cache: Any, tokenizer: Any, where: str, row: int = 0, limit: int = 20, sort: Order = "priority"
+    cache: Any, tokenizer: Any, where: str, decay: float, row: int = 0, limit: int = 20, sort: Order = "priority"
 ) -> Table:
-    """The first `limit` episodes of a cache's row."""
-    decay = cache.config.decay_rate
+    """The first `limit` episodes of a cache's row; `decay` is the model's decay rate."""
     keys = {
         "priority": lambda episode: -episode.priority * decay**episode.age,
         "salience": lambda episode: -episode.salience,

@@ -84,7 +84,8 @@ def model_card(model: "HippoFormer", name: str) -> ModelCard:
         "trained": "yes" if _speaks(model) else "no: it is its base until it is trained",
         "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
         "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
-        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of layer {config.memory_layer}",
+        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of "
+        + ("the final hidden states" if config.memory_layer == -1 else f"layer {config.memory_layer}"),
         "replay": f"{config.max_replay_rounds} rounds of {config.replay_batch} at each segment end, "
         f"decay {config.decay_rate}, threshold {config.priority_threshold}",
     }
