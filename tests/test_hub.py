@@ -55,6 +55,8 @@ def test_the_auto_classes_know_the_model(saved: Path) -> None:
 def test_options_go_through_the_auto_class(saved: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved, window=20, dtype=torch.bfloat16, device_map="cpu")
     assert (model.config.window, model.dtype, model.device.type) == (20, torch.bfloat16, "cpu")
+    model.save_pretrained(saved)
+    assert HippoFormer.from_pretrained(saved).dtype == torch.float32, "the type of the base was taken for an option"
     config = AutoConfig.from_pretrained(saved, buffer_size=5)
     assert AutoModelForCausalLM.from_pretrained(saved, config=config).new_cache(1).config.buffer_size == 5
 
@@ -100,6 +102,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(pinned_models, "get_hf_file_metadata", fail)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
@@ -121,6 +124,8 @@ def test_a_repository_fetches_the_base_it_names(tmp_path: Path, base_folder: Pat
     assert torch.equal(HippoFormer.from_pretrained("someone/memory")(ids).logits, expected)
     model, tokenizer = hippoformer.load("someone/memory")
     assert torch.equal(model(ids).logits, expected) and tokenizer("ab")["input_ids"]
+    assert AutoConfig.from_pretrained("someone/memory").base_model_name == "someone/base"
+    assert torch.equal(AutoModelForCausalLM.from_pretrained("someone/memory")(ids).logits, expected)
 
 
 @torch.no_grad()

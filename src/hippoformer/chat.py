@@ -35,7 +35,7 @@ class Conversation:
     Args:
         model: a HippoFormer. tokenizer: of its base, with a chat template.
         system: the system prompt, or None for what the template does without one.
-        cache: one row of state to go on from, such as the memory of a book; None starts with nothing.
+        cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
     Attributes:
@@ -45,6 +45,9 @@ class Conversation:
         ChatTemplateError: the tokenizer has no chat template, or one that refuses the system prompt.
         ConfigurationError: several beams or sequences: a conversation follows one line.
     """
+
+    cache: HippoCache
+    turns: int
 
     def __init__(
         self,
@@ -62,9 +65,8 @@ class Conversation:
             )
         self.model, self.tokenizer, self.system = model, tokenizer, system
         self.options = {"max_new_tokens": 256} | _checked(options)
-        self.cache = model.new_cache() if cache is None else _one_row(cache)
-        self.turns = 0
-        self.turn_ids("a first turn")  # what the template refuses, it refuses now
+        self._take(model.new_cache() if cache is None else cache)
+        self._ends()  # what the template refuses, it refuses now
 
     def turn_ids(self, text: str) -> Tensor:
         """The tokens that a user's turn adds to what was read, (1, T) int64.
@@ -133,13 +135,20 @@ class Conversation:
         Raises:
             MemoryFileError: as `HippoCache.load`; also where the memory is of several rows.
         """
-        cache, turns, system = _one_row(HippoCache.load(path, self.model)), 0, self.system
+        self._take(HippoCache.load(path, self.model))
+
+    def _take(self, cache: HippoCache) -> None:
+        if cache.batch_size != 1:
+            raise MemoryFileError(
+                f"this memory has {cache.batch_size} rows, a conversation has one: choose one by cache.select_rows"
+            )
+        turns, system = 0, self.system
         if _NOTE in cache.notes:
             try:
                 note = json.loads(cache.notes[_NOTE])
                 turns, system = note["turns"], note["system"]
             except (KeyError, TypeError, ValueError) as error:
-                raise MemoryFileError(f"the note about the conversation in {path} is damaged: {error!r}") from error
+                raise MemoryFileError(f"the memory's note about its conversation is damaged: {error!r}") from error
         self.cache, self.turns, self.system = cache, turns, system
 
     def _render_turn(self, text: str, first: bool) -> str:
@@ -208,11 +217,3 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
             "decode greedily"
         )
     return {name: value for name, value in options.items() if name not in _ONE_LINE}
-
-
-def _one_row(cache: HippoCache) -> HippoCache:
-    if cache.batch_size != 1:
-        raise MemoryFileError(
-            f"this memory has {cache.batch_size} rows, a conversation has one: choose one by cache.select_rows"
-        )
-    return cache

@@ -149,6 +149,7 @@ def load(
             f"from_pretrained does not take {', '.join(sorted(unknown))}: expected options of HippoFormerConfig; what "
             "concerns the base alone (quantisation, attention) goes into a base model given as base_model="
         )
+    config.dtype = None  # is the base's, which need not be loaded in the same one again
     if base_model is None:
         own = folder / BASE
         base_model = load_base_model(str(own) if own.is_dir() else config.base_model_name, dtype=dtype or older_name)
