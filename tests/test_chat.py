@@ -167,8 +167,12 @@ def test_a_conversation_follows_one_line() -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_turn_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
     class Broken(TextStreamer):
+        puts = 0
+
         def put(self, value: Tensor) -> None:
-            raise error
+            self.puts += 1
+            if self.puts == 3:  # the turn, a token, and the next: by then both are read
+                raise error
 
     model, tokenizer = tiny_load()
     talk = Conversation(model, tokenizer, max_new_tokens=4)
