@@ -141,6 +141,19 @@ def test_a_memory_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert loaded.episodes(1) == cache.episodes(1)
 
 
+def test_notes_travel_with_a_memory_and_belong_to_it_alone(tmp_path: Path) -> None:
+    cache = read_some(awake())
+    cache.notes["title"] = "Café\n"
+    cache.copy().notes["title"] = "another"
+    cache.select_rows(torch.tensor([1])).notes.clear()
+    cache.save(tmp_path / "memory.safetensors")
+    assert HippoCache.load(tmp_path / "memory.safetensors", awake()).notes == cache.notes == {"title": "Café\n"}
+    cache.reset([0])
+    assert cache.notes, "one row of two"
+    cache.reset()
+    assert cache.notes == {}
+
+
 @torch.no_grad()
 def test_a_memory_of_an_adapted_model_read_by_its_saved_self(tmp_path: Path) -> None:
     model, ahead = with_adapters(), text(rows=2, length=15, seed=9)
