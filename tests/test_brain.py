@@ -8,7 +8,7 @@ import torch
 
 from hippoformer.errors import TextError
 from hippoformer.evaluation.brain import SURPRISE, TRAINED, UNTRAINED, BrainReport, coherence, evaluate_brain
-from hippoformer.evaluation.gates import unsmoothed_gate, untrained_gate
+from hippoformer.evaluation.views import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.word_classes import token_classes
 from hippoformer.training.credit import reconfigured
 from tiny_texts import documents, tiny_load

@@ -27,11 +27,11 @@ from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation.gates import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading, start_tokens
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
+from hippoformer.evaluation.views import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.word_classes import TaggerName, WordClass, tagger, token_classes
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.hidden_states import HiddenStateCache

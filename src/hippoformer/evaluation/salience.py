@@ -23,11 +23,11 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation.gates import untrained_gate
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
+from hippoformer.evaluation.views import untrained_gate
 from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader

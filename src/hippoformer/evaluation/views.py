@@ -1,6 +1,6 @@
-"""The same model under another gate: the controls that a trained gate has to beat.
+"""The same model under another gate, or under other options: the controls that it has to beat.
 
-Everything but the gate is shared with the model itself, which stays as it is.
+A view shares all weights with the model itself, which stays as it is.
 """
 
 import copy
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hippoformer.hippocampus.salience import SalienceGate
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.window import WindowedBase
 
 
 def untrained_gate(model: Any, seed: int = 0) -> Any:
@@ -27,6 +29,20 @@ def unsmoothed_gate(model: Any) -> Any:
         gate.smoothing.zero_()
         gate.smoothing[-1] = 1.0
     return _with_gate(model, gate)
+
+
+def with_options(model: Any, **options: Any) -> Any:
+    """The model with another window, buffer, or other options that shape no weights.
+
+    Raises:
+        ConfigurationError: options that contradict each other, or a window beyond the base's positions.
+    """
+    other, hippocampus = copy.copy(model), copy.copy(model.hippocampus)
+    other._modules = dict(model._modules)
+    other.config = hippocampus.config = HippoFormerConfig(**(model.config.to_dict() | options))
+    other.window = WindowedBase(model.base, other.config)
+    other._modules["hippocampus"] = hippocampus
+    return other
 
 
 def _with_gate(model: Any, gate: SalienceGate) -> Any:
