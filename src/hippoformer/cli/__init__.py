@@ -4,12 +4,13 @@ Each command is a thin layer over a function of the package, imported only when 
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, evaluate, harness, memory, original, report, run, suite, trace
+from hippoformer.cli import chat, comparison, evaluate, harness, memory, original, report, run, suite, trace
 from hippoformer.cli.app import app
 
 __all__ = [
     "app",
     "chat",
+    "comparison",
     "evaluate",
     "harness",
     "main",

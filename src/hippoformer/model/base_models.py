@@ -53,14 +53,16 @@ def load_base_model(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     progress: bool = True,
+    attn_implementation: str | None = "sdpa",
 ) -> PreTrainedModel:
-    """Load a base model in eval mode with `sdpa` attention; its `config.name_or_path` is `name`, as given.
+    """Load a base model in eval mode; its `config.name_or_path` is `name`, as given.
 
     Args:
         name: see `resolve_base_model`.
         dtype: of the weights; by default the one they are stored in.
         revision: branch, tag or commit of a hub repository.
         progress: show what is downloaded and loaded.
+        attn_implementation: as transformers names them; None leaves the choice to the model.
 
     Raises:
         BaseModelNotFoundError: not found, not reachable, damaged, or without some of its weights; the cause is chained.
@@ -68,7 +70,7 @@ def load_base_model(
     """
     with _loading(name, revision, progress) as arguments:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype or "auto", attn_implementation="sdpa", output_loading_info=True
+            **arguments, dtype=dtype or "auto", attn_implementation=attn_implementation, output_loading_info=True
         )
         model, loading_info = loaded
         if missing := sorted(loading_info["missing_keys"]):

@@ -1,0 +1,272 @@
+"""Different models by one protocol: bits per byte and word perplexity of the same texts, beside the bytes of state.
+
+Perplexity a token compares nothing between tokenizers. Every contestant reads each document from its beginning with its
+own tokenizer, scores every token but the first once, and is measured on the text that its scored tokens cover. Whoever
+looks ahead is refused. Documents are cut by characters, so that all read the same text.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from hippoformer.data import Document
+from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
+from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.report import Report, changes, with_range
+from hippoformer.evaluation.scoring import EncodedDocument, encode
+from hippoformer.evaluation.statistics import (
+    RESAMPLES,
+    Interval,
+    bootstrap_interval,
+    token_perplexity,
+    weighted_mean_interval,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One document as a contestant read it.
+
+    Attributes:
+        log_probs: (T - 1,) of its tokens but the first.
+        window_nbytes, memory_nbytes: bytes of state that reading needed: keys and values (or what stands for them), and
+            a memory beside them.
+        seconds: wall time.
+    """
+
+    log_probs: Tensor
+    window_nbytes: int
+    memory_nbytes: int
+    seconds: float
+
+
+class Contestant(Protocol):
+    """Who takes part. `kind` is one of hippoformer, window, kv selection, model, adapter."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    tokenizer: Any
+
+    def score(self, ids: Tensor) -> Scored:
+        """Reads one document, (T,) with T >= 2, from its beginning."""
+
+    def check(self, ids: Tensor) -> None:
+        """Raises CausalityError if predictions depend on what comes after them; see `causality.check`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contestant against the reference.
+
+    Attributes:
+        bits_ratio: bits per byte divided by those of the reference; below 1 is better.
+        documents, documents_better: how many there are, and in how many fewer bits were needed.
+        test: of the documents' bits per byte, corrected for the number of contestants by Holm's method.
+    """
+
+    bits_ratio: Interval
+    documents: int
+    documents_better: int
+    test: TestResult
+
+
+@dataclass(frozen=True)
+class ContestantResult:
+    """All documents as one contestant read them; sums over documents, and the figures that follow from them."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    tokenizer: str
+    tokens_scored: int
+    words: int
+    utf8_bytes: int
+    nll: float
+    token_perplexity: float
+    word_perplexity: float | None
+    bits_per_byte: Interval
+    window_nbytes: int
+    memory_nbytes: int
+    state_nbytes: int
+    tokens_per_second: float
+    against: Comparison | None
+    documents: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ComparisonReport(Report):
+    """Every contestant, the reference among them."""
+
+    FORMAT: ClassVar[str] = "hippoformer.comparison/1"
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    reference: str
+    contestants: tuple[ContestantResult, ...]
+    provenance: dict[str, Any]
+
+    def __getitem__(self, name: str) -> ContestantResult:
+        """A contestant by its name.
+
+        Raises:
+            KeyError: nobody of that name.
+        """
+        for contestant in self.contestants:
+            if contestant.name == name:
+                return contestant
+        raise KeyError(name)
+
+    def to_table(self) -> Table:
+        """One line a contestant."""
+        first = self.contestants[0]
+        caption = (
+            f"{len(first.documents)} documents, {first.utf8_bytes:,} bytes, {first.words:,} words; against "
+            f"{self.reference}, bits per byte; token perplexity compares within one tokenizer alone"
+        )
+        table = Table(title=Text("One protocol, many models"), caption=Text(caption))
+        table.add_column("contestant")
+        table.add_column("kind")
+        headings = ("bits/byte", "against", "p", "word ppl", "token ppl", "window kB", "memory kB", "tokens/s")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for c in self.contestants:
+            against, bits = c.against, c.bits_per_byte
+            cells = (
+                c.name,
+                c.kind,
+                with_range("{:.4f}", bits.estimate, bits.low, bits.high),
+                "-" if against is None else with_range("{:+.2%}", *changes(against.bits_ratio)),
+                "-" if against is None or against.test.p_corrected is None else f"{against.test.p_corrected:.2g}",
+                "-" if c.word_perplexity is None else f"{c.word_perplexity:.2f}",
+                f"{c.token_perplexity:.2f}",
+                f"{c.window_nbytes / 1e3:,.0f}",
+                f"{c.memory_nbytes / 1e3:,.0f}",
+                f"{c.tokens_per_second:,.0f}",
+            )
+            table.add_row(*(Text(cell) for cell in cells))
+        return table
+
+
+def compare(
+    contestants: Sequence[Contestant],
+    documents: Sequence[Document],
+    model: dict[str, Any],
+    limit_characters: int | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    progress: Callable[[int, int], None] | None = None,
+    command: str | None = None,
+) -> ComparisonReport:
+    """Lets everybody read the same documents.
+
+    Args:
+        contestants: the first is the reference.
+        documents: those of which somebody scores no token are left out for all.
+        model: what is being evaluated, for the report.
+        limit_characters: read only the first so many characters of each document.
+        seed, resamples: of the bootstrap over documents.
+        progress: called with (documents read, in all), contestants counted each. command: recorded in the report.
+
+    Raises:
+        ConfigurationError: nobody, two of one name, or a limit below 1.
+        CausalityError: a contestant looks ahead. TextError: no document of two tokens.
+        NonFiniteError: a scored token has probability zero or NaN.
+    """
+    names = [contestant.name for contestant in contestants]
+    if not names or len(set(names)) < len(names) or (limit_characters is not None and limit_characters < 1):
+        raise ConfigurationError(
+            f"contestants {names}, limit_characters={limit_characters}; expected names that differ and a limit above 0"
+        )
+    cut = [Document(d.title, d.text[:limit_characters], d.source) for d in documents]
+    encoded = {c.name: [encode(c.tokenizer, document, i) for i, document in enumerate(cut)] for c in contestants}
+    kept = [i for i in range(len(cut)) if all(of[i].tokens_scored and of[i].utf8_bytes for of in encoded.values())]
+    if not kept:
+        raise TextError(f"none of {len(cut)} documents has two tokens for everybody; name a longer text")
+    for contestant in contestants:
+        contestant.check(encoded[contestant.name][kept[0]].input_ids)
+    scored: dict[str, list[Scored]] = {name: [] for name in names}
+    for number, i in enumerate(kept):
+        for place, contestant in enumerate(contestants):
+            found = contestant.score(encoded[contestant.name][i].input_ids)
+            if not torch.isfinite(found.log_probs).all():
+                raise NonFiniteError(f"a token of {cut[i].title!r} has probability zero or NaN under {contestant.name}")
+            scored[contestant.name].append(found)
+            if progress is not None:
+                progress(number * len(names) + place + 1, len(kept) * len(names))
+    read = {name: [of[i] for i in kept] for name, of in encoded.items()}
+    nll = {n: np.array([-float(s.log_probs.double().sum()) for s in of]) for n, of in scored.items()}
+    nbytes = {name: np.array([d.utf8_bytes for d in of], dtype=np.float64) for name, of in read.items()}
+    bits = {name: nll[name] / math.log(2) / nbytes[name] for name in names}
+    tests = dict(zip(names[1:], corrected([paired_test(bits[n], bits[names[0]]) for n in names[1:]]), strict=True))
+
+    def ratio(ours: Any, our_bytes: Any, theirs: Any, their_bytes: Any, axis: int = -1) -> NDArray[Any]:
+        return np.asarray(ours.sum(axis) / our_bytes.sum(axis) / (theirs.sum(axis) / their_bytes.sum(axis)))
+
+    def against(name: str) -> Comparison | None:
+        if name == names[0]:
+            return None
+        samples = (nll[name], nbytes[name], nll[names[0]], nbytes[names[0]])
+        return Comparison(
+            bits_ratio=bootstrap_interval(samples, ratio, seed, resamples),
+            documents=len(kept),
+            documents_better=int((bits[name] < bits[names[0]]).sum()),
+            test=tests[name],
+        )
+
+    return ComparisonReport(
+        model=model,
+        settings={"limit_characters": limit_characters, "seed": seed, "resamples": resamples},
+        reference=names[0],
+        contestants=tuple(
+            _result(c, read[c.name], scored[c.name], nll[c.name], against(c.name), seed, resamples) for c in contestants
+        ),
+        provenance=provenance(seed=seed, documents=cut, command=command),
+    )
+
+
+def _result(
+    contestant: Contestant,
+    read: Sequence[EncodedDocument],
+    scored: Sequence[Scored],
+    nll: NDArray[Any],
+    against: Comparison | None,
+    seed: int,
+    resamples: int,
+) -> ContestantResult:
+    tokens, words = [d.tokens_scored for d in read], sum(d.words for d in read)
+    nbytes = [d.utf8_bytes for d in read]
+    a_word = float(nll.sum()) / words if words else math.inf
+    window, memory = max(s.window_nbytes for s in scored), max(s.memory_nbytes for s in scored)
+    return ContestantResult(
+        name=contestant.name,
+        kind=contestant.kind,
+        options=dict(contestant.options),
+        tokenizer=str(contestant.tokenizer.name_or_path),
+        tokens_scored=sum(tokens),
+        words=words,
+        utf8_bytes=sum(nbytes),
+        nll=float(nll.sum()),
+        token_perplexity=token_perplexity(nll, tokens),
+        word_perplexity=math.exp(a_word) if a_word < 700 else None,
+        bits_per_byte=weighted_mean_interval(nll / math.log(2), nbytes, seed, resamples),
+        window_nbytes=window,
+        memory_nbytes=memory,
+        state_nbytes=window + memory,
+        tokens_per_second=sum(d.tokens_read for d in read) / max(sum(s.seconds for s in scored), 1e-9),
+        against=against,
+        documents=[
+            {"title": d.document.title, "nll": float(n), "tokens": d.tokens_scored, "words": d.words}
+            | {"utf8_bytes": d.utf8_bytes}
+            for d, n in zip(read, nll, strict=True)
+        ],
+    )

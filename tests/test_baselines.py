@@ -1,0 +1,210 @@
+"""Everybody by one protocol: each way to read a long text against a slow reading of the same text."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from typer.testing import CliRunner
+
+import hippoformer
+from hippoformer.cli import app
+from hippoformer.data import Document
+from hippoformer.errors import BaseModelNotFoundError, CausalityError, ConfigurationError, NonFiniteError, TextError
+from hippoformer.evaluation import evaluate_perplexity
+from hippoformer.evaluation.baselines import Foreign, Streamed, contestants, foreign
+from hippoformer.evaluation.causality import check
+from hippoformer.evaluation.comparison import Scored, compare
+from hippoformer.evaluation.scoring import describe
+from hippoformer.evaluation.views import with_options
+from tiny_texts import LETTERS, byte_tokenizer, documents, tiny_load, tiny_tokenizer
+
+TEXTS = [*documents(300, 170), Document("empty", "", "made up"), *documents(0, 0, 120)[2:]]
+SIZES = {"vocab_size": len(LETTERS) + 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each family in a folder, one of them with a tokenizer of its own, and an adapter."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    llama = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    models = {
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **(SIZES | {"vocab_size": len(LETTERS) + 3}))
+        ),
+        "llama": LlamaForCausalLM(LlamaConfig(**llama, max_position_embeddings=128, **SIZES)),
+        "mamba": MambaForCausalLM(MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, **SIZES)),
+    }
+    merging = byte_tokenizer(["<end>"], merges=[("a", "b"), ("c", "d")], bos_token="<end>", eos_token="<end>")
+    for name, model in models.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(root / name)
+        (merging if name == "gpt2" else tiny_tokenizer()).save_pretrained(root / name)
+    adapted = LlamaForCausalLM.from_pretrained(root / "llama")
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(root / "adapter")
+    config = json.loads((root / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(root / "llama")
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return {name: root / name for name in (*models, "adapter")}
+
+
+@torch.no_grad()
+def alone(model: Any, ids: Tensor, start: int, token: int) -> float:
+    """log p of a token by everything from `start` to the one before it, in one plain call."""
+    logits = model(input_ids=ids[None, start:token]).logits[0, -1]
+    return float(torch.log_softmax(logits.float(), -1)[ids[token]])
+
+
+@pytest.mark.parametrize("overlap", [0, 7, 15])
+def test_a_window_that_slides_with_overlap(folders: dict[str, Path], overlap: int) -> None:
+    baseline = foreign(str(folders["llama"]), 20, overlap)
+    ids = torch.randint(1, 200, (93,), generator=torch.Generator().manual_seed(0))
+    scored = baseline.score(ids)
+    expected = []
+    for token in range(1, len(ids)):
+        # The window in which the token before was read for the first time foretells it.
+        reader, start = token - 1, 0
+        while reader >= start + 20:
+            start += 20 - overlap
+        expected.append(alone(baseline.model, ids, start, token))
+    assert scored.log_probs.tolist() == pytest.approx(expected, abs=1e-4)
+    # Keys and values: 2 layers, 2 heads of 8, 20 tokens, 4 bytes.
+    assert (scored.window_nbytes, scored.memory_nbytes) == (2 * 2 * 2 * 8 * 20 * 4, 0)
+
+
+@pytest.mark.parametrize("piece", [1, 512])
+def test_a_recurrent_state_carries_everything(folders: dict[str, Path], piece: int) -> None:
+    baseline = foreign(str(folders["mamba"]))
+    assert baseline.window is None and baseline.options == {"recurrent": True}
+    baseline._piece = min(piece, baseline._piece)
+    ids = torch.randint(1, 200, (40,), generator=torch.Generator().manual_seed(0))
+    expected = [alone(baseline.model, ids, 0, token) for token in range(1, 40)]
+    scored = baseline.score(ids)
+    assert scored.log_probs.tolist() == pytest.approx(expected, abs=1e-4)
+    assert scored.window_nbytes == baseline.score(ids[:10]).window_nbytes > 0
+
+
+def test_an_adapter_is_its_base_and_more(folders: dict[str, Path]) -> None:
+    base, adapted = foreign(str(folders["llama"])), foreign(str(folders["adapter"]))
+    assert (base.kind, adapted.kind) == ("model", "adapter")
+    ids = torch.randint(1, 200, (30,), generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(base.score(ids).log_probs, adapted.score(ids).log_probs, atol=1e-3)
+
+
+def test_all_of_them_look_at_the_past_alone(folders: dict[str, Path]) -> None:
+    for name, options in (("gpt2", {"window": 16}), ("llama", {"window": 16, "overlap": 3}), ("mamba", {})):
+        assert check(foreign(str(folders[name]), **options)).future == 0.0
+
+
+def test_windows_and_buffers_are_views_of_one_model() -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    for options in ({"window": 32}, {"buffer_size": 16}, {"window": 64, "buffer_size": 8}):
+        view, built = with_options(model, **options), tiny_load(residual_readout=False, **options)[0]
+        built.load_state_dict(model.state_dict())
+        ids = tokenizer(TEXTS[0].text, return_tensors="pt").input_ids
+        assert torch.equal(view.score(ids), built.score(ids))
+        assert view.hippocampus.recall is model.hippocampus.recall and view.config is not model.config
+        with view.memory_off(), built.memory_off():
+            assert torch.equal(view.score(ids), built.score(ids))
+
+
+def test_figures_are_those_of_the_text(folders: dict[str, Path]) -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    everybody = contestants(model, tokenizer, [64], [16], [("h2o", 8)], [str(folders["gpt2"])], 32)
+    report = compare(everybody, TEXTS, describe(model), resamples=50)
+    assert [(c.name.replace(str(folders["gpt2"]), "gpt2"), c.kind) for c in report.contestants] == [
+        ("hippoformer", "hippoformer"),
+        ("base, window 48", "window"),
+        ("base, window 64", "window"),
+        ("hippoformer, buffer 16", "hippoformer"),
+        ("base, window 48 + 8 by h2o", "kv selection"),
+        ("gpt2", "model"),
+    ]
+    streamed = evaluate_perplexity(model, tokenizer, TEXTS, ("memory", "off"), resamples=10)
+    for name, condition in (("hippoformer", "memory"), ("base, window 48", "off")):
+        mine, theirs = report[name], streamed[condition]
+        assert mine.nll == pytest.approx(theirs.nll, rel=1e-5)
+        assert mine.bits_per_byte.estimate == pytest.approx(theirs.bits_per_byte, rel=1e-5)
+        assert mine.word_perplexity == pytest.approx(theirs.word_perplexity, rel=1e-4)
+        assert (mine.window_nbytes, mine.memory_nbytes) == (theirs.window_nbytes, theirs.memory_nbytes)
+    other = report[str(folders["gpt2"])]
+    assert other.tokens_scored < report["hippoformer"].tokens_scored, "its tokens are longer"
+    text_bytes = [len(text.text) for text in TEXTS if text.text]
+    for document, whole in zip(other.documents, text_bytes, strict=True):
+        assert whole - 2 <= document["utf8_bytes"] < whole, "all but the first token"
+    bits = sum(d["nll"] for d in other.documents) / math.log(2) / sum(d["utf8_bytes"] for d in other.documents)
+    assert other.bits_per_byte.estimate == pytest.approx(bits)
+    ratio = bits / report["hippoformer"].bits_per_byte.estimate
+    assert other.against.bits_ratio.estimate == pytest.approx(ratio)
+    assert report["hippoformer"].against is None and other.against.documents == 3
+    assert report["base, window 64"].window_nbytes > report["base, window 48"].window_nbytes
+    assert report["hippoformer, buffer 16"].memory_nbytes < report["hippoformer"].memory_nbytes
+    assert report.to_table().row_count == 6
+    with pytest.raises(KeyError):
+        report["nobody"]
+
+
+class Cheat(Foreign):
+    """A model whose scores know the answer."""
+
+    def scores(self, ids: Tensor) -> Tensor:
+        return torch.full((len(ids) - 1,), -0.01)
+
+
+def test_whoever_cheats_or_breaks_is_refused(folders: dict[str, Path]) -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    honest = foreign(str(folders["llama"]))
+    cheat = Cheat("cheat", honest.tokenizer, honest.model, 20, 10)
+    with pytest.raises(CausalityError, match="scores differ"):
+        compare([honest, cheat], TEXTS, {}, resamples=10)
+
+    class Broken(Streamed):
+        def score(self, ids: Tensor) -> Scored:
+            return Scored(torch.full((len(ids) - 1,), np.nan), 0, 0, 1.0)
+
+    with pytest.raises(NonFiniteError, match=r"'text 0'.*broken"):
+        compare([Broken("broken", "model", {}, tokenizer, model)], TEXTS, {}, resamples=10)
+    with pytest.raises(ConfigurationError, match="names that differ"):
+        compare([honest, honest], TEXTS, {})
+    with pytest.raises(TextError, match="two tokens for everybody"):
+        compare([honest], documents(1), {})
+    with pytest.raises(ConfigurationError, match="overlap below the window"):
+        foreign(str(folders["llama"]), 20, 20)
+    with pytest.raises(ConfigurationError, match="2 to 64 tokens"):
+        foreign(str(folders["gpt2"]), 65)
+    (folders["adapter"] / "adapter_model.safetensors").rename(folders["adapter"] / "gone")
+    with pytest.raises(BaseModelNotFoundError, match="adapter"):
+        foreign(str(folders["adapter"]))
+
+
+def test_from_the_command_line(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hippoformer, "load", lambda name, **options: tiny_load(name, residual_readout=False, **options))
+    (tmp_path / "text.txt").write_text(TEXTS[0].text)
+    arguments = ["--model", "tiny", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out.json")]
+    arguments += ["--limit-characters", "200", "--resamples", "10"]
+    baselines = ["--baseline", str(folders["gpt2"]), "--baseline-window", "32", "--windows", "32"]
+    for command, more, number in (
+        ("baselines", baselines, 4),
+        ("bytes", ["--windows", "64", "--buffers", "0", "--kv", "random:8"], 5),
+    ):
+        result = CliRunner().invoke(app, ["eval", command, *arguments, *more])
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / "out.json").read_text())
+        assert content["format"] == "hippoformer.comparison/1" and len(content["contestants"]) == number
+        assert content["contestants"][0]["utf8_bytes"] == 199
+    wrong = CliRunner().invoke(app, ["eval", "bytes", *arguments, "--kv", "h2o"])
+    assert wrong.exit_code == 2 and "METHOD:BUDGET" in wrong.output
