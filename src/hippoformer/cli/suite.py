@@ -328,6 +328,49 @@ def eval_quality(
     show(report, output)
 
 
+@eval_app.command("questions")
+def eval_questions(
+    model: ModelOption,
+    questions: Annotated[
+        str, typer.Option(help="narrativeqa, scrolls-qasper, babilong-4k-qa1, babi-qa1 …, or a .jsonl file.")
+    ],
+    dataset_split: DatasetSplitOption = "validation",
+    data_dir: DataDirOption = Path("data"),
+    samples: Annotated[int | None, typer.Option(help="Ask the first so many questions.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 24,
+    limit_tokens: LimitOption = None,
+    batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 4,
+    window: WindowOption = None,
+    buffer_size: BufferOption = None,
+    output: OutputOption = None,
+    resamples: ResamplesOption = 10_000,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask questions about long texts with and without memory; exact match, F1, ROUGE."""
+    from hippoformer.data.questions import read_questions
+    from hippoformer.evaluation.questions import evaluate_questions
+
+    _checked(output)
+    asked = read_questions(questions, dataset_split, data_dir, samples)
+    loaded, tokenizer = load(model, device, dtype, window=window, buffer_size=buffer_size, seed=seed)
+    with reading() as progress:
+        report = evaluate_questions(
+            loaded,
+            tokenizer,
+            asked,
+            f"{questions} ({dataset_split})",
+            new_tokens,
+            limit_tokens,
+            batch_size,
+            seed,
+            resamples,
+            progress,
+        )
+    show(report, output)
+
+
 def texts_of(
     paths: list[Path], datasets: list[str] | None, dataset_split: str, data_dir: Path, split: Split
 ) -> list[Document]:

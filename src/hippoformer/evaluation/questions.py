@@ -1,0 +1,142 @@
+"""Answers to questions about long texts, memory on and off.
+
+The text is read from an empty memory, then the question, and the answer is decoded greedily up to the end of its line.
+A base model was never taught to answer, so absolute figures say little; both conditions get the same prompt, and what
+counts is the difference.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.table import Table
+from rich.text import Text
+
+from hippoformer.data.questions import Question
+from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.generation import continued
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.quality import Difference, differences, means, shown_test
+from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.scoring import describe, reading, start_tokens
+from hippoformer.evaluation.statistics import RESAMPLES, Interval
+from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
+
+CONDITIONS = ("memory", "off")
+_ASKED = "\n\nQuestion: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class QuestionsReport(Report):
+    """Every metric under both conditions, and every answer.
+
+    Attributes:
+        source: which questions. conditions: condition -> metric -> mean. differences: metric -> memory minus off.
+        asked: name, tokens read, question, accepted answers, and what was answered under each condition.
+    """
+
+    FORMAT: ClassVar[str] = "hippoformer.questions/1"
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    source: str
+    conditions: dict[str, dict[str, Interval]]
+    differences: dict[str, Difference]
+    asked: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+    def to_table(self) -> Table:
+        """One line a metric."""
+        tokens = [row["tokens_read"] for row in self.asked]
+        caption = f"{len(self.asked)} questions of {self.source}, {min(tokens):,} to {max(tokens):,} tokens read"
+        table = Table(title=Text(f"Answers by {self.model['base_model_name']}"), caption=Text(caption))
+        table.add_column("metric")
+        for heading in (*CONDITIONS, "difference", "p, corrected", "effect"):
+            table.add_column(heading, justify="right")
+        for metric in TEXT_METRICS:
+            found = self.differences[metric]
+            intervals = [*(self.conditions[condition][metric] for condition in CONDITIONS), found.difference]
+            shown = [with_range("{:.3f}", of.estimate, of.low, of.high) for of in intervals]
+            table.add_row(*(Text(cell) for cell in (metric, *shown, *shown_test(found.test))))
+        return table
+
+
+def evaluate_questions(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    source: str,
+    new_tokens: int = 24,
+    limit_tokens: int | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    progress: Callable[[int, int], None] | None = None,
+    command: str | None = None,
+) -> QuestionsReport:
+    """Asks each question after its text, with and without memory.
+
+    Args:
+        model, tokenizer: a HippoFormer and its tokenizer.
+        questions, source: what is asked, and where it came from.
+        new_tokens: of an answer, at most. limit_tokens: of the text; what is longer is cut at its end.
+        batch_size: questions side by side. seed, resamples: of the bootstrap over questions.
+        progress: called with (answers given, in all). command: recorded in the report.
+
+    Raises:
+        ConfigurationError: a number below 1. TextError: no question.
+    """
+    if min(new_tokens, batch_size, 1 if limit_tokens is None else limit_tokens) < 1:
+        raise ConfigurationError("new_tokens, batch_size and limit_tokens must be at least 1")
+    if not questions:
+        raise TextError("there is no question to ask")
+    start = start_tokens(tokenizer)
+    prompts = []
+    for asked in questions:
+        text, tail = (
+            tokenizer(part, add_special_tokens=False, verbose=False).input_ids
+            for part in (asked.context, _ASKED.format(question=asked.question))
+        )
+        prompts.append([*start, *text[:limit_tokens], *tail])
+    # Side by side go prompts of like length, so that few rows idle.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: dict[str, dict[int, str]] = {condition: {} for condition in CONDITIONS}
+    done = 0
+    with reading(model):
+        for low in range(0, len(order), batch_size):
+            chosen = order[low : low + batch_size]
+            for condition in CONDITIONS:
+                made, _ = continued(model, [prompts[i] for i in chosen], new_tokens, memory=condition == "memory")
+                for i, ids in zip(chosen, made, strict=True):
+                    answers[condition][i] = tokenizer.decode(ids).strip().partition("\n")[0].strip()
+                done += len(chosen)
+                if progress is not None:
+                    progress(done, 2 * len(order))
+    scores = {
+        condition: [best_answer(given[i], asked.answers) for i, asked in enumerate(questions)]
+        for condition, given in answers.items()
+    }
+    return QuestionsReport(
+        model=describe(model),
+        settings={
+            "new_tokens": new_tokens,
+            "limit_tokens": limit_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+            "resamples": resamples,
+        },
+        source=source,
+        conditions={condition: means(of, seed, resamples) for condition, of in scores.items()},
+        differences=differences(scores["memory"], scores["off"], seed, resamples),
+        asked=[
+            {
+                "name": asked.name,
+                "tokens_read": len(prompts[i]),
+                "question": asked.question,
+                "answers": list(asked.answers),
+                **{condition: given[i] for condition, given in answers.items()},
+            }
+            for i, asked in enumerate(questions)
+        ],
+        provenance=provenance(seed=seed, command=command),
+    )
