@@ -23,7 +23,7 @@ BABI = """1 Mary moved to the bathroom.
 4 Daniel went back to the hallway.
 5 Where is Daniel? \thallway\t4
 1 Sandra travelled to the office.
-2 Where is Sandra? \toffice\t1
+2 Where is Sandra? |office|1
 """
 
 

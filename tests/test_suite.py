@@ -13,8 +13,9 @@ from evaluation.comprehensive_eval import app as original
 from hippoformer.cli import app
 from hippoformer.data import Document
 from hippoformer.data.benchmarks import benchmark_documents, local_places
-from hippoformer.errors import ConfigurationError, HippoFormerError, TextError
+from hippoformer.errors import ConfigurationError, HippoFormerError, InputError, TextError
 from hippoformer.evaluation import suite as suites
+from hippoformer.evaluation.seeds import aggregate
 from hippoformer.evaluation.suite import PARTS, Suite, SuiteReport, SuiteSettings, estimated_minutes, run_suite, smaller
 from tiny_texts import documents, tiny_load
 
@@ -253,3 +254,28 @@ def test_a_data_set_is_local_or_on_the_hub_or_an_error(
         benchmark_documents("pg19", "test", tmp_path)
     with pytest.raises(ConfigurationError, match="at least 1"):
         benchmark_documents("pg19", max_samples=0)
+
+
+def test_seeds_are_put_together(suite: Suite, tmp_path: Path) -> None:
+    files = []
+    for seed in range(3):
+        model, _ = loaded()
+        model.hippocampus.fusion.gate_out.bias.data.add_(0.5 * seed)
+        run_suite(replace(suite, model=model), tmp_path / str(seed), ("perplexity",))
+        files.append(tmp_path / str(seed) / "perplexity.json")
+    values = [json.loads(file.read_text())["conditions"]["memory"]["token_perplexity"]["estimate"] for file in files]
+    report = aggregate(files)
+    row = next(row for row in report.rows if row.name == "perplexity, memory")
+    assert row.values == values and len(set(values)) == 3
+    assert row.summary.mean == pytest.approx(sum(values) / 3) and row.summary.seeds == 3
+    whole = aggregate([file.with_name("results.json") for file in files])
+    assert whole.rows == report.rows
+    arguments = ["eval", "seeds", *map(str, files), "--output", str(tmp_path / "seeds.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "perplexity, memory" in result.output, result.output
+    assert json.loads((tmp_path / "seeds.json").read_text())["rows"][0]["summary"]["seeds"] == 3
+    (tmp_path / "other.json").write_text('{"format": "hippoformer.speed/1"}')
+    with pytest.raises(InputError, match="no result file"):
+        aggregate([files[0], tmp_path / "other.json"])
+    with pytest.raises(InputError, match="in common"):
+        aggregate([])

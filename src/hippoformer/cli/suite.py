@@ -371,6 +371,18 @@ def eval_questions(
     show(report, output)
 
 
+@eval_app.command("seeds")
+def eval_seeds(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files, one a training seed.")],
+    output: OutputOption = None,
+) -> None:
+    """Mean, deviation and interval of the headline figures over training seeds."""
+    from hippoformer.evaluation.seeds import aggregate
+
+    _checked(output)
+    show(aggregate(files), output)
+
+
 def texts_of(
     paths: list[Path], datasets: list[str] | None, dataset_split: str, data_dir: Path, split: Split
 ) -> list[Document]:

@@ -90,7 +90,7 @@ def _from_file(path: Path) -> Iterator[Question]:
 
 
 def _from_babi(task: str, split: str, data_dir: Path) -> Iterator[Question]:
-    """Stories whose lines are numbered from 1; a question ends in a tab and the answer."""
+    """Stories whose lines are numbered from 1; a question ends in a tab (a bar in some copies) and the answer."""
     part = {"validation": "train"}.get(split, split)  # bAbI has no validation split
     places = sorted((data_dir / "babi").rglob(f"{_BABI_TASKS.get(task, task)}_{part}.txt"))
     if not places:
@@ -103,8 +103,8 @@ def _from_babi(task: str, split: str, data_dir: Path) -> Iterator[Question]:
         position, _, text = line.partition(" ")
         if position == "1":
             story = []
-        if "\t" in text:
-            question, answer, *_ = text.split("\t")
+        if "\t" in text or "|" in text:
+            question, answer, *_ = re.split(r"[\t|]", text)
             yield _question(f"babi-{task}:{number}", "\n".join(story), question.strip(), [answer.strip()])
         else:
             story.append(text)

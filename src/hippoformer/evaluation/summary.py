@@ -96,8 +96,8 @@ def _perplexity(part: Mapping[str, Any]) -> list[dict[str, Any]]:
         if condition == "memory":
             rows.append(
                 _row(
-                    "the same",
-                    "bits a byte",
+                    "bits, memory",
+                    "a byte",
                     found["bits_per_byte"],
                     None if off is None else off["bits_per_byte"],
                     None if off is None else "memory off",
@@ -142,7 +142,13 @@ def _salience(part: Mapping[str, Any]) -> list[dict[str, Any]]:
             _UNTRAINED,
             _R_TARGET,
         ),
-        _row("the same", "Spearman", trained["spearman"], rules["surprise"]["spearman"]["estimate"], "surprise"),
+        _row(
+            "salience and credit, by rank",
+            "Spearman",
+            trained["spearman"],
+            rules["surprise"]["spearman"]["estimate"],
+            "surprise",
+        ),
     ]
 
 
