@@ -69,6 +69,9 @@ def test_what_needs_other_states_or_weights_is_refused(cache: Path) -> None:
     for wrong in ({"window": 20}, {"recall_n_heads": 1}, {"no_such_option": 1}):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
             evaluate_variants(model, tokenizer, documents(100), {"wrong": wrong}, cache)
+    inner, tokenizer = tiny_load(memory_layer=1)
+    with pytest.raises(ConfigurationError, match="residual at layer 1"):
+        evaluate_variants(inner, tokenizer, documents(100), {"as it is": {}}, cache)
     with pytest.raises(ConfigurationError, match="at least one"):
         evaluate_variants(model, tokenizer, documents(100), {}, cache)
 

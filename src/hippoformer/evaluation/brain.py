@@ -29,7 +29,7 @@ from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import describe, encode, reading, start_tokens
+from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading, start_tokens
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
 from hippoformer.evaluation.views import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.word_classes import TaggerName, WordClass, tagger, token_classes
@@ -164,7 +164,7 @@ def evaluate_brain(
         )
     n_start, found = len(start_tokens(tokenizer)), []
     with reading(model):
-        cache = HiddenStateCache(model, [document.input_ids for document in encoded], cache_dir)
+        cache = hidden_states(model, encoded, cache_dir)
         ways = _ways(model, seed)
         for number, document in enumerate(encoded):
             reads = {name: _read(way, cache, number, options) for name, (way, options) in ways.items()}

@@ -25,7 +25,7 @@ from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import describe, encode, reading
+from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.evaluation.views import untrained_gate
 from hippoformer.training.credit import measure_credit
@@ -114,7 +114,7 @@ def evaluate_salience(
     figures: dict[str, list[tuple[float, float, float]]] = {rule: [] for rule in RULES}
     perfect, titles, transitions = [], [], 0
     with reading(model):
-        cache = HiddenStateCache(model, [document.input_ids for document in encoded], cache_dir)
+        cache = hidden_states(model, encoded, cache_dir)
         for number, document in enumerate(encoded):
             credit = measure_credit(model.hippocampus, cache[number])
             known = ~credit.isnan()

@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError
+from hippoformer.training.hidden_states import HiddenStateCache
 
 CONDITIONS = ("memory", "off", "window-only", "other-document")
 
@@ -211,6 +213,21 @@ def score_batch(
         memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),
         seconds=seconds,
     )
+
+
+def hidden_states(model: Any, documents: Sequence[EncodedDocument], folder: Path) -> HiddenStateCache:
+    """The documents as the base reads them, kept on disk: for what is read many times under other options.
+
+    Raises:
+        ConfigurationError: a model in which recall changes the base's own layers, so that there is nothing to keep.
+    """
+    config = model.config
+    if config.memory_layers != (-1,) and config.residual_readout:
+        raise ConfigurationError(
+            f"a residual at layer {config.memory_layer} changes the base's layers above it, so its states cannot be "
+            "read once for all: evaluate this model by perplexity, long-range, dynamics, quality and recall"
+        )
+    return HiddenStateCache(model, [document.input_ids for document in documents], folder)
 
 
 @contextlib.contextmanager

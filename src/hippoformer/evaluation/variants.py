@@ -20,12 +20,11 @@ from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, changes, with_range
-from hippoformer.evaluation.scoring import describe, encode, reading
+from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
 from hippoformer.hippocampus.fusion import Fusion
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.credit import reconfigured
-from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import score_cached
 
 # Options that the cached states, or the shapes of the weights, are made with.
@@ -165,7 +164,7 @@ def evaluate_variants(
     encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
     kept = [document for document in encoded if document.tokens_scored > 0]
     with reading(model):
-        cache = HiddenStateCache(model, [document.input_ids for document in kept], cache_dir)
+        cache = hidden_states(model, kept, cache_dir)
         scores = {}
         for name, options in variants.items():
             if progress is not None:
