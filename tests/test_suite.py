@@ -21,7 +21,7 @@ from tiny_texts import documents, tiny_load
 
 SETTINGS = SuiteSettings(
     part_documents=2,
-    part_tokens=300,
+    part_tokens=160,
     stream_tokens=200,
     prompts=2,
     context_tokens=80,
@@ -198,7 +198,7 @@ def test_one_command_a_part(part: str, texts: Path, tmp_path: Path) -> None:
     arguments += ["--output", str(tmp_path / "part.json")]
     arguments += {
         "quality": ["--context-tokens", "80", "--new-tokens", "4", "--prompts", "1"],
-        "ablations": ["--cache-dir", str(tmp_path / "states"), "--resamples", "10"],
+        "ablations": ["--cache-dir", str(tmp_path / "states"), "--resamples", "10", "--limit-tokens", "80"],
         "brain": ["--cache-dir", str(tmp_path / "states"), "--tagger", "word list", "--resamples", "10"],
     }.get(part, [])
     result = CliRunner().invoke(app, arguments)

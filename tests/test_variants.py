@@ -50,7 +50,7 @@ def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
 
 def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -> None:
     model, tokenizer = tiny_load(residual_readout=False)
-    report = evaluate_variants(model, tokenizer, documents(400, 300, 200), ABLATIONS, cache, resamples=20)
+    report = evaluate_variants(model, tokenizer, documents(200, 150, 120), ABLATIONS, cache, resamples=20)
     assert model.hippocampus.fusion.has_distribution
     by_name = {v.name: v for v in report.variants}
     assert by_name["no recall distribution"].nll == pytest.approx(report.base_nll)
