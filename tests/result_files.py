@@ -75,6 +75,8 @@ def contents() -> dict[str, Content]:
         "long_range": {"format": "hippoformer.long_range/1"} | _long_range() | shared,
         "brain": {"format": "hippoformer.brain/1", "measures": _measures()} | shared,
         "bytes": {"format": "hippoformer.comparison/1", "contestants": _contestants()} | shared,
+        "salience": {"format": "hippoformer.salience/1", "rules": [_rule()]} | shared,
+        "quality": {"format": "hippoformer.quality/1"} | _quality() | shared,
         "overall": {"format": "hippoformer.evaluation/1", "headline": [_headline()]} | shared,
     }
 
@@ -179,6 +181,22 @@ def _contestants() -> list[Content]:
             "against": against,
         },
     ]
+
+
+def _rule() -> Content:
+    return {
+        "rule": "salience",
+        "spearman": interval(0.4905),
+        "pearson": interval(0.2236),
+        "held": interval(0.2617, 0.2, 0.3),
+    }
+
+
+def _quality() -> Content:
+    scores = {"bleu": interval(12.25, 11.0, 13.0), "f1": interval(0.158, 0.1, 0.2)}
+    test = {"test": "Wilcoxon signed rank", "p": 0.01, "p_corrected": 0.0312}
+    difference = {"difference": interval(0.024, 0.01, 0.06), "test": test}
+    return {"conditions": {"memory": scores, "off": scores}, "differences": {"f1": difference}}
 
 
 def _headline() -> Content:

@@ -126,7 +126,7 @@ FIGURES: dict[str, Drawing] = {
     "ablations": Drawing(
         "Ablations",
         "One trained hippocampus under different options. Left against the base alone, right against the first "
-        "variant; dots with 95 % intervals over documents.",
+        "variant with p corrected for their number; dots with 95 % intervals over documents.",
         "a report of `hippoformer eval variants` or `eval ablations`, with --output",
         _laid_out_as("hippoformer.variants/1"),
         variants.draw,

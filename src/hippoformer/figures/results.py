@@ -67,6 +67,14 @@ def of_format(results: Sequence[Result], *formats: str) -> list[Result]:
     return [result for result in results if result.format in formats]
 
 
+def p_value(test: dict[str, Any] | None) -> float | None:
+    """Of a comparison, corrected where several were made together; None where there was no test."""
+    if test is None:
+        return None
+    p: float | None = test["p"] if test["p_corrected"] is None else test["p_corrected"]
+    return p
+
+
 def _results_of(path: Path) -> list[Result]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hippoformer.figures.results import Result, of_format
+from hippoformer.figures.results import Result, of_format, p_value
 
 Row = list[str]
 Shown = dict[str, Any]
@@ -123,6 +123,33 @@ def _contestants(result: Result) -> list[Row]:
     ]
 
 
+def _salience(result: Result) -> list[Row]:
+    return [
+        [_plain(result.name), rule["rule"], *(_interval(rule[name], "{:.3f}".format) for name in _CREDIT)]
+        for rule in result.content["rules"]
+    ]
+
+
+def _quality(result: Result) -> list[Row]:
+    memory, off = result.content["conditions"]["memory"], result.content["conditions"]["off"]
+    rows = []
+    for metric in memory:
+        compared = result.content["differences"].get(metric)
+        p = None if compared is None else p_value(compared["test"])
+        rows.append(
+            [
+                metric.replace("_", " "),
+                _interval(memory[metric], _number),
+                _interval(off[metric], _number),
+                "" if compared is None else _interval(compared["difference"], _number),
+                "" if p is None else _number(p),
+            ]
+        )
+    return rows
+
+
+_CREDIT = ("spearman", "pearson", "held")
+
 _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
     (
         "hippoformer.evaluation/1",
@@ -154,6 +181,22 @@ _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
         "Each measure under the trained gate and its controls, with 95 % intervals.",
         ("measure", "gate", "value", "chance", "the original's"),
         _brain,
+    ),
+    (
+        "hippoformer.salience/1",
+        "Salience and what a memory turns out to be worth",
+        "Correlation of each rule with the credit a transition earns, and the share of all credit that the tenth it "
+        "ranks highest holds. Means over documents with 95 % intervals.",
+        ("text", "rule", "Spearman", "Pearson", "credit held"),
+        _salience,
+    ),
+    (
+        "hippoformer.quality/1",
+        "Continuations against the true text",
+        "Greedy continuations of long texts; memory minus off, with 95 % intervals and p corrected for the number of "
+        "metrics.",
+        ("metric", "memory", "off", "difference", "p"),
+        _quality,
     ),
     (
         "hippoformer.comparison/1",
