@@ -134,15 +134,16 @@ def _retained() -> list[Content]:
 
 
 def _long_range() -> Content:
-    def bin_of(label: str, gain: float) -> Content:
+    def bin_of(label: str, gain: float, low: int | None = 1) -> Content:
         return {
             "label": label,
+            "low": low,
             "perplexity": {"memory": 20.0 - gain, "off": 20.5},
             "gain": {"memory": interval(gain, gain - 0.01, gain + 0.02)},
         }
 
     bins = [bin_of("1–512", 0.031), bin_of("512–2,048", 0.075)]
-    distances = {"2": [bin_of("new", 0.011), bin_of("1–512", 0.052)]}
+    distances = {"2": [bin_of("new", 0.011, None), bin_of("1 to 24", 0.052), bin_of("25 and more", 0.061, 25)]}
     return {"conditions": ["memory", "off"], "window": 24, "by_position": bins, "by_distance": distances}
 
 

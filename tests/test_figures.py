@@ -186,6 +186,16 @@ def test_age_without_replay_is_counted_from_the_text() -> None:
     assert np.allclose(np.asarray(line.get_ydata(), dtype=float), expected, equal_nan=True)
 
 
+def test_what_lies_beyond_the_window_is_marked() -> None:
+    """The window of the long-range file is 24 tokens, and its third distance begins at 25."""
+    distance = draw("perplexity_by_position", results()).axes[2]
+    (span,) = [patch for patch in distance.patches if patch.get_alpha()]
+    ends = span.get_path().transformed(span.get_patch_transform()).get_extents()
+    assert (ends.x0, ends.x1) == (1.5, 2.5)
+    near = draw("perplexity_by_position", changed("long_range", put("window")(30))).axes[2]
+    assert not [patch for patch in near.patches if patch.get_alpha()]
+
+
 # ---------------------------------------------------------------- without data
 
 

@@ -19,14 +19,15 @@ def draw(results: Sequence[Result]) -> Figure:
         values = {rule: of for rule, of in measure["values"].items() if of is not None}  # None: a share of nothing
         rules = list(values)
         colours = [_COLOURS.get(rule, SERIES[2 + i % 4]) for i, rule in enumerate(rules)]
-        forest(panel, rules, list(values.values()), colours)
+        forest(panel, [rule.removeprefix("trained gate, ") for rule in rules], list(values.values()), colours)
         if measure["target"] is not None:
             panel.axvline(measure["target"], color=VERMILLION, linestyle="--", linewidth=1.5)
         if measure["chance"] is not None:
             panel.axvline(measure["chance"], color=MUTED, linestyle=":", linewidth=1.5)
-        panel.set_title(measure["label"], fontsize=10, wrap=True)
+        panel.set_title(measure["label"][:1].upper() + measure["label"][1:], fontsize=10, wrap=True)
         panel.set_xlabel(measure["unit"])
         panel.margins(x=0.15)
+        panel.locator_params(axis="x", nbins=5)
     figure.legend(
         handles=[
             Line2D([], [], color=VERMILLION, linestyle="--", label="the original's figure"),

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from hippoformer.figures.results import Result, of_format
-from hippoformer.figures.style import CONDITIONS, MUTED, PURPLE, SERIES, error_bars, grid_of
+from hippoformer.figures.style import CONDITIONS, MUTED, PURPLE, SERIES, SKY, error_bars, grid_of
 
 _MARKS = {"hippoformer": "o", "window": "s", "kv selection": "^", "model": "D", "adapter": "P"}
 Point = tuple[str, float, dict[str, Any], str, str]
@@ -26,7 +26,8 @@ def draw_by_position(results: Sequence[Result]) -> Figure:
         _gains(panels[2], content["by_distance"][order], content, last)
         panels[0].set_title("Perplexity")
         panels[1].set_title("Gain over memory off")
-        panels[2].set_title(f"Window: {content['window']:,} tokens")
+        panels[2].set_title("Gain by distance")
+        _mark_window(panels[2], content["by_distance"][order], content["window"])
         panels[0].legend(title=result.name, title_fontsize=9)
     return figure
 
@@ -59,6 +60,14 @@ def _gains(axes: Axes, bins: Sequence[dict[str, Any]], content: dict[str, Any], 
     axes.axhline(0, color=MUTED, linewidth=1)
     _label_bins(axes, bins)
     axes.set(xlabel=what, ylabel="gain (nats a token)")
+
+
+def _mark_window(axes: Axes, bins: Sequence[dict[str, Any]], window: int) -> None:
+    """Ground behind the bins that lie beyond the window, where the base itself sees nothing."""
+    beyond = [x for x, bin in enumerate(bins) if bin["low"] is not None and bin["low"] > window]
+    if beyond:
+        axes.axvspan(beyond[0] - 0.5, beyond[-1] + 0.5, color=SKY, alpha=0.15, linewidth=0)
+        axes.text(beyond[0] - 0.45, 0.02, f"beyond {window:,}", transform=axes.get_xaxis_transform(), fontsize=8)
 
 
 def _label_bins(axes: Axes, bins: Sequence[dict[str, Any]]) -> None:

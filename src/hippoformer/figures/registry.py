@@ -103,7 +103,8 @@ FIGURES: dict[str, Drawing] = {
     "perplexity_by_position": Drawing(
         "Perplexity by position and distance",
         "Perplexity along the documents, and what memory gains over memory off: by position, and by how long ago the "
-        "last two tokens came together before. 95 % intervals over documents.",
+        "last two tokens came together before; shaded where the base no longer sees that. 95 % intervals over "
+        "documents.",
         "a report of `hippoformer eval long-range --output`",
         _laid_out_as("hippoformer.long_range/1"),
         perplexity.draw_by_position,
