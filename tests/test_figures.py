@@ -268,9 +268,11 @@ def test_a_folder_is_read_once_over(tmp_path: Path) -> None:
     brain = contents()["brain"]
     parts = {"brain": brain, "other_brain": brain | {"measures": []}}
     whole = contents()["overall"] | {"parts": parts}
-    (folder / "overall.json").write_text(json.dumps(whole), encoding="utf-8")
-    names = [result.name for result in read_results(folder)]
-    assert "overall/other_brain" in names and "overall/brain" not in names and "overall" in names
+    (folder / "all").mkdir()
+    (folder / "all" / "results.json").write_text(json.dumps(whole), encoding="utf-8")
+    found = {result.name: result.file for result in read_results(folder)}
+    assert "brain" in found and "all/results/brain" not in found
+    assert found["all/results/other_brain"] == found["all/results"] == "all/results.json"
 
 
 @pytest.mark.parametrize(

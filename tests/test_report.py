@@ -166,7 +166,7 @@ def test_tables_hold_the_numbers_of_the_files(page: Page) -> None:
     assert f"{perplexity['estimate']:.2f} [{perplexity['low']:.2f}, {perplexity['high']:.2f}]" in cells
     change = f"{100 * (memory['against_off']['ratio']['estimate'] - 1):+.1f} %".replace("-", "−")
     assert any(cell.startswith(f"{change} [") for cell in cells)
-    assert {"2.35 [2.1, 2.6]", "2.11", "1.0123 [1.0000, 1.0300]", "−4.0 % [−5.0, −3.0]", "33.0"} <= set(cells)
+    assert {"2.345 [2.1, 2.6]", "2.11", "1.0123 [1.0000, 1.0300]", "−4.0 % [−5.0, −3.0]", "33.0"} <= set(cells)
     assert {"-17 [-18.1, -15.8]", "-8.9 (window-only)"} <= set(cells)
     assert {"0.491", "0.262 [0.200, 0.300]", "0.024 [0.01, 0.06]", "0.0312"} <= set(cells)
     cards = [text for _, text in page.all("li")]

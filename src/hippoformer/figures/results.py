@@ -21,8 +21,9 @@ class Result:
     """One measured thing.
 
     Attributes:
-        name: file name without its suffix, with the part behind a slash where a file holds several.
-        file: file name.
+        name: file name without its suffix, with its folder where that lies below the one that was named, and with the
+            part behind a slash where a file holds several.
+        file: file name, with that folder.
         format: what its content is laid out as.
         content: the parsed JSON.
     """
@@ -45,16 +46,19 @@ class Result:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All results of a folder, by name.
+    """All results of a folder and the folders in it, by name.
 
     Raises:
         ResultError: no such folder, no result in it, or a file that is not JSON.
     """
     if not folder.is_dir():
         raise ResultError(f"{folder} is not a folder; expected one with the JSON files that `hippoformer eval` writes.")
-    found = [result for path in sorted(folder.glob("*.json")) for result in _results_of(path)]
-    # An evaluation's own file repeats those of its parts.
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*.json"))
+    found = [result for path in paths for result in _results_of(folder, path)]
+    # An evaluation's own file repeats those of its parts: the others come first.
+    found.sort(key=lambda result: result.name != _stem(Path(result.file)))
     results = [r for i, r in enumerate(found) if not any(r.content == other.content for other in found[:i])]
+    results.sort(key=lambda result: result.name)
     if not results:
         raise ResultError(
             f"{folder} holds no result file; expected JSON written by `hippoformer eval … --output` or by training."
@@ -75,20 +79,26 @@ def p_value(test: dict[str, Any] | None) -> float | None:
     return p
 
 
-def _results_of(path: Path) -> list[Result]:
+def _stem(path: Path) -> str:
+    return path.with_suffix("").as_posix()
+
+
+def _results_of(folder: Path, path: Path) -> list[Result]:
+    """What a file holds; nothing where it is of another kind. `path` is relative to the folder."""
+    name, file = _stem(path), path.as_posix()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((folder / path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultError(f"{path} cannot be read as JSON ({error}); remove it, or make it again.") from error
+        raise ResultError(f"{folder / path} cannot be read as JSON ({error}); remove it, or make it again.") from error
     if not isinstance(content, dict):
         return []
     if isinstance(content.get("parts"), dict):
         whole = {name: value for name, value in content.items() if name != "parts"}
-        parts = {name: part for name, part in content["parts"].items() if isinstance(part, dict) and "format" in part}
+        parts = {part: of for part, of in content["parts"].items() if isinstance(of, dict) and "format" in of}
         return [
-            Result(path.stem, path.name, content["format"], whole),
-            *(Result(f"{path.stem}/{name}", path.name, part["format"], part) for name, part in parts.items()),
+            Result(name, file, content["format"], whole),
+            *(Result(f"{name}/{part}", file, of["format"], of) for part, of in parts.items()),
         ]
     if {"arguments", "history"} <= content.keys():
-        return [Result(path.stem, path.name, TRAINING, content)]
-    return [Result(path.stem, path.name, content["format"], content)] if "format" in content else []
+        return [Result(name, file, TRAINING, content)]
+    return [Result(name, file, content["format"], content)] if "format" in content else []

@@ -213,7 +213,7 @@ def _plain(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _ends(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
