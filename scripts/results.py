@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ("--model", "smollm2-135m")
 WIKI, NOVELS = "data/wikitext-2-raw/wiki.test.raw", "data/public-domain-novels/test"
+# What the report shows to read along: free to be copied, and nothing that a number is measured on.
+TRACED = "data/public-domain-novels/validation/Bennet_Babylon_1902.txt"
 
 # What each mechanism is worth. The first is what is shipped; the others differ from it in what they name.
 VARIANTS = (
@@ -96,6 +98,7 @@ PIECES = (
         "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
     ),
     Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
+    Piece("trace.json", ("eval", "trace", *MODEL, "--text", TRACED, "--limit-tokens", "3000"), 1, True),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
     Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
