@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from hippoformer.figures.results import Result
 from hippoformer.figures.style import (
@@ -89,25 +90,25 @@ def _longest(results: Sequence[Result]) -> dict[str, Any]:
 def _ages_without_replay(model: dict[str, Any], read: Sequence[int]) -> list[float]:
     """Mean age at each segment end of all that left the window, had none of it been replayed, merged or lost."""
     window, segment = model["window"], model["segment_len"]
+    entered = _admitted_at(np.arange(1, max(1, max(read) - window)), window, segment)
+    sums = np.concatenate(([0], np.cumsum(entered)))
     ages = []
     for tokens in read:
-        gone = [_admitted_at(position, window, segment) for position in range(1, tokens - window)]
-        ages.append(float(np.mean([(tokens - at) / segment + 1 for at in gone])) if gone else math.nan)
+        gone = max(0, tokens - window - 1)  # token 0 completes no episode
+        ages.append(float((tokens - sums[gone] / gone) / segment + 1) if gone else math.nan)
     return ages
 
 
-def _admitted_at(position: int, window: int, segment: int) -> int:
-    """The segment end, in tokens read, at which an episode leaves the window."""
-    return math.ceil((position + window + 1) / segment) * segment
+def _admitted_at(position: NDArray[Any], window: int, segment: int) -> NDArray[Any]:
+    """The segment ends, in tokens read, at which episodes leave the window."""
+    return -(-(position + window + 1) // segment) * segment
 
 
 def _ages(axes: Axes, stream: dict[str, Any]) -> None:
     model, store = stream["model"], stream["store"]
     last = stream["segments"][-1]["end"]
-    alone = [
-        (last - _admitted_at(position, model["window"], model["segment_len"])) / model["segment_len"] + 1
-        for position in store["position"]
-    ]
+    entered = _admitted_at(np.array(store["position"]), model["window"], model["segment_len"])
+    alone = ((last - entered) / model["segment_len"] + 1).tolist()
     bins = [edge - 0.5 for edge in range(int(max([*alone, *store["age"], 1])) + 2)]
     axes.hist(store["age"], bins=bins, color=GREEN, alpha=0.8, label="with replay")
     axes.hist(alone, bins=bins, histtype="step", color=GREY, linewidth=2, label="if nothing were replayed")
