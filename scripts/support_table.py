@@ -29,6 +29,7 @@ BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 TABLES = {
     ("architecture", "mode"): "Base architectures",
     ("trainer", "architecture"): "What can be trained on which architecture",
+    ("trainer", "mode"): "How training can be run",
     ("trainer", "precision"): "What can be trained in which precision",
     ("precision", "mode"): "Precisions",
 }

@@ -55,6 +55,7 @@ def gradients(model: HippoFormer) -> tuple[list[float], dict[str, torch.Tensor]]
     return found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.supports(architecture="{name}", mode="recomputed layers")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     """To the bit, dropout and the keys carried from piece to piece included."""
@@ -84,6 +85,7 @@ def test_recomputed_layers_keep_less() -> None:
     assert saved(model) < 0.8 * saved(adapted())
 
 
+@pytest.mark.supports(trainer="lora", architecture="llama", mode="compiled layers")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_layers_give_the_same_numbers() -> None:
     model = adapted()
@@ -102,7 +104,18 @@ def history(run: Path) -> list[dict[str, float]]:
     return json.loads((run / "training_log.json").read_text())["history"]
 
 
-@pytest.mark.parametrize("mode", [[], ["--lora_r", "2", "--gradient_checkpointing"], ["--train_base"]])
+@pytest.mark.supports(precision="bfloat16", architecture="llama")
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param([], marks=pytest.mark.supports(trainer="frozen")),
+        pytest.param(
+            ["--lora_r", "2", "--gradient_checkpointing"],
+            marks=pytest.mark.supports(trainer="lora", mode="recomputed layers"),
+        ),
+        pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
+    ],
+)
 def test_bfloat16_trains_close_to_float32(folder: Path, mode: list[str]) -> None:  # noqa: F811
     """Autocast computes in bfloat16 what float32 weights keep; losses agree to its three digits."""
     no_dropout = ["fusion_dropout=0.0", "lora_dropout=0.0"]
@@ -133,6 +146,7 @@ def float16(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
 EACH = ["--logging_steps", "1"]
 
 
+@pytest.mark.supports(trainer="frozen", precision="float16", architecture="llama")
 def test_float16_gradients_are_unscaled_before_they_are_clipped(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

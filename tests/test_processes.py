@@ -107,6 +107,7 @@ def differing(one: Path, other: Path) -> list[str]:
 MODES = {"frozen": [], "lora": ["--lora_r", "2"], "base": ["--train_base", "--gradient_accumulation_steps", "2"]}
 
 
+@pytest.mark.supports(trainer="{mode}", architecture="llama", mode=("two processes, DDP", "two processes, FSDP2"))
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_compute_what_one_does(texts: Path, forge: Forge, mode: str) -> None:
     """Data parallel and sharded; credit is measured, rows end and begin, and gradients are clipped on the way."""
@@ -140,6 +141,7 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     ]
 
 
+@pytest.mark.supports(trainer="lora", architecture="llama", mode="two processes, resumed ({engine})")
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine: str) -> None:
     """On two to the same bits, and on one to the same numbers."""
@@ -158,6 +160,7 @@ def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.supports(trainer="base", architecture="llama", mode="killed and resumed")
 def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forge: Forge) -> None:
     """SIGKILL before the first checkpoint, in the middle of writing the first or the second, and after it."""
     automatic = ["--save_steps", "3", "--train_base", "--resume_from_checkpoint", "auto"]

@@ -113,6 +113,7 @@ def streamed(folder: Path, corpus: Path, output: str, *more: str) -> list[str]: 
     return [*argv[:place], "--dataset", str(corpus), "--streaming", *argv[place + 2 :]]
 
 
+@pytest.mark.supports(trainer="frozen", architecture="llama", mode=("streamed dataset", "killed and resumed"))
 def test_a_streamed_run_resumes_to_the_same_bits(
     folder: Path,  # noqa: F811
     corpus: Path,

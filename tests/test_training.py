@@ -189,7 +189,16 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
     return [*fixed, *more, "--set", *sizes, "replay_batch=4", "anchor_len=4", "n_anchors=8"]
 
 
-@pytest.mark.parametrize("mode", [[], ["--lora_r", "2"], ["--train_base"]])
+# How a run may train: the hippocampus on hidden states of a frozen base, with adapters, with the base's own weights.
+WAYS = [
+    pytest.param([], marks=pytest.mark.supports(trainer="frozen")),
+    pytest.param(["--lora_r", "2"], marks=pytest.mark.supports(trainer="lora")),
+    pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
+]
+
+
+@pytest.mark.supports(precision="float32", mode="killed and resumed", architecture="llama")
+@pytest.mark.parametrize("mode", WAYS)
 def test_a_killed_run_resumes_to_the_same_weights(
     folder: Path, mode: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
