@@ -178,7 +178,7 @@ def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
     last = [folder / run / "checkpoint-00000008" for run in ("run", "again")]
     for file in ("training.safetensors", "hippocampus.safetensors"):
         a, b = (load_file(path / file) for path in last)
-        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+        assert [name for name in a if not torch.equal(a[name].nan_to_num(-1), b[name].nan_to_num(-1))] == []
     scales = [json.loads((path / "training.json").read_text())["scaler"]["scale"] for path in last]
     assert scales[0] == scales[1] == 2.0**12, "lowered by the overflow, doubled by every three steps without"
 
