@@ -1,4 +1,4 @@
-"""Several processes, one run: whether DDP, FSDP2 or DeepSpeed carries it, it computes what a single process would.
+"""Several processes, one run: whether DDP or FSDP2 carries it, it computes what a single process would.
 
 Rows are divided: each process reads its own share, with the state of those rows alone. What a loss looks at, a handful
 of numbers a token, is gathered from all of them, so every process computes the loss of all rows, with gradients to its
@@ -49,8 +49,8 @@ def new_accelerator(
     """The run's accelerator; what `accelerate launch` was told comes first.
 
     Raises:
-        ConfigurationError: a precision that the device does not have, an unknown tracker, or FSDP of a kind that cannot
-            work here.
+        ConfigurationError: a precision that the device does not have, an unknown tracker, DeepSpeed, or FSDP of a kind
+            that cannot work here.
     """
     # Which weights a loss reaches changes with the phase; and DDP cannot look for those it does not reach while it puts
     # off the exchange of gradients.
@@ -66,8 +66,12 @@ def new_accelerator(
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
-    unscaled = accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
-    if accelerator.mixed_precision == "fp16" and unscaled:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigurationError(
+            "DeepSpeed keeps the optimizer to itself and in pickled files, so that a run could not be resumed as it is "
+            "here: FSDP2 shards the same (configs/fsdp2.yaml)"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigurationError(
             f"mixed precision fp16 needs a device with float16 arithmetic, not {accelerator.device.type}: use bf16 or no"
         )
@@ -79,7 +83,7 @@ def new_accelerator(
         plugin = accelerator.state.fsdp_plugin
         if not is_torch_version(">=", "2.7.0"):
             raise ConfigurationError("FSDP2 needs torch 2.7 or newer here, which can leave the hippocampus unsharded")
-        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        if getattr(plugin, "fsdp_version", 1) != 2 or plugin.cpu_ram_efficient_loading:
             raise ConfigurationError(
                 "FSDP works here with fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (the hippocampus "
                 "measures the base it is attached to, so every process loads it); configs/fsdp2.yaml has both"
