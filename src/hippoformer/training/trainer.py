@@ -328,17 +328,17 @@ class Trainer:
         count, length = calibrator.anchor_ids.shape
         documents = self.documents.texts() if isinstance(self.documents, StreamedTexts) else self.documents
         long = [i for i in range(len(documents)) if _length(documents, i) >= 4 * length]
-        if not long:
-            return  # texts too short to cut probes from: the pseudo-random ones stay
-        anchors = []
-        for number in range(count):
-            document = long[number % len(long)]
-            start = (number * 7919) % (_length(documents, document) - length)
-            ids = documents[document]
-            ids = ids if isinstance(ids, Tensor) else ids.tokens
-            anchors.append(ids[start : start + length].to(torch.int32))
-        chosen = torch.stack(anchors).to(self.accelerator.device)
-        calibrator.set_anchors(broadcast(chosen) if isinstance(self.documents, StreamedTexts) else chosen)
+        if long:  # else the pseudo-random ones stay
+            anchors = []
+            for number in range(count):
+                document = long[number % len(long)]
+                start = (number * 7919) % (_length(documents, document) - length)
+                ids = documents[document]
+                ids = ids if isinstance(ids, Tensor) else ids.tokens
+                anchors.append(ids[start : start + length].to(torch.int32))
+            calibrator.set_anchors(torch.stack(anchors))
+        if isinstance(self.documents, StreamedTexts):  # every process has others in hand
+            calibrator.set_anchors(broadcast(calibrator.anchor_ids))
 
     # ---------------------------------------------------------------- evaluation, logs, checkpoints
 
