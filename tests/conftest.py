@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tiny_training import folder  # noqa: F401, a fixture
+
 AXES = {"architecture", "trainer", "precision", "mode", "refused"}
 
 

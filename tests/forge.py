@@ -16,7 +16,7 @@ import torch
 import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama  # noqa: F401, loaded lazily otherwise, in every process
 
 import hippoformer.model.checkpoint
 import hippoformer.train

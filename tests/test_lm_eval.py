@@ -10,22 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("lm_eval")
-# The harness and what it brings are not ours to keep free of warnings.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_offline")]
-
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
 from typer.testing import CliRunner
 
-import hippoformer.evaluation.harness as harness
 from hippoformer import HippoFormer
 from hippoformer.cli import app
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import evaluate_perplexity
 from tiny_texts import byte_tokenizer, text, tiny_load
+
+pytest.importorskip("lm_eval")
+# The harness and what it brings are not ours to keep free of warnings.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_offline")]
 
 DOCUMENTS = [text(1, 401).strip(), text(2, 90).strip(), "x y", text(3, 700).strip()]
 
@@ -49,15 +45,21 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def load(loaded: tuple[HippoFormer, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[HippoFormer, Any]:
     """The tiny model instead of what `pretrained` names."""
-    monkeypatch.setattr(harness, "load", lambda name, **options: loaded)
+    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: loaded)
     return loaded
 
 
-def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
     return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]  # type: ignore[arg-type]
 
 
-def lm(**options: Any) -> harness.HippoFormerLM:
+def lm(**options: Any) -> Any:
+    from lm_eval.api.registry import get_model
+
+    import hippoformer.evaluation.harness  # noqa: F401, registers
+
     return get_model("hippoformer")(pretrained="tiny", device="cpu", **options)
 
 
@@ -106,7 +108,7 @@ def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: p
 
     model, _ = tiny_load()
     tokenizer = byte_tokenizer(["<s>"], start="<s>", bos_token="<s>", eos_token="<s>", pad_token="<s>")
-    monkeypatch.setattr(harness, "load", lambda name, **options: (model, tokenizer))
+    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: (model, tokenizer))
     task = "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     task += "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
     write_task(tmp_path, task, "text", DOCUMENTS)

@@ -24,7 +24,7 @@ import hippoformer.training.checkpoints as checkpoints
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
 from hippoformer.training.processes import own_rows
-from test_training import arguments, folder  # noqa: F401
+from tiny_training import arguments
 
 Jobs = list[dict[str, Any]]
 Forge = Callable[[Jobs], list[int]]
@@ -61,7 +61,7 @@ def forge() -> Iterator[Forge]:
 
 
 @pytest.fixture
-def texts(folder: Path) -> Path:  # noqa: F811
+def texts(folder: Path) -> Path:
     """The folder, with texts of several lengths, so that rows end at different times."""
     (folder / "texts").mkdir()
     for i in range(6):
@@ -70,13 +70,13 @@ def texts(folder: Path) -> Path:  # noqa: F811
     return folder
 
 
-def alone(texts: Path, output: str, *more: str, **job: Any) -> Jobs:  # noqa: F811
+def alone(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
     argv = arguments(texts, output, "--recall_share", "0", "--logging_steps", "1", *more) + NO_DROPOUT
     argv[argv.index(str(texts / "text.txt"))] = str(texts / "texts")
     return [{"argv": argv, "log": str(texts / f"{output}.log"), **job}]
 
 
-def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:  # noqa: F811
+def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
     """Two processes as `accelerate launch` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:  # noqa: F81
     ]
 
 
-def losses(texts: Path, output: str) -> list[dict[str, float]]:  # noqa: F811
+def losses(texts: Path, output: str) -> list[dict[str, float]]:
     history = json.loads((texts / output / "training_log.json").read_text())["history"]
     varying = ("tokens_per_second", "consolidation_r", "grad_norm")
     return [{name: value for name, value in entry.items() if name not in varying} for entry in history]
@@ -192,7 +192,16 @@ def test_rows_must_divide_evenly() -> None:
 def test_accelerate_launch(texts: Path) -> None:
     """The command of the documentation, two processes on the CPU."""
     (job,) = alone(texts, "launched", "--max_steps", "4")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -17,7 +17,7 @@ from hippoformer.errors import ConfigurationError
 from hippoformer.train import main
 from hippoformer.training.processes import new_accelerator
 from hippoformer.training.tracking import means
-from test_training import arguments, folder  # noqa: F401
+from tiny_training import arguments
 
 TOLD = {"loss_total", "loss_lm", "loss_salience_weighted", "loss_sparsity", "loss_memory_util", "loss_credit"}
 TOLD |= {"salience_mean", "tagged_share", "buffer_use", "recall_use", "drift", "consolidation_r", "learning_rate"}
@@ -37,7 +37,7 @@ def history(run: Path) -> list[dict[str, float]]:
     return json.loads((run / "training_log.json").read_text())["history"]
 
 
-def test_tensorboard_has_every_number(folder: Path) -> None:  # noqa: F811
+def test_tensorboard_has_every_number(folder: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -53,7 +53,7 @@ def test_tensorboard_has_every_number(folder: Path) -> None:  # noqa: F811
     assert "buffer_size: 16" in options and "seed: 42" in options
 
 
-def test_the_numbers_mean_what_they_say(folder: Path) -> None:  # noqa: F811
+def test_the_numbers_mean_what_they_say(folder: Path) -> None:
     assert main(arguments(folder, "run")) == 0
     entries = history(folder / "run")
     for entry in entries:
@@ -97,7 +97,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_the_call_gets_through(folder: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_call_gets_through(folder: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Project and run name as the original's flags give them; options as scalars; every logged step."""
     import accelerate.tracking
     from accelerate.utils import LoggerType
@@ -114,7 +114,7 @@ def test_the_call_gets_through(folder: Path, tracker: str, monkeypatch: pytest.M
     assert [{"step": float(step)} | numbers for step, numbers in recorder.numbers] == history(folder / "run")
 
 
-def test_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(folder))
@@ -130,7 +130,7 @@ def test_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  
     assert missing == set()
 
 
-def test_trackio_keeps_its_own_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_trackio_keeps_its_own_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("trackio") is None:
         pytest.skip("trackio is not installed")
     monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # read when trackio is imported

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hippoformer.training.checkpoints as checkpoints
 from hippoformer import HippoFormer
@@ -20,18 +19,13 @@ from hippoformer.training.readers import CachedReader, LiveReader
 from hippoformer.training.streams import Piece, TextStreams
 from hippoformer.training.trainer import Trainer
 from tiny import fresh
-from tiny_texts import LETTERS, byte_tokenizer
+from tiny_training import arguments, small_base, texts
 
 SEGMENT = 6  # of the small models
 
 
 def model(**options: object) -> HippoFormer:
     return fresh("llama", **options)
-
-
-def texts(*lengths: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 64, (n,), generator=generator) for n in lengths]
 
 
 # ---------------------------------------------------------------- the order of reading
@@ -165,28 +159,6 @@ def test_reconfigured_puts_the_options_back() -> None:
 
 
 # ---------------------------------------------------------------- whole runs
-
-
-def small_base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes)).eval()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    small_base().save_pretrained(tmp_path / "base")
-    byte_tokenizer(pad_token=LETTERS[0]).save_pretrained(tmp_path / "base")
-    (tmp_path / "text.txt").write_text("the memory keeps what the window loses. " * 25, encoding="utf-8")
-    return tmp_path
-
-
-def arguments(folder: Path, output: str, *more: str) -> list[str]:
-    sizes = ["segment_len=6", "recall_n_heads=4", "recall_head_dim=8", "recall_value_dim=8", "salience_n_heads=2"]
-    fixed = ["--base_model", str(folder / "base"), "--text", str(folder / "text.txt"), "--dtype", "float32"]
-    fixed += ["--window", "12", "--buffer-size", "16", "--max-seq-length", "12", "--batch_size", "2"]
-    fixed += ["--max_steps", "8", "--save_steps", "3", "--logging_steps", "2", "--output_dir", str(folder / output)]
-    return [*fixed, *more, "--set", *sizes, "replay_batch=4", "anchor_len=4", "n_anchors=8"]
 
 
 # How a run may train: the hippocampus on hidden states of a frozen base, with adapters, with the base's own weights.

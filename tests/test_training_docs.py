@@ -1,4 +1,4 @@
-"""The recipes of docs/training.md and docs/lm-eval.md: every command is one that the tools take, every file is there."""
+"""The recipes of docs/training.md and docs/lm-eval.md: the tools take every command, and every file is there."""
 
 import re
 import shlex
@@ -74,19 +74,20 @@ def test_the_sharded_configuration_is_the_one_that_works_here(monkeypatch: pytes
     assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading and plugin.reshard_after_forward
 
 
-def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"), [(DistributedType.DEEPSPEED, "FSDP2"), (DistributedType.FSDP, "fsdp2|torch 2.7")]
+)
+def test_other_engines_are_refused(kind: DistributedType, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
-        mixed_precision, scaler, log_with = "no", None, ()
+        mixed_precision, scaler, log_with, distributed_type = "no", None, (), kind
 
         def __init__(self, **_: object) -> None:
             self.state = self
             self.fsdp_plugin = type("Plugin", (), {"fsdp_version": 1, "cpu_ram_efficient_loading": True})
-            self.distributed_type = kind
 
     monkeypatch.setattr(processes, "Accelerator", Engine)
-    for kind, message in ((DistributedType.DEEPSPEED, "FSDP2"), (DistributedType.FSDP, "fsdp2|torch 2.7")):
-        with pytest.raises(ConfigurationError, match=message):
-            processes.new_accelerator([], "runs", 1, None)
+    with pytest.raises(ConfigurationError, match=message):
+        processes.new_accelerator([], "runs", 1, None)
 
 
 def lm_eval_commands() -> Iterator[list[str]]:

@@ -68,12 +68,13 @@ def new_accelerator(
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigurationError(
-            "DeepSpeed keeps the optimizer to itself and in pickled files, so that a run could not be resumed as it is "
-            "here: FSDP2 shards the same (configs/fsdp2.yaml)"
+            "DeepSpeed keeps the optimizer to itself, in pickled files: a run could not be resumed as it is here. "
+            "FSDP2 shards the same things (configs/fsdp2.yaml)"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigurationError(
-            f"mixed precision fp16 needs a device with float16 arithmetic, not {accelerator.device.type}: use bf16 or no"
+            f"mixed precision fp16 needs a device with float16 arithmetic, not {accelerator.device.type}: "
+            "use bf16 or no"
         )
     if missing := sorted(set(report_to) - {str(getattr(t, "value", t)) for t in accelerator.log_with}):
         raise ConfigurationError(
@@ -102,8 +103,8 @@ def prepared(
     if is_sharded(accelerator):
         if work.model.window.rotations is None:
             raise ConfigurationError(
-                f"{type(work.model.base).__name__} reads its window again at segment ends, which come at other times in "
-                "other processes: train it data parallel (configs/multi_gpu.yaml), not with FSDP"
+                f"{type(work.model.base).__name__} reads its window again at segment ends, which come at other times "
+                "in other processes: train it data parallel (configs/multi_gpu.yaml), not with FSDP"
             )
         accelerator.state.fsdp_plugin.ignored_modules = [work.model.hippocampus]
     wrapped, optimizer = accelerator.prepare(work, optimizer)

@@ -1,4 +1,4 @@
-"""Half precision, recomputed layers, compiled layers: they change what a step costs, and the numbers only as they must."""
+"""Half precision, recomputed layers, compiled layers: what a step costs changes, its numbers only as they must."""
 
 import json
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from hippoformer.train import main
 from hippoformer.training import layers
 from hippoformer.training.readers import LiveReader
 from hippoformer.training.streams import TextStreams
-from test_training import arguments, folder, texts  # noqa: F401
 from tiny import awake
+from tiny_training import arguments, texts
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def history(run: Path) -> list[dict[str, float]]:
         pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
     ],
 )
-def test_bfloat16_trains_close_to_float32(folder: Path, mode: list[str]) -> None:  # noqa: F811
+def test_bfloat16_trains_close_to_float32(folder: Path, mode: list[str]) -> None:
     """Autocast computes in bfloat16 what float32 weights keep; losses agree to its three digits."""
     no_dropout = ["fusion_dropout=0.0", "lora_dropout=0.0"]
     assert main([*arguments(folder, "full", *mode), *no_dropout]) == 0
@@ -148,7 +148,7 @@ EACH = ["--logging_steps", "1"]
 
 @pytest.mark.supports(trainer="frozen", precision="float16", architecture="llama")
 def test_float16_gradients_are_unscaled_before_they_are_clipped(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert main([*arguments(folder, "full", *EACH), "fusion_dropout=0.0"]) == 0
@@ -164,7 +164,7 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped(
 
 
 def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     float16(monkeypatch, 2.0**40)
@@ -183,7 +183,7 @@ def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
     assert scales[0] == scales[1] == 2.0**12, "lowered by the overflow, doubled by every three steps without"
 
 
-def test_float16_without_a_scaler_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_float16_without_a_scaler_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has float16")
     assert main(arguments(folder, "run", "--mixed_precision", "fp16")) == 2

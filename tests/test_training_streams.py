@@ -14,7 +14,7 @@ from hippoformer.training.arguments import parse
 from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.trainer import Trainer
 from test_datasets import stand_in
-from test_training import arguments, folder  # noqa: F401
+from tiny_training import arguments
 
 datasets = pytest.importorskip("datasets")
 
@@ -107,7 +107,7 @@ def test_rows_read_documents_whole_and_in_turn(corpus: Path) -> None:
     assert finished == expected[: len(finished)] and len(finished) > 4
 
 
-def streamed(folder: Path, corpus: Path, output: str, *more: str) -> list[str]:  # noqa: F811
+def streamed(folder: Path, corpus: Path, output: str, *more: str) -> list[str]:
     argv = arguments(folder, output, *more)
     place = argv.index("--text")
     return [*argv[:place], "--dataset", str(corpus), "--streaming", *argv[place + 2 :]]
@@ -115,7 +115,7 @@ def streamed(folder: Path, corpus: Path, output: str, *more: str) -> list[str]: 
 
 @pytest.mark.supports(trainer="frozen", architecture="llama", mode=("streamed dataset", "killed and resumed"))
 def test_a_streamed_run_resumes_to_the_same_bits(
-    folder: Path,  # noqa: F811
+    folder: Path,
     corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -137,7 +137,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(
 
 
 def test_a_streamed_run_of_other_processes_is_not_taken_up(
-    folder: Path,  # noqa: F811
+    folder: Path,
     corpus: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
