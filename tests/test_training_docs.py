@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -64,9 +64,7 @@ def test_accelerate_reads_the_configurations(file: Path) -> None:
 def test_the_sharded_configuration_is_the_one_that_works_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `accelerate launch` makes of it for each process."""
     launch = launch_command_parser().parse_args(["--config_file", "configs/fsdp2.yaml", "-m", "hippoformer.train"])
-    for name, value in load_config_from_file(launch.config_file).fsdp_config.items():
-        setattr(launch, name, value)
-    launch.use_fsdp, launch.mixed_precision, launch.dynamo_backend = True, "bf16", "no"
+    launch, _, _ = _validate_launch_command(launch)
     for name, value in prepare_multi_gpu_env(launch).items():
         if name.startswith(("FSDP", "ACCELERATE")):
             monkeypatch.setenv(name, value)
