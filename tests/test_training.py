@@ -218,6 +218,7 @@ def test_training_lowers_the_loss_and_leaves_a_frozen_base_alone(folder: Path) -
     assert evaluation[-1]["eval_perplexity"] < evaluation[-1]["eval_base_perplexity"]
     model = HippoFormer.from_pretrained(folder / "run")
     assert base_fingerprint(model.base) == base_fingerprint(small_base())
+    assert (folder / "run" / "README.md").is_file(), "a trained model has its card"
     assert log["run"]["seed"] == 42 and log["arguments"]["max_steps"] == 8
 
 
@@ -253,7 +254,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
 def test_checkpoints_hold_no_pickle(folder: Path) -> None:
     assert main(arguments(folder, "run")) == 0
     for file in (folder / "run").rglob("*"):
-        assert file.is_dir() or file.suffix in {".safetensors", ".json"}, file
+        assert file.is_dir() or file.suffix in {".safetensors", ".json", ".md"}, file
 
 
 # ---------------------------------------------------------------- arguments

@@ -31,7 +31,6 @@ from transformers import get_linear_schedule_with_warmup
 from hippoformer.errors import ConfigurationError, NonFiniteError
 from hippoformer.hippocampus.drift import DriftMonitor
 from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
-from hippoformer.model import checkpoint
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import layers, processes, resuming, tracking
 from hippoformer.training.credit import measure_credit, reconfigured, useful
@@ -200,9 +199,8 @@ class Trainer:
 
     def save_model(self, folder: Path) -> None:
         """Writes the model for `HippoFormer.from_pretrained`; every process must call it, the main one writes."""
-        state = resuming.weights(self)
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.model, folder, state)
+        main = self.accelerator.is_main_process
+        self.model.save_pretrained(folder, is_main_process=main, state_dict=resuming.weights(self))
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
