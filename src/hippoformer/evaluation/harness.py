@@ -77,7 +77,7 @@ class HippoFormerLM(HFLM):
         model, tokenizer = load(pretrained, device=device, **options)
         super().__init__(
             pretrained=model,
-            tokenizer=tokenizer,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
             backend="causal",
             max_length=_NO_LIMIT,
             batch_size=int(batch_size),
@@ -128,7 +128,7 @@ class HippoFormerLM(HFLM):
     # ---------------------------------------------------------------- context, continuation
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None, **_: Any
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None, **more: Any
     ) -> list[tuple[float, bool]]:
         """Of each continuation after its context: summed log-probability, and whether greedy decoding says it."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)

@@ -13,11 +13,11 @@ At a segment end the episodes that left the window compete with the stored ones 
 rows; nothing here loops over tokens or asks the device for a value.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d
 
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import hashed_uniform, put, take, winners
@@ -38,6 +38,7 @@ class Episodes:
         strength: (R, E) how many experiences were merged into this one.
         credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
         recalled: (R, E) weight that the row's last query gave it.
+        matched: (R, E) how many tokens in a row, up to the row's last, were what led to it.
     """
 
     key: Tensor
@@ -50,6 +51,7 @@ class Episodes:
     strength: Tensor
     credit: Tensor
     recalled: Tensor
+    matched: Tensor
 
     @classmethod
     def empty(cls, rows: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str) -> "Episodes":
@@ -70,6 +72,7 @@ class Episodes:
             strength=zeros(),
             credit=zeros(),
             recalled=zeros(),
+            matched=zeros(),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,6 +137,8 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
         `config.selection`), and the remaining working episodes moved to the left.
     """
     n_stored, n_working = config.buffer_size, config.working_slots
+    if config.capture_span and config.selection in ("salience", "surprise"):
+        episodes = _captured(episodes, leaving, config)
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
@@ -149,6 +154,29 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     if moved.priority.requires_grad:
         moved.priority = _let_gradient_reach_priority(moved.priority, moved, contender, config)
     return moved
+
+
+def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
+    """The memory with the leavers judged by the passage they stand in: salience, and the priority made of it.
+
+    Synaptic tagging and capture (Frey & Morris 1997): what is in itself of little note is kept if it stands among
+    things of note, and lost if it stands alone. A number is worth nothing without the words that say whose it is. The
+    worth of a passage is the mean over `capture_span` tokens on either side of its middle; a token counts to the best
+    passage whose middle is at most half as far.
+    """
+    low, high, span = config.buffer_size, config.buffer_size + config.working_slots, config.capture_span
+    working = episodes.slots(low, high)
+    real = working.valid.to(working.salience.dtype)
+    sums = avg_pool1d(torch.stack((working.salience * real, real), 1), 2 * span + 1, 1, span)
+    worth = sums[:, 0] / sums[:, 1].clamp_min(1e-6)
+    worth = max_pool1d(worth.unsqueeze(1), 2 * (span // 2) + 1, 1, span // 2).squeeze(1)
+    leaves = torch.arange(config.working_slots, device=leaving.device) < leaving.unsqueeze(-1)
+
+    def judged(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat((old[:, :low], torch.where(leaves, new, old[:, low:high]), old[:, high:]), dim=1)
+
+    priority = importance(worth.detach() if config.credit_only_gate else worth, config)
+    return replace(episodes, salience=judged(episodes.salience, worth), priority=judged(episodes.priority, priority))
 
 
 def _selection_score(episodes: Episodes, config: HippoFormerConfig) -> Tensor:

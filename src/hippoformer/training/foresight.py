@@ -37,8 +37,8 @@ def teach_foresight(
         passes: over all documents. rate: of AdamW, falling linearly to zero.
 
     Returns:
-        The mean loss of the last pass, NaN if nothing was known. The gate then tags `target_tagged_share` of the measured
-        transitions.
+        The mean loss of the last pass, NaN if nothing was known. The gate then tags `target_tagged_share` of the
+        measured transitions.
     """
     gate, width = hippocampus.salience_gate, max(_UNJUDGED, hippocampus.config.salience_min_duration)
     lengths = {number: len(target) for number, target in useful.items() if number >= 0}

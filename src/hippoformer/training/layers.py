@@ -22,7 +22,7 @@ def checkpoint_layers(model: HippoFormer) -> None:
     """From now on the base's layers keep their input alone and compute the rest again when gradients need it."""
     for number in range(model.window.n_layers):
         layer = model.window.layer(number + 1)
-        layer.forward = _checkpointed(layer.forward, number)  # type: ignore[method-assign]
+        layer.forward = _checkpointed(layer.forward, number)
 
 
 def compile_layers(model: HippoFormer, backend: str) -> None:
@@ -36,7 +36,7 @@ def compile_layers(model: HippoFormer, backend: str) -> None:
         raise ConfigurationError(f"--torch_compile {backend} is unknown; choose one of {', '.join(known)}")
     for number in range(model.window.n_layers):
         layer = model.window.layer(number + 1)
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
 
 
 def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:

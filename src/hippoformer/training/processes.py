@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # What a loss and the logs look at: (R, N) tensors of a Reading, and of the StepOutput in it.
 _READ = ("target_log_prob", "base_log_prob", "counted")
-_FOUND = ("prior_mixture", "prior_nothing", "hit", "salience_logit", "salience", "importance")
+_FOUND = ("prior_mixture", "prior_nothing", "hit", "forecast", "salience", "importance")
 
 
 class Work(nn.Module):
@@ -58,11 +58,11 @@ def new_accelerator(
     accumulation = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_each_batch=True)
     try:
         accelerator = Accelerator(
-            log_with=report_to or None,  # type: ignore[arg-type]
+            log_with=report_to or None,
             project_dir=output_dir,
             gradient_accumulation_plugin=accumulation,
             mixed_precision=mixed_precision,
-            kwargs_handlers=handlers,  # type: ignore[arg-type]
+            kwargs_handlers=handlers,
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
@@ -118,7 +118,7 @@ def average_unsharded(model: HippoFormer, accelerator: Accelerator) -> None:
     for parameter in model.hippocampus.parameters():
         # A weight that no process has used yet has no gradient anywhere: which are used depends on the phase alone.
         if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")  # type: ignore[assignment]
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
 
 
 def own_rows(rows: int, accelerator: Accelerator) -> range:
@@ -155,7 +155,7 @@ def of_all_rows(reading: Reading, accelerator: Accelerator, width: int) -> Readi
     parts = torch.cat((everyone[:first], own, everyone[first + own.shape[0] :])).unbind(-1)
     read = dict(zip(_READ, parts, strict=False))
     read["counted"] = read["counted"] > 0
-    found = replace(reading.found, **dict(zip(_FOUND, parts[len(_READ) :], strict=True)))
+    found = replace(reading.found, **dict(zip(_FOUND, parts[len(_READ) :], strict=True)))  # type: ignore[arg-type]
     return replace(reading, found=found, **read)
 
 
