@@ -60,6 +60,18 @@ def winners(score: list[float], k: int) -> list[int]:
     return sorted(best)
 
 
+def captured(working: list[Memory], leaving: int, config: HippoFormerConfig) -> list[Memory]:
+    """The working episodes, the first `leaving` of them as notable as their neighbourhood where that is more."""
+    field = {"salience": "priority", "surprise": "salience"}.get(config.selection)
+    if field is None:
+        return working
+    notes = [getattr(memory, field) for memory in working]
+    for place, memory in enumerate(working[:leaving]):
+        near = notes[max(0, place - config.capture_span) : place + config.capture_span + 1]
+        setattr(memory, field, max(notes[place], sum(near) / len(near)))
+    return working
+
+
 def admit(contenders: list[Memory], config: HippoFormerConfig) -> list[Memory]:
     """Who stays when stored and leaving episodes compete, oldest first."""
     measure = {
@@ -93,6 +105,7 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
     reactivated = len(cues)
     times = dict.fromkeys((memory.position for memory in store), 0)
     claims: list[tuple[Memory, Memory]] = []
+    places = {memory.position for memory in store}
     for cue in cues:
         times[cue.position] += 1
         others = [memory for memory in store if memory is not cue]
@@ -102,6 +115,8 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
         times[like.position] += 1
         if like.token == cue.token and cosine(cue, like) >= config.merge_threshold:
             older, newer = sorted((cue, like), key=lambda memory: memory.position)
+            if older.position - 1 in places or older.position + 1 in places:
+                continue  # part of a story
             # The first cue that claims a memory moves it.
             if not any(older is claimed for claimed, _ in claims):
                 claims.append((older, newer))
@@ -127,26 +142,31 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
 def recall(
     module: Recall, hidden: Tensor, tokens: Tensor, own: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor
 ) -> dict[str, Tensor]:
-    """Weights (R, N, E), null mass (R, N), content (R, N, U) and peak (R, N), one number at a time."""
+    """Weights (R, N, E), null mass (R, N), content (R, N, U), peak (R, N),
+    matched (R, N, E) and followed (R, N), one number at a time."""
     hidden, mass, own = hidden.double(), mass.double(), own.double()
     rows, n_queries, _ = hidden.shape
     n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
     weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
     result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
+    matched = torch.zeros(rows, n_queries, n_episodes, dtype=torch.float64)
+    followed = torch.zeros(rows, n_queries, dtype=torch.float64)
     for row in range(rows):
         position, token = episodes.position[row].tolist(), episodes.token[row].tolist()
         before = episodes.recalled[row].double().tolist()
+        nothing, together = max(0.0, 1.0 - sum(before)), episodes.matched[row].double().tolist()
         for number in range(n_queries):
             state = hidden[row, number]
             share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)
             # Episodes that foretold the token just read lead to their successors.
-            lead = [0.0] * n_episodes
+            lead, in_common = [0.0] * n_episodes, [0.0] * n_episodes
             for slot in range(1, n_episodes):
                 goes_on = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
-                if goes_on and token[slot - 1] == int(tokens[row, number]):
-                    lead[slot] = before[slot - 1]
-            evidence = sum(lead) + float(own[row, number])
+                if goes_on and visible[row, number, slot] and token[slot - 1] == int(tokens[row, number]):
+                    lead[slot], in_common[slot] = before[slot - 1], together[slot - 1] + 1.0
+            evidence = sum(lead) + nothing * float(own[row, number])
             lead = [value / evidence if evidence > 0 else 0.0 for value in lead]
+            together, matched[row, number] = in_common, torch.tensor(in_common, dtype=torch.float64)
             total = torch.zeros(n_episodes + 1, dtype=torch.float64)
             for head in range(heads):
                 span = slice(head * width, (head + 1) * width)
@@ -166,7 +186,20 @@ def recall(
                 for slot in range(n_episodes):
                     now[slot] *= 1.0 + kappa * lead[slot]
                 total += share[head] * torch.tensor(now, dtype=torch.float64) / sum(now)
-            before = total[:-1].tolist()
+            gate = float(weight["follow_gate.weight"][0] @ state + weight["follow_gate.bias"][0])
+            power = float(weight["match_power"])
+            match = [
+                (float(total[slot]) + 1e-4) * count**power if count else 0.0 for slot, count in enumerate(in_common)
+            ]
+            story = [0.0] * n_episodes
+            for slot, count in enumerate(in_common):
+                if count:
+                    odds = gate + float(weight["match_weight"]) * math.log(count)
+                    story[slot] = match[slot] / sum(match) / (1.0 + math.exp(-odds))
+            total *= 1.0 - sum(story)
+            total[:-1] += torch.tensor(story, dtype=torch.float64)
+            followed[row, number] = sum(story)
+            before, nothing = total[:-1].tolist(), float(total[-1])
             result[row, number] = total
     weights = result[..., :-1]
     return {
@@ -174,4 +207,6 @@ def recall(
         "nothing": result[..., -1],
         "content": weights @ episodes.value.double(),
         "peak": weights.amax(-1),
+        "matched": matched,
+        "followed": followed,
     }

@@ -71,7 +71,8 @@ def test_admit(selection: str, seed: int) -> None:
     heads, size = config.recall_n_heads, config.buffer_size
     for row in range(4):
         everyone = references.memories(episodes, row, range(size + config.working_slots), heads)
-        contenders = [m for m in everyone[: size + leaving[row]] if m is not None]
+        at_work = references.captured([m for m in everyone[size:] if m is not None], leaving[row], config)
+        contenders = [m for m in everyone[:size] if m is not None] + at_work[: leaving[row]]
         expected = references.admit(contenders, config)
         assert_same_memories(fast, row, range(size), expected, heads)
         empty = size - len(expected)
@@ -81,6 +82,20 @@ def test_admit(selection: str, seed: int) -> None:
         assert (fast.position[row, size : size + len(staying)] >= 0).all(), (
             "working episodes fill their part from the left"
         )
+
+
+@pytest.mark.parametrize("span", [0, 2])
+@torch.no_grad()
+def test_what_stands_among_things_of_note_is_kept(span: int) -> None:
+    """A weak episode between strong ones outlives an equally weak one between weak ones, if there is capture."""
+    config = small_config(buffer_size=4, capture_span=span)
+    episodes = random_memory(config, [0], [12], 0)
+    at_work = slice(config.buffer_size, config.buffer_size + 12)
+    episodes.priority[0, at_work] = torch.tensor([1.2] * 5 + [4.0, 4.0, 1.1, 4.0, 1.0, 1.0, 1.0])
+    episodes.age.zero_()
+    weak = int(episodes.position[0, config.buffer_size + 7])
+    kept = admit(episodes, torch.tensor([12]), config).position[0, : config.buffer_size].tolist()
+    assert (weak in kept) == (span > 0)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +161,8 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
     episodes = in_single_precision(random_memory(config, [16, 5], [12, 12], seed))
     # Neighbours in the text, so that contiguity has something to favour.
     episodes.position[0, 4:12] = torch.arange(20, 28)
-    episodes.recalled[:] = torch.rand(2, episodes.position.shape[1]) / 10
+    episodes.recalled[:] = torch.rand(2, episodes.position.shape[1]) / 40
+    episodes.matched[:] = torch.randint(0, 4, (2, episodes.position.shape[1]))
     mass = episodes.effective_priority(config.decay_rate) * episodes.strength
     visible = episodes.valid.unsqueeze(1) & (torch.rand(2, queries, episodes.position.shape[1]) < 0.8)
     visible[1, 2] = False  # a query that sees nothing at all
@@ -170,6 +186,16 @@ def test_recall(options: dict, seed: int, grad: bool) -> None:
     assert not fast.weights[~visible].any() and fast.nothing[1, 2].item() == pytest.approx(1.0)
 
 
+def test_gradients_stay_finite_where_a_story_surprises() -> None:
+    """Token after token that the base thought all but impossible, each multiplying the evidence by 1 / p."""
+    module, (hidden, tokens, _, episodes, mass, visible) = random_recall(0, queries=60)
+    episodes.position[:, :28] = torch.arange(28, dtype=torch.int32)
+    episodes.token[:, :28] = 1
+    impossible = torch.full(tokens.shape, 1e-12)
+    module(hidden, torch.ones_like(tokens), impossible, episodes, mass, visible).weights.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
 @torch.no_grad()
 def test_recall_of_many_queries_is_that_of_few() -> None:
     """Longer than any block the fast path may cut its queries into; what a part needs of the one before is carried."""
@@ -177,9 +203,9 @@ def test_recall_of_many_queries_is_that_of_few() -> None:
     whole = module(hidden, tokens, own, episodes, mass, visible)
     for start in (1, 40, 101, 130):
         few = slice(start, start + 20)
-        there = replace(episodes, recalled=whole.weights[:, start - 1])
+        there = replace(episodes, recalled=whole.weights[:, start - 1], matched=whole.matched[:, start - 1])
         part = module(hidden[:, few], tokens[:, few], own[:, few], there, mass, visible[:, few])
-        for name in ("weights", "nothing", "content", "peak"):
+        for name in ("weights", "nothing", "content", "peak", "matched", "followed"):
             torch.testing.assert_close(getattr(whole, name)[:, few], getattr(part, name), rtol=1e-4, atol=1e-6)
 
 
@@ -219,13 +245,18 @@ def test_what_foretold_the_token_leads_to_its_successor() -> None:
     def recalled(tokens: list[int], where: Episodes = episodes) -> Tensor:
         return module(hidden, torch.tensor([tokens]), own, where, mass, visible).weights[0]
 
-    lost = recalled([0, 0, 0])
+    lost = recalled([40, 40, 40])
     led = recalled([21, 22, 23])  # slots 9, 10 and 11 foretold these
     assert led[0, 10] > 3 * lost[0, 10] and led[1, 11] > 3 * lost[1, 11] and led[2, 12] > 3 * lost[2, 12]
-    astray = recalled([21, 0, 23])  # the second token was another: there the way ends
+    astray = recalled([21, 40, 23])  # the second token was another: there the way ends
     assert torch.equal(astray[0], led[0]) and torch.allclose(astray[1], lost[1], atol=0.1)
     apart = replace(episodes, position=episodes.position + 5 * (torch.arange(episodes.position.shape[1]) >= 10))
-    assert torch.allclose(recalled([21, 0, 0], apart)[0], lost[0])
+    assert torch.allclose(recalled([21, 40, 40], apart)[0], lost[0])
+    # Followed outright: even what resembles nothing is recalled once the story has been recognised.
+    episodes.key[0, 10:13] = 0.0
+    module.follow_gate.bias.fill_(4.0)
+    assert recalled([21, 22, 23])[2, 12] > 0.9
+    assert recalled([21, 22, 40])[2, 12] < 0.2
 
 
 @torch.no_grad()
@@ -239,8 +270,10 @@ def test_the_whole_write_path_against_the_references() -> None:
 
     def end_segment(state, done, rows, frozen=False):
         everyone = references.memories(state.episodes, 0, range(size + config.working_slots), heads)
-        in_window = [m for m in everyone[size:] if m is not None and m.position >= done[0] - config.window]
-        contenders = [m for m in everyone if m is not None and not any(m is other for other in in_window)]
+        at_work = [m for m in everyone[size:] if m is not None]
+        n_leaving = sum(m.position < done[0] - config.window for m in at_work)
+        at_work = references.captured(at_work, n_leaving, config)
+        contenders = [m for m in everyone[:size] if m is not None] + at_work[:n_leaving]
         state, report = original(state, done, rows, frozen)
         expected, _ = references.consolidate(
             references.admit(contenders, config), done[0] // config.segment_len, config

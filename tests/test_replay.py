@@ -149,6 +149,22 @@ def test_only_near_duplicates_of_one_token_merge(cosine: float, same_token: bool
     assert int(report.merged) == 0
 
 
+@pytest.mark.parametrize(("neighbour", "merges"), [(1, False), (3, False), (4, True)])
+def test_a_story_is_not_cut(neighbour: int, merges: bool) -> None:
+    """Slot 2 would go into slot 5, but what led to it, or what followed it, is remembered too."""
+    config = small_config(
+        buffer_size=8, max_replay_rounds=2, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1
+    )
+    keys = orthogonal(config)
+    keys[5] = keys[2]
+    episodes = store_of(config, keys)
+    episodes.token[0, 2] = episodes.token[0, 5]
+    episodes.position[0, :8] = torch.arange(8, dtype=torch.int32) * 10
+    episodes.position[0, neighbour] = episodes.position[0, 2] + neighbour - 2
+    _, report = consolidate(episodes, torch.tensor([1]), config)
+    assert int(report.merged) == merges
+
+
 def test_three_of_a_kind_become_one_without_losing_strength() -> None:
     config = small_config(
         buffer_size=8, max_replay_rounds=4, replay_batch=8, merge_threshold=0.95, priority_threshold=0.1

@@ -171,6 +171,7 @@ def _options(arguments: TrainArguments) -> TrainingOptions:
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         warmup_ratio=arguments.warmup_ratio,
         credit_documents=arguments.credit_documents,
+        foresight_passes=arguments.foresight_passes,
         save_steps=arguments.save_steps,
         logging_steps=arguments.logging_steps,
         eval_steps=arguments.eval_steps,

@@ -128,7 +128,8 @@ class MemoryState:
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape
-        episodes = replace(self.episodes, recalled=torch.zeros_like(self.episodes.recalled))
+        nothing = torch.zeros_like(self.episodes.recalled)
+        episodes = replace(self.episodes, recalled=nothing, matched=nothing)
         vote = Vote.none(rows, slots, last_hidden.device)
         return replace(self, episodes=episodes, vote=vote, last_hidden=last_hidden)
 
@@ -273,7 +274,11 @@ class Hippocampus(nn.Module):
         vote = self._next_vote(vote, output, length, low)
         return output, replace(
             state,
-            episodes=replace(episodes, recalled=torch.where(length.unsqueeze(-1) > 0, vote.weights, episodes.recalled)),
+            episodes=replace(
+                episodes,
+                recalled=torch.where(length.unsqueeze(-1) > 0, vote.weights, episodes.recalled),
+                matched=_of_last_query(recollection.matched, length, low, episodes.matched),
+            ),
             vote=vote,
             last_hidden=last_of(hidden, new, state.last_hidden),
             recent_salience=last_of_each_row(extended, length, config.salience_min_duration - 1),
@@ -345,6 +350,7 @@ class Hippocampus(nn.Module):
             strength=is_real.to(none.dtype),
             credit=none,
             recalled=none,
+            matched=none,
         )
 
     def _give_credit(self, episodes: Episodes, carried: Tensor, earned: Tensor, low: int) -> Episodes:
@@ -366,19 +372,24 @@ class Hippocampus(nn.Module):
         """The vote of each row's last query; rows without a new token keep theirs."""
         moved = length > 0
         index = (length - 1).clamp_min(0).unsqueeze(-1)
-        weights = output.recollection.weights
-        span = slice(low, low + weights.shape[-1])
-        last = weights.gather(1, index.unsqueeze(-1).expand(-1, 1, weights.shape[-1])).squeeze(1)
-        full, token = torch.zeros_like(before.weights), torch.zeros_like(before.token)
-        full[:, span], token[:, span] = last, output.token
-        wide = moved.unsqueeze(-1)
+        token = torch.zeros_like(before.token)
+        token[:, low : low + output.token.shape[-1]] = output.token
         return Vote(
-            weights=torch.where(wide, full, before.weights),
-            token=torch.where(wide, token, before.token),
+            weights=_of_last_query(output.recollection.weights, length, low, before.weights),
+            token=torch.where(moved.unsqueeze(-1), token, before.token),
             nothing=torch.where(moved, output.recollection.nothing.gather(1, index).squeeze(1), before.nothing),
             mixture=torch.where(moved, output.mixture.gather(1, index).squeeze(1), before.mixture),
             in_place=moved | before.in_place,
         )
+
+
+def _of_last_query(weights: Tensor, length: Tensor, low: int, before: Tensor) -> Tensor:
+    """(R, E) of (R, N, e) weights over the slots from `low` on those of each row's last query; `before` where a row has
+    none."""
+    index = (length - 1).clamp_min(0)[:, None, None].expand(-1, 1, weights.shape[-1])
+    full = torch.zeros_like(before)
+    full[:, low : low + weights.shape[-1]] = weights.gather(1, index).squeeze(1)
+    return torch.where(length.unsqueeze(-1) > 0, full, before)
 
 
 def working_fill(done: int, config: HippoFormerConfig) -> int:

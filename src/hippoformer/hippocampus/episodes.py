@@ -13,14 +13,17 @@ At a segment end the episodes that left the window compete with the stored ones 
 rows; nothing here loops over tokens or asks the device for a value.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import avg_pool1d, logsigmoid
 
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import hashed_uniform, put, take, winners
+
+# The field by which each rule of selection judges an episode, where it judges by what the episode is.
+_JUDGED = {"salience": "priority", "surprise": "salience"}
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Episodes:
         strength: (R, E) how many experiences were merged into this one.
         credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
         recalled: (R, E) weight that the row's last query gave it.
+        matched: (R, E) how many tokens in a row, up to the row's last, were what led to it.
     """
 
     key: Tensor
@@ -50,6 +54,7 @@ class Episodes:
     strength: Tensor
     credit: Tensor
     recalled: Tensor
+    matched: Tensor
 
     @classmethod
     def empty(cls, rows: int, config: HippoFormerConfig, dtype: torch.dtype, device: torch.device | str) -> "Episodes":
@@ -70,6 +75,7 @@ class Episodes:
             strength=zeros(),
             credit=zeros(),
             recalled=zeros(),
+            matched=zeros(),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,6 +140,9 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
         `config.selection`), and the remaining working episodes moved to the left.
     """
     n_stored, n_working = config.buffer_size, config.working_slots
+    if config.capture_span and config.selection in _JUDGED:
+        judged = _JUDGED[config.selection]
+        episodes = replace(episodes, **{judged: _captured(getattr(episodes, judged), episodes.valid, leaving, config)})
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
@@ -149,6 +158,21 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     if moved.priority.requires_grad:
         moved.priority = _let_gradient_reach_priority(moved.priority, moved, contender, config)
     return moved
+
+
+def _captured(note: Tensor, valid: Tensor, leaving: Tensor, config: HippoFormerConfig) -> Tensor:
+    """What speaks for keeping each episode (R, E), the leavers' raised to the mean of their neighbours in the text.
+
+    Synaptic tagging and capture (Frey & Morris 1997): what is in itself of little note is kept if it stands among
+    things of note. Otherwise a number would be kept and the words that say whose it is forgotten.
+    """
+    low, high, span = config.buffer_size, config.buffer_size + config.working_slots, config.capture_span
+    working, real = note[:, low:high], valid[:, low:high].to(note.dtype)
+    sums = avg_pool1d(torch.stack((working * real, real), 1), 2 * span + 1, 1, span)
+    mean = sums[:, 0] / sums[:, 1].clamp_min(1e-6)
+    leaves = torch.arange(config.working_slots, device=leaving.device) < leaving.unsqueeze(-1)
+    captured = torch.where(leaves, torch.maximum(working, mean), working)
+    return torch.cat((note[:, :low], captured, note[:, high:]), dim=1)
 
 
 def _selection_score(episodes: Episodes, config: HippoFormerConfig) -> Tensor:

@@ -19,6 +19,7 @@ from hippoformer.hippocampus.recall import Recollection
 from hippoformer.model.configuration import HippoFormerConfig
 
 _GATE_WIDTH = 32
+_TRUST = 3.0  # log-odds that a story followed outright adds to lambda at the start of training
 
 
 class Fusion(nn.Module):
@@ -29,6 +30,8 @@ class Fusion(nn.Module):
         self.has_residual, self.has_distribution = config.residual_readout, config.distribution_readout
         self.gate_in = nn.Linear(hidden_size + 2, _GATE_WIDTH)
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
+        # Straight from the evidence, beside what the query makes of it: nothing, peak, followed.
+        self.evidence = nn.Parameter(torch.tensor((0.0, 0.0, _TRUST)))
         self.strength = nn.Parameter(torch.zeros(()))
         if self.has_residual:
             self.residual_gate = nn.Linear(hidden_size, 1)
@@ -60,9 +63,12 @@ class Fusion(nn.Module):
         if not self.has_distribution:
             return torch.zeros_like(recollection.nothing)
         hidden = hidden.to(self.gate_in.weight.dtype)
-        evidence = torch.stack((recollection.nothing, recollection.peak), dim=-1).to(hidden.dtype)
-        gate = self.gate_out(torch.nn.functional.gelu(self.gate_in(torch.cat((hidden, evidence), dim=-1))))
-        return self.strength.clamp(0.0, 1.0) * torch.sigmoid(gate.squeeze(-1))
+        evidence = torch.stack((recollection.nothing, recollection.peak, recollection.followed), dim=-1).to(
+            hidden.dtype
+        )
+        seen = torch.cat((hidden, evidence[..., :2]), dim=-1)
+        gate = self.gate_out(torch.nn.functional.gelu(self.gate_in(seen))).squeeze(-1) + evidence @ self.evidence
+        return self.strength.clamp(0.0, 1.0) * torch.sigmoid(gate)
 
 
 def mix_target(log_prob: Tensor, weight: Tensor, nothing: Tensor, hit: Tensor) -> Tensor:

@@ -4,15 +4,22 @@ Score of episode e for query q, per head h:
 
     scale_h cos(q, k_e) + rho_h log(effective priority_e x strength_e),        null_h(q) for recalling nothing
 
-A softmax over all of them gives the attention a_h. Recall runs forward in time (temporal contiguity, Howard & Kahana
-2002): a memory that foretold the token just read makes its successor in the text likelier. With r_{t-1}(e) the weight
-of episode e for the query before,
+A softmax over all of them gives the attention a_h; a learned mixture over heads, its weights m_h made from the query,
+gives one distribution. That is how a story is found. It is followed forward in time (temporal contiguity, Howard &
+Kahana 2002): a memory that foretold the token just read leads to its successor. With r_{t-1}(e) the weight of episode
+e for the query before, Bayes' rule against the base says how surely the text goes on as it did there,
 
-    lead_t(e + 1) = r_{t-1}(e) [token_e = x_t] / (sum of these + p_base(x_t)),     r_t ~ a_h,t (1 + kappa_h lead_t),
+    lead_t(e + 1) = r_{t-1}(e) [token_e = x_t] / (sum of these + nothing_{t-1} p_base(x_t)).
 
-which is Bayes' rule for "the text goes on as it did there", token by token. Of many numbers told in the same words,
-only the one whose name was just read is still led to. A learned mixture over heads, its weights made from the query,
-gives one distribution.
+What is led to is favoured among what resembles, r'_t = sum_h m_h a_h,t (1 + kappa_h lead_t) / ...; and where m tokens
+in a row have been what a story foretold, the story is followed outright, the longest match first (as in prediction by
+partial matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 2024, arXiv:2401.17377):
+
+    q_t(e) ~ (r'_t(e) + floor) m_t(e)^gamma over all e with m_t(e) > 0,     phi_t(e) = sigmoid(g(query) + w log m_t(e))
+    r_t    = (1 - |f_t|) r'_t + f_t,                                        f_t(e) = phi_t(e) q_t(e)
+
+One token in common says little, ten leave no doubt, however common each of them is.
+Of many numbers told in the same words, only the one whose name was just read is still led to.
 """
 
 from dataclasses import dataclass
@@ -28,6 +35,10 @@ from hippoformer.tensors.precision import project
 # Queries whose scores exist at once without gradients: few, so that they stay in the processor's cache.
 _QUERY_BLOCK = 32
 _TINY = 1e-12
+# At the start of training a story goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
+_FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
+# The longer match counts more by this power of its length, and what matches is not lost for resembling too little.
+_MATCH_POWER, _FLOOR = 4.0, 1e-4
 
 
 @dataclass
@@ -39,17 +50,28 @@ class Recollection:
         nothing: (R, N) mass on the null slot; weights.sum(-1) + nothing == 1.
         content: (R, N, U) recalled value; None where there is no residual read-out to hear it.
         peak: (R, N) largest single weight.
+        matched: (R, N, E) how many tokens in a row, up to the query's own, were what led to each episode.
+        followed: (R, N) in [0, 1], the part of the weights that follows a story outright.
     """
 
     weights: Tensor
     nothing: Tensor
     content: Tensor | None
     peak: Tensor
+    matched: Tensor
+    followed: Tensor
 
     def since(self, first: int) -> "Recollection":
         """That of the queries from `first` on."""
         content = None if self.content is None else self.content[:, first:]
-        return Recollection(self.weights[:, first:], self.nothing[:, first:], content, self.peak[:, first:])
+        return Recollection(
+            self.weights[:, first:],
+            self.nothing[:, first:],
+            content,
+            self.peak[:, first:],
+            self.matched[:, first:],
+            self.followed[:, first:],
+        )
 
 
 class Recall(nn.Module):
@@ -65,6 +87,9 @@ class Recall(nn.Module):
         self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
         self.null_proj = nn.Linear(hidden_size, heads)
         self.head_mixture = nn.Linear(hidden_size, heads)
+        self.follow_gate = nn.Linear(hidden_size, 1)
+        self.match_weight = nn.Parameter(torch.tensor(_MATCH_WEIGHT))
+        self.match_power = nn.Parameter(torch.tensor(_MATCH_POWER))
         # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
         self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
         self.priority_weight = nn.Parameter(torch.ones(heads))
@@ -75,6 +100,8 @@ class Recall(nn.Module):
             nn.init.zeros_(self.null_proj.weight)
             nn.init.constant_(self.null_proj.bias, 8.0)
             nn.init.zeros_(self.head_mixture.weight)
+            nn.init.zeros_(self.follow_gate.weight)
+            nn.init.constant_(self.follow_gate.bias, _FIRST_MATCH)
 
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""
@@ -103,7 +130,7 @@ class Recall(nn.Module):
         Args:
             hidden: (R, N, D) of consecutive tokens.
             tokens: (R, N) their ids. own: (R, N) probability that the base gave each.
-            episodes: E slots; `recalled` is the weight that the query before these gave them.
+            episodes: E slots; `recalled` is the weight that the query before these gave them, `matched` as returned.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
             n_shared: so many slots in front are visible to all queries or to none, which saves looking at each.
@@ -123,8 +150,12 @@ class Recall(nn.Module):
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         position = episodes.position
         follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # (R, E-1)
-        followed = torch.where(follows, episodes.token[:, :-1], -1)
-        before = pad(episodes.recalled.float(), (1, 0))  # (R, E+1), the null in front
+        foretold = torch.where(follows, episodes.token[:, :-1], -1)
+        ready = self.follow_gate(hidden).float()  # (R, N, 1)
+        recalled = episodes.recalled.float()
+        nothing = (1.0 - recalled.sum(-1, keepdim=True)).clamp_min(0.0)
+        before = torch.cat((nothing, recalled), dim=-1)  # (R, E+1), the null in front
+        matched = episodes.matched.float()
 
         n_queries, parts = hidden.shape[1], []
         size = n_queries if torch.is_grad_enabled() else _QUERY_BLOCK
@@ -137,15 +168,24 @@ class Recall(nn.Module):
             else:
                 similar = (key.transpose(2, 3) @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
             attention = self._attention(similar, bias, null[:, :, block], ~visible[:, None, block, n_shared:])
-            leads = (followed.unsqueeze(1) == tokens[:, block].unsqueeze(-1)).to(attention.dtype)  # (R, n, E-1)
-            parts.append(self._follow(attention, mixture[:, :, block], leads, own[:, block], before))
-            before = parts[-1][:, -1]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            leads = (foretold.unsqueeze(1) == tokens[:, block].unsqueeze(-1)) & visible[:, block, 1:]
+            leads = leads.to(attention.dtype)  # (R, n, E-1)
+            in_common = _matched(matched, leads)  # (R, n, E)
+            length = in_common[..., 1:].clamp_min(1.0).log()
+            phi = torch.sigmoid(ready[:, block] + self.match_weight * length)
+            longest = (self.match_power * length).exp() * leads
+            stories = torch.stack((phi, longest), dim=2)  # (R, n, 2, E-1)
+            found, followed = self._follow(attention, mixture[:, :, block], leads, stories, own[:, block], before)
+            parts.append((found, in_common, followed))
+            before, matched = found[:, -1], in_common[:, -1]
+        found, matched, followed = (
+            parts[0] if len(parts) == 1 else (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        )
         nothing, weights = found[..., 0], found[..., 1:]
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
-        return Recollection(weights, nothing, content, weights.amax(-1))
+        return Recollection(weights, nothing, content, weights.amax(-1), matched, followed)
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
@@ -156,19 +196,22 @@ class Recall(nn.Module):
             score[..., 1:].masked_fill_(score[..., 1:] < lowest, -torch.inf)
         return torch.softmax(score, dim=-1)
 
-    def _follow(self, attention: Tensor, mixture: Tensor, leads: Tensor, own: Tensor, before: Tensor) -> Tensor:
-        """Goes through the queries in order, each favouring what the one before leads to.
+    def _follow(
+        self, attention: Tensor, mixture: Tensor, leads: Tensor, stories: Tensor, own: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Goes through the queries in order, each following what the one before leads to.
 
         Args:
             attention: (R, H, n, E + 1), null in front. mixture: (R, H, n).
             leads: (R, n, E - 1), 1 where an episode foretold the token of the query and the next slot is its successor.
+            stories: (R, n, 2, E - 1), how surely that successor is believed, and m^gamma, 0 where nothing leads to it.
             own: (R, n). before: (R, E + 1) of the query before the first.
 
         Returns:
-            (R, n, E + 1) weights, each query's summing to 1.
+            (R, n, E + 1) weights, each query's summing to 1; and (R, n), the part of them that follows a story.
         """
         # One turn a token: as little as possible happens within it.
-        found, kappa = [], self.log_contiguity.exp().unsqueeze(-1)  # (H, 1)
+        found, followed, kappa = [], [], self.log_contiguity.exp().unsqueeze(-1)  # (H, 1)
         one = torch.ones_like(kappa)
         shares = mixture.unsqueeze(1) * torch.stack((one, kappa))  # (R, 2, H, n), for what is plain and what is led
         turns = zip(
@@ -176,17 +219,32 @@ class Recall(nn.Module):
             attention[..., 2:].unbind(2),
             shares.unbind(3),
             leads.unbind(1),
-            (own.unsqueeze(-1) + _TINY).unbind(1),
+            stories.unbind(1),
+            own.unsqueeze(-1).unbind(1),
             strict=True,
         )
-        for weights, successors, share, leading, chance in turns:
+        for weights, successors, share, leading, story, chance in turns:
+            # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token.
+            before = before.detach()
             lead = before[:, 1:-1] * leading  # (R, E - 1), of the episodes from the second on
-            lead = lead / (lead.sum(-1, keepdim=True) + chance)
+            lead = lead / (lead.sum(-1, keepdim=True) + before[:, :1] * chance + _TINY)
             whole = torch.addcmul(one, kappa, torch.bmm(successors, lead.unsqueeze(-1)))  # (R, H, 1)
-            before, led = torch.bmm(share / whole.transpose(1, 2), weights).unbind(1)
-            if torch.is_grad_enabled():
-                before = torch.cat((before[:, :2], torch.addcmul(before[:, 2:], led[:, 2:], lead)), dim=-1)
-            else:
-                before[:, 2:].addcmul_(led[:, 2:], lead)
+            before, favoured = torch.bmm(share / whole.transpose(1, 2), weights).unbind(1)
+            led = torch.addcmul(before[:, 2:], favoured[:, 2:], lead)
+            sure, longest = story.unbind(1)
+            match = (led + _FLOOR) * longest
+            match = match * sure / (match.sum(-1, keepdim=True) + _TINY)
+            followed.append(match.sum(-1, keepdim=True))
+            rest = 1.0 - followed[-1]
+            before = torch.cat((before[:, :2] * rest, torch.addcmul(match, led, rest)), dim=-1)
             found.append(before)
-        return torch.stack(found, dim=1)
+        return torch.stack(found, dim=1), torch.cat(followed, dim=1)
+
+
+def _matched(before: Tensor, leads: Tensor) -> Tensor:
+    """(R, n, E) tokens in a row that led to each episode, from (R, E) of the query before and (R, n, E - 1) leads."""
+    found = []
+    for leading in leads.unbind(1):
+        before = pad((before[:, :-1] + 1.0) * leading, (1, 0))
+        found.append(before)
+    return torch.stack(found, dim=1)

@@ -5,9 +5,9 @@ in proportion to need x gain (Mattar & Daw 2018): need is the effective priority
 share of later predictions owed to it. Each cue awakens the memory it resembles most. Both are young again, and as far
 as they have proven useful (credit, up to 1) their priority moves towards the highest importance, once for every time
 they are reactivated. Raising what was merely touched would soon make all survivors equal, whatever their salience.
-Where cue and companion vote for the same token and their keys agree, they become one: strengths and credits add, the
-newer key stays. What was not reactivated has aged by one segment, and what falls under `priority_threshold` is
-forgotten.
+Where cue and companion vote for the same token, their keys agree and the older stands alone, they become one:
+strengths and credits add, the newer key stays. What was not reactivated has aged by one segment, and what falls under
+`priority_threshold` is forgotten.
 
 Without replay an exponential decay forgets everything after a few thousand tokens. The draws depend on position
 and segment alone, so a row replays the same in any batch.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
@@ -67,7 +67,8 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
 
         older, newer = torch.minimum(cue, partner), torch.maximum(cue, partner)  # slots are ordered by age of the text
         same_token = take(store["token"], cue) == take(store["token"], partner)
-        fuse = _without_conflicts(older, newer, woken & same_token & (similar >= config.merge_threshold), n_stored)
+        alike = woken & same_token & (similar >= config.merge_threshold) & take(_alone(position), older)
+        fuse = _without_conflicts(older, newer, alike, n_stored)
         strength = strength.scatter_add(-1, newer, take(strength, older) * fuse)
         credit = credit.scatter_add(-1, newer, take(credit, older) * fuse)
         priority = priority.scatter_reduce(-1, newer, take(priority, older) * fuse, "amax")
@@ -109,6 +110,16 @@ def _most_alike(key: Tensor, position: Tensor, cue: Tensor, n_heads: int) -> tup
         found.append(tuple(similarity.max(-1)))  # type: ignore[arg-type]
     similar, partner = (torch.stack(column) for column in zip(*found, strict=True))
     return similar.float() / n_heads, partner
+
+
+def _alone(position: Tensor) -> Tensor:
+    """(R, M) bool, memories of which neither what came before nor what came after is remembered.
+
+    The space before a number is like the space before any other: folded into one, all but one number would lose the
+    memory that leads to it. So a story is never cut; what stands alone leads nowhere and may be folded.
+    """
+    joined = pad((position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0), (1, 1))  # (R, M + 1)
+    return ~joined[:, :-1] & ~joined[:, 1:]
 
 
 def _marked(like: Tensor, index: Tensor, on: Tensor) -> Tensor:

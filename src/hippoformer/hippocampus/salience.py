@@ -68,15 +68,25 @@ class SalienceGate(nn.Module):
         Returns:
             (R, N) salience logits, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
         """
-        both = self.local_norm(torch.cat((before, after), dim=-1))
-        both = torch.cat((both, (surprise.unsqueeze(-1) / 10.0).to(both.dtype)), dim=-1)
-        local = project(self.local_in, both).to(self.local_out.weight.dtype)
-        local = self.local_out(torch.nn.functional.gelu(local)).squeeze(-1)
         weight = torch.sigmoid(self.pathway_weight)
-        raw = weight * local + (1.0 - weight) * self._global(after, episodes, visible)
+        seen = (1.0 - weight) * self._global(after, episodes, visible)
+        return self._logit(weight * self._local(before, after, surprise) + seen, surprise, recent)
+
+    def at_a_glance(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
+        """The logits (R, N) of `forward` as the local pathway alone would have them, at the beginning of a text."""
+        raw = torch.sigmoid(self.pathway_weight) * self._local(before, after, surprise)
+        return self._logit(raw, surprise, raw.new_zeros(raw.shape[0], self.kernel - 1))[0]
+
+    def _logit(self, raw: Tensor, surprise: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         extended = torch.cat((recent, raw), dim=-1)
         smooth = extended.unfold(-1, self.kernel, 1) @ self.smoothing
         return smooth - self.threshold + self.surprise_weight * surprise_odds(surprise.float()), extended
+
+    def _local(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
+        both = self.local_norm(torch.cat((before, after), dim=-1))
+        both = torch.cat((both, (surprise.unsqueeze(-1) / 10.0).to(both.dtype)), dim=-1)
+        local = project(self.local_in, both).to(self.local_out.weight.dtype)
+        return self.local_out(torch.nn.functional.gelu(local)).squeeze(-1)
 
     def _global(self, after: Tensor, episodes: Episodes, visible: Tensor) -> Tensor:
         query = (

@@ -33,6 +33,8 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_surprise_weight: initial weight of plain surprise beside the two pathways, see `hippocampus.salience`.
         importance_weight_range: weight at salience 0.5+ and at salience 1.
         untagged_weight: weight at salience <= 0.5.
+        capture_span: tokens on either side whose mean importance an episode is kept for, if its own is lower; 0 for
+            none.
         selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
             "random", or "fifo" (first in, first out). The last three are the usual baselines.
     Episodic memory and replay:
@@ -95,6 +97,7 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_surprise_weight: float = 1.0,
         importance_weight_range: tuple[float, float] | list[float] = (2.0, 5.0),
         untagged_weight: float = 1.0,
+        capture_span: int = 8,
         selection: str = "salience",
         buffer_size: int = 2048,
         decay_rate: float = 0.9,
@@ -149,6 +152,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.salience_surprise_weight = salience_surprise_weight
         self.importance_weight_range = list(importance_weight_range)
         self.untagged_weight = untagged_weight
+        self.capture_span = capture_span
         self.selection = selection
         self.buffer_size = buffer_size
         self.decay_rate = decay_rate
@@ -233,6 +237,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "sink_tokens >= 0": self.sink_tokens >= 0,
             "segment_len >= 1": self.segment_len >= 1,
             "buffer_size >= 0": self.buffer_size >= 0,
+            "capture_span >= 0": self.capture_span >= 0,
             "0 < decay_rate <= 1": 0 < self.decay_rate <= 1,
             "max_replay_rounds >= 0": self.max_replay_rounds >= 0,
             "replay_batch >= 1": self.replay_batch >= 1,

@@ -43,6 +43,9 @@ class TrainArguments:
         default=0.5, metadata={"help": "part of the steps before the gate takes over selection"}
     )
     credit_documents: int = field(default=128, metadata={"help": "documents whose credit is measured; 0 for none"})
+    foresight_passes: int = field(
+        default=4, metadata={"help": "passes over those in which the gate alone learns to foresee credit"}
+    )
     learning_rate: float | None = field(default=None, metadata={"help": "default: 1e-3 frozen, 1e-4 with LoRA"})
     warmup_ratio: float = 0.05
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the base; 0 keeps it frozen"})

@@ -1,9 +1,9 @@
 """The training run: two phases over streamed text.
 
-    recall   queries, keys and fusion learn to predict with surprise deciding what is kept, since the gate knows
-    nothing yet
-    credit   no learning: every document is read with room for everything, to see what each episode turns out to be
-        worth
+    recall   queries, keys and fusion learn to predict from a store that simply holds the latest, since the gate knows
+        nothing yet
+    credit   every document is read with room for everything, to see what each episode turns out to be worth; then the
+        gate alone learns to foresee it (see `foresight`)
     joint    everything learns under the working capacity and the gate's own selection; the gate learns to foresee
     credit
 
@@ -35,12 +35,11 @@ from hippoformer.model import checkpoint
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import layers, processes, resuming, tracking
 from hippoformer.training.credit import measure_credit, reconfigured, useful
+from hippoformer.training.foresight import parameter_groups, teach_foresight
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached, score_live
 from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece, TextStreams
-
-_SCALAR_RATE = 10.0
 
 
 @dataclass
@@ -55,6 +54,7 @@ class TrainingOptions:
         warmup_ratio: part of the steps with a rising learning rate, None for the config's `warmup_steps`; it then falls
             linearly to zero.
         credit_documents: documents whose credit is measured; 0 skips the credit target.
+        foresight_passes: over the measured documents, in which the gate alone learns to foresee credit.
         save_steps, logging_steps, eval_steps: 0 for never. keep_checkpoints: complete ones to keep.
         seed: of order, initial weights' dropout and replay.
         mixed_precision: "bf16" or "fp16" for autocast, "no", or None for what `accelerate launch` says.
@@ -71,6 +71,7 @@ class TrainingOptions:
     gradient_accumulation_steps: int = 1
     warmup_ratio: float | None = 0.05
     credit_documents: int = 128
+    foresight_passes: int = 4
     save_steps: int = 100
     logging_steps: int = 10
     eval_steps: int = 0
@@ -257,7 +258,7 @@ class Trainer:
 
     def _phase(self):  # type: ignore[no-untyped-def]
         if self.step < self.recall_steps:
-            return reconfigured(self.model.hippocampus, selection="surprise")
+            return reconfigured(self.model.hippocampus, selection="fifo")
         # All priorities together act like the null slot's opposite, and the next-token loss would rather lower that: it
         # tags nothing. Where credit is known it is the gate's only teacher.
         return reconfigured(self.model.hippocampus, credit_only_gate=any(number >= 0 for number in self.useful))
@@ -320,6 +321,12 @@ class Trainer:
         with torch.no_grad():
             self.useful = processes.collected(self.work(measure), self.accelerator)
         self._learning()
+        hippocampus, passes = self.model.hippocampus, self.options.foresight_passes
+        if passes and self.useful:
+            loss = teach_foresight(
+                hippocampus, documents, self.useful, passes, self.model.config.learning_rate, self.options.seed
+            )
+            self.console.print(f"the gate alone, {passes} passes: loss_credit {loss:.4f}", highlight=False)
 
     @torch.no_grad()
     def _choose_anchors(self) -> None:
@@ -407,16 +414,15 @@ class Trainer:
 def _parameter_groups(model: HippoFormer) -> list[dict[str, Any]]:
     """The original's two learning rates (memory; base x 0.1), and one for the scalars and vectors among the memory's
     parameters: scales, biases and thresholds must travel far, are few, and are not decayed."""
-    config, memory = model.config, [p for p in model.hippocampus.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in memory if p.dim() > 1], "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": [p for p in memory if p.dim() <= 1], "lr": _SCALAR_RATE * config.learning_rate, "weight_decay": 0.0},
+    config = model.config
+    groups = parameter_groups(model.hippocampus, config.learning_rate, config.weight_decay)
+    groups.append(
         {
             "params": [p for p in model.base.parameters() if p.requires_grad],
             "lr": 0.1 * config.learning_rate,
             "weight_decay": config.weight_decay,
-        },
-    ]
+        }
+    )
     return [group for group in groups if group["params"]]
 
 

@@ -1,0 +1,98 @@
+"""The gate's first lessons in foresight: several passes over what each episode turned out to be worth.
+
+Reading with the memory is what training costs; the gate's local pathway needs none of it, only the hidden states that
+are on disk. So before the joint phase it is taught alone, in a fraction of the time, and the joint phase begins with a
+selection that is already worth learning under.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from hippoformer.hippocampus.circuit import Hippocampus
+from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument
+
+_SCALAR_RATE = 10.0
+_CHUNK, _BATCH, _TOGETHER = 512, 8, 16
+# A chunk's first tokens are judged without what the smoothing would bring over from the chunk before.
+_UNJUDGED = 8
+
+
+def teach_foresight(
+    hippocampus: Hippocampus,
+    documents: HiddenStateCache,
+    useful: dict[int, torch.Tensor],
+    passes: int,
+    rate: float,
+    seed: int,
+) -> float:
+    """Trains the local pathway to foresee usefulness; a function of weights, documents and seed alone.
+
+    Args:
+        useful: (T,) per document, in [0, 1], NaN where it is not known.
+        passes: over all documents. rate: of AdamW, falling linearly to zero.
+
+    Returns:
+        The mean loss of the last pass, NaN if nothing was known.
+    """
+    gate, width = hippocampus.salience_gate, max(_UNJUDGED, hippocampus.config.salience_min_duration)
+    lengths = {number: len(target) for number, target in useful.items() if number >= 0}
+    draws = torch.Generator().manual_seed(seed)
+    batches = [
+        batch
+        for _ in range(passes)
+        for group in _groups(sorted(lengths), draws)
+        for batch in _batches(group, lengths, draws)
+    ]
+    optimizer = torch.optim.AdamW(parameter_groups(gate, rate, hippocampus.config.weight_decay))
+    rates = [options["lr"] for options in optimizer.param_groups]
+    device, held, losses = next(gate.parameters()).device, dict[int, ReadDocument](), list[float]()
+    for place, (group, batch) in enumerate(batches):
+        if held.keys() != set(group):
+            held = {number: documents[number] for number in group}
+        for options, start in zip(optimizer.param_groups, rates, strict=True):
+            options["lr"] = start * (1.0 - place / len(batches))
+        errors = []
+        for number, start in batch:
+            read, part = held[number], slice(start, start + _CHUNK)
+            hidden = hippocampus.normed(read.hidden[start - 1 : part.stop].to(device).float()).unsqueeze(0)
+            surprise = -read.log_prob[part].to(device).unsqueeze(0)
+            logit = gate.at_a_glance(hidden[:, :-1], hidden[:, 1:], surprise)[0, width:]
+            target = useful[number][part].to(device)[width:]
+            known = ~target.isnan()
+            errors.append(binary_cross_entropy_with_logits(logit[known], target[known], reduction="none"))
+        error = torch.cat(errors)
+        if error.numel():
+            error.mean().backward()
+            torch.nn.utils.clip_grad_norm_(gate.parameters(), hippocampus.config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(error.detach().mean()))
+    last = losses[-max(1, len(losses) // max(passes, 1)) :]
+    return sum(last) / len(last) if last else float("nan")
+
+
+def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Of AdamW: matrices at the rate, scalars and biases at ten times the rate and without decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "lr": rate, "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "lr": _SCALAR_RATE * rate, "weight_decay": 0.0},
+    ]
+
+
+def _groups(numbers: list[int], draws: torch.Generator) -> list[list[int]]:
+    """The documents in a new order, so many together as may be in memory at once."""
+    order = torch.randperm(len(numbers), generator=draws).tolist()
+    return [[numbers[place] for place in order[low : low + _TOGETHER]] for low in range(0, len(order), _TOGETHER)]
+
+
+def _batches(
+    group: list[int], lengths: dict[int, int], draws: torch.Generator
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Batches of chunks (document, start) of a group of documents, mixed."""
+    chunks = [(number, start) for number in group for start in range(1, lengths[number] - 2 * _UNJUDGED, _CHUNK)]
+    order = torch.randperm(len(chunks), generator=draws).tolist()
+    return [(group, [chunks[place] for place in order[low : low + _BATCH]]) for low in range(0, len(order), _BATCH)]
