@@ -60,15 +60,21 @@ def winners(score: list[float], k: int) -> list[int]:
     return sorted(best)
 
 
+def importance(salience: float, config: HippoFormerConfig) -> float:
+    low, high = config.importance_weight_range
+    return low + (high - low) * (2 * salience - 1) if salience > 0.5 else config.untagged_weight
+
+
 def captured(working: list[Memory], leaving: int, config: HippoFormerConfig) -> list[Memory]:
-    """The working episodes, the first `leaving` of them as notable as their neighbourhood where that is more."""
-    field = {"salience": "priority", "surprise": "salience"}.get(config.selection)
-    if field is None:
+    """The working episodes, the first `leaving` of them judged by the best passage near them."""
+    if not config.capture_span or config.selection not in ("salience", "surprise"):
         return working
-    notes = [getattr(memory, field) for memory in working]
+    salience, span = [memory.salience for memory in working], config.capture_span
+    near = [salience[max(0, middle - span) : middle + span + 1] for middle in range(len(working))]
+    worth = [sum(passage) / len(passage) for passage in near]
     for place, memory in enumerate(working[:leaving]):
-        near = notes[max(0, place - config.capture_span) : place + config.capture_span + 1]
-        setattr(memory, field, max(notes[place], sum(near) / len(near)))
+        memory.salience = max(worth[max(0, place - span // 2) : place + span // 2 + 1])
+        memory.priority = importance(memory.salience, config)
     return working
 
 

@@ -42,7 +42,7 @@ def test_importance_options_are_used() -> None:
 
 @torch.no_grad()
 def test_an_episode_is_stored_with_what_was_reported() -> None:
-    model, ids = awake(max_replay_rounds=0, priority_threshold=0.0), text(rows=1, length=30)
+    model, ids = awake(max_replay_rounds=0, priority_threshold=0.0, capture_span=0), text(rows=1, length=30)
     cache = model.new_cache(1)
     out = model(ids, past_key_values=cache, return_salience=True)
     episodes = cache.episodes(0)
@@ -96,17 +96,17 @@ def test_both_pathways_and_the_smoothing_are_heard() -> None:
 # ---------------------------------------------------------------- losses
 
 
-def by_hand(log_prob, counted, logit, weight, nothing, useful, target_share: float) -> dict[str, float]:
+def by_hand(log_prob, counted, salience, forecast, weight, nothing, useful, target_share: float) -> dict[str, float]:
     """Every term with a loop over tokens."""
     tokens = [(r, t) for r in range(len(counted)) for t in range(len(counted[0])) if counted[r][t]]
-    sigmoid = {rt: 1 / (1 + math.exp(-logit[rt[0]][rt[1]])) for rt in tokens}
+    sigmoid = {rt: 1 / (1 + math.exp(-forecast[rt[0]][rt[1]])) for rt in tokens}
     n = len(tokens)
     known = [(r, t) for r, t in tokens if not math.isnan(useful[r][t])]
     return {
         "lm": sum(-log_prob[r][t] for r, t in tokens) / n,
         "salience_weighted": sum(-log_prob[r][t] * weight[r][t] for r, t in tokens)
         / sum(weight[r][t] for r, t in tokens),
-        "sparsity": max(0.0, sum(sigmoid.values()) / n - target_share) ** 2,
+        "sparsity": max(0.0, sum(salience[r][t] for r, t in tokens) / n - target_share) ** 2,
         "memory_util": sum(nothing[r][t] for r, t in tokens) / n,
         "credit": -sum(
             useful[r][t] * math.log(sigmoid[r, t]) + (1 - useful[r][t]) * math.log(1 - sigmoid[r, t]) for r, t in known
@@ -123,7 +123,7 @@ def loss_inputs(seed: int = 0) -> list[Tensor]:
 
     counted = draw() > 0.3
     useful = torch.where(draw() > 0.4, draw(), torch.nan)
-    return [-3 * draw(), counted, 4 * draw() - 1, 1 + 4 * draw(), draw(), useful]
+    return [-3 * draw(), counted, draw(), 4 * draw() - 1, 1 + 4 * draw(), draw(), useful]
 
 
 def test_every_term_by_hand() -> None:
@@ -156,7 +156,7 @@ def test_padding_never_counts(garbage: float) -> None:
         own = [torch.where(counted, t, fill).requires_grad_() if i != 1 else t for i, t in enumerate(inputs)]
         parts = loss(*own)
         parts.total.backward()
-        results.append((parts.scalars(), own[0].grad, own[2].grad))
+        results.append((parts.scalars(), own[0].grad, own[3].grad))
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][2][counted], results[1][2][counted])
@@ -172,7 +172,7 @@ def test_nothing_counted_is_no_loss() -> None:
 
 def test_the_gate_cannot_lower_a_loss_by_looking_away() -> None:
     inputs = loss_inputs()
-    weight = inputs[3].requires_grad_()
+    weight = inputs[4].requires_grad_()
     inputs[0] = inputs[0].requires_grad_()
     HippoFormerLoss(small_config())(*inputs).total.backward()
     assert weight.grad is None and inputs[0].grad.abs().sum() > 0

@@ -84,18 +84,23 @@ def test_admit(selection: str, seed: int) -> None:
         )
 
 
-@pytest.mark.parametrize("span", [0, 2])
 @torch.no_grad()
-def test_what_stands_among_things_of_note_is_kept(span: int) -> None:
-    """A weak episode between strong ones outlives an equally weak one between weak ones, if there is capture."""
-    config = small_config(buffer_size=4, capture_span=span)
-    episodes = random_memory(config, [0], [12], 0)
-    at_work = slice(config.buffer_size, config.buffer_size + 12)
-    episodes.priority[0, at_work] = torch.tensor([1.2] * 5 + [4.0, 4.0, 1.1, 4.0, 1.0, 1.0, 1.0])
-    episodes.age.zero_()
-    weak = int(episodes.position[0, config.buffer_size + 7])
-    kept = admit(episodes, torch.tensor([12]), config).position[0, : config.buffer_size].tolist()
-    assert (weak in kept) == (span > 0)
+def test_what_stands_among_things_of_note_is_kept() -> None:
+    """Capture keeps a passage of notable things whole, and lets go of one that is as notable but stands alone."""
+    kept = {}
+    for span in (0, 2):
+        config = small_config(buffer_size=5, capture_span=span)
+        episodes = random_memory(config, [0], [16], 0)
+        at_work = slice(config.buffer_size, config.buffer_size + 16)
+        episodes.salience[0, at_work] = torch.tensor(
+            [0.1] * 3 + [0.95] + [0.1] * 3 + [0.9, 0.9, 0.2, 0.9, 0.9] + [0.1] * 4
+        )
+        episodes.priority[0, at_work] = importance(episodes.salience[0, at_work], config)
+        episodes.age.zero_()
+        place = {int(position): number for number, position in enumerate(episodes.position[0, at_work])}
+        after = admit(episodes, torch.tensor([16]), config)
+        kept[span] = [place[int(position)] for position in after.position[0, : config.buffer_size]]
+    assert kept[0] == [3, 7, 8, 10, 11] and kept[2] == [7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
 from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import checkpoints
@@ -117,7 +118,10 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         raise ConfigurationError(f"--set: HippoFormerConfig has no option {', '.join(unknown)}")
     dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
     base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
-    return HippoFormer(HippoFormerConfig(**(options | extra)), base)  # type: ignore[arg-type]
+    model = HippoFormer(HippoFormerConfig(**(options | extra)), base)  # type: ignore[arg-type]
+    if arguments.hippocampus is not None:
+        load_hippocampus(model, arguments.hippocampus)
+    return model
 
 
 def _documents(arguments: TrainArguments) -> list[Document]:

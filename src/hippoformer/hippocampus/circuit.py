@@ -146,7 +146,8 @@ class StepOutput:
         prior_mixture, prior_nothing, hit: (R, N) lambda and null mass of the query before each token, and its
             attention on
             episodes of that very token: how each token was foretold.
-        salience_logit: (R, N) what the gate says. salience: (R, N) in [0, 1], its sigmoid, or the baseline's measure.
+        forecast: (R, N) log-odds of usefulness, by the gate.
+        salience: (R, N) in [0, 1], made of it, or the baseline's measure.
         importance: (R, N) weight each transition was stored with.
     """
 
@@ -157,7 +158,7 @@ class StepOutput:
     prior_mixture: Tensor
     prior_nothing: Tensor
     hit: Tensor
-    salience_logit: Tensor
+    forecast: Tensor
     salience: Tensor
     importance: Tensor
 
@@ -223,7 +224,7 @@ class Hippocampus(nn.Module):
         # The gate judges token t by what was complete before t; recall of query t may already use t.
         known = episodes.slots(low, high)
         visible = recall_mask(known.valid, first - low, n_new + 1)
-        logit, extended = self.salience_gate(
+        forecast, extended = self.salience_gate(
             before,
             after,
             surprise.to(dtype),
@@ -231,7 +232,7 @@ class Hippocampus(nn.Module):
             visible[:, :-1],
             state.recent_salience,
         )
-        salience = self._salience(logit, surprise)
+        salience = self._salience(forecast, surprise)
         weight = importance(salience.detach() if config.credit_only_gate else salience, config)
         episodes = replace(
             episodes,
@@ -267,7 +268,7 @@ class Hippocampus(nn.Module):
             prior_mixture=prior_mixture,
             prior_nothing=prior_nothing,
             hit=hit,
-            salience_logit=logit,
+            forecast=forecast,
             salience=salience,
             importance=weight,
         )
@@ -330,10 +331,10 @@ class Hippocampus(nn.Module):
         high = config.buffer_size + max(working_fill(d, config) + n for d, n in zip(done, new, strict=True))
         return low, high
 
-    def _salience(self, logit: Tensor, surprise: Tensor) -> Tensor:
+    def _salience(self, forecast: Tensor, surprise: Tensor) -> Tensor:
         if self.config.selection == "surprise":
-            return 1.0 - torch.exp(-surprise.to(logit.dtype))
-        return torch.sigmoid(logit)
+            return 1.0 - torch.exp(-surprise.to(forecast.dtype))
+        return torch.sigmoid(forecast - self.salience_gate.tagging_threshold)
 
     def _encode(self, before: Tensor, after: Tensor, tokens: Tensor, position: Tensor, is_real: Tensor) -> Episodes:
         """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot,

@@ -17,13 +17,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, logsigmoid
+from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d
 
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import hashed_uniform, put, take, winners
-
-# The field by which each rule of selection judges an episode, where it judges by what the episode is.
-_JUDGED = {"salience": "priority", "surprise": "salience"}
 
 
 @dataclass
@@ -140,9 +137,8 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
         `config.selection`), and the remaining working episodes moved to the left.
     """
     n_stored, n_working = config.buffer_size, config.working_slots
-    if config.capture_span and config.selection in _JUDGED:
-        judged = _JUDGED[config.selection]
-        episodes = replace(episodes, **{judged: _captured(getattr(episodes, judged), episodes.valid, leaving, config)})
+    if config.capture_span and config.selection in ("salience", "surprise"):
+        episodes = _captured(episodes, leaving, config)
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
@@ -160,19 +156,27 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     return moved
 
 
-def _captured(note: Tensor, valid: Tensor, leaving: Tensor, config: HippoFormerConfig) -> Tensor:
-    """What speaks for keeping each episode (R, E), the leavers' raised to the mean of their neighbours in the text.
+def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
+    """The memory with the leavers judged by the passage they stand in: salience, and the priority made of it.
 
     Synaptic tagging and capture (Frey & Morris 1997): what is in itself of little note is kept if it stands among
-    things of note. Otherwise a number would be kept and the words that say whose it is forgotten.
+    things of note, and lost if it stands alone. A number is worth nothing without the words that say whose it is. The
+    worth of a passage is the mean over `capture_span` tokens on either side of its middle; a token counts to the best
+    passage whose middle is at most half as far.
     """
     low, high, span = config.buffer_size, config.buffer_size + config.working_slots, config.capture_span
-    working, real = note[:, low:high], valid[:, low:high].to(note.dtype)
-    sums = avg_pool1d(torch.stack((working * real, real), 1), 2 * span + 1, 1, span)
-    mean = sums[:, 0] / sums[:, 1].clamp_min(1e-6)
+    working = episodes.slots(low, high)
+    real = working.valid.to(working.salience.dtype)
+    sums = avg_pool1d(torch.stack((working.salience * real, real), 1), 2 * span + 1, 1, span)
+    worth = sums[:, 0] / sums[:, 1].clamp_min(1e-6)
+    worth = max_pool1d(worth.unsqueeze(1), 2 * (span // 2) + 1, 1, span // 2).squeeze(1)
     leaves = torch.arange(config.working_slots, device=leaving.device) < leaving.unsqueeze(-1)
-    captured = torch.where(leaves, torch.maximum(working, mean), working)
-    return torch.cat((note[:, :low], captured, note[:, high:]), dim=1)
+
+    def judged(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat((old[:, :low], torch.where(leaves, new, old[:, low:high]), old[:, high:]), dim=1)
+
+    priority = importance(worth.detach() if config.credit_only_gate else worth, config)
+    return replace(episodes, salience=judged(episodes.salience, worth), priority=judged(episodes.priority, priority))
 
 
 def _selection_score(episodes: Episodes, config: HippoFormerConfig) -> Tensor:

@@ -52,7 +52,8 @@ class HippoFormerLoss(nn.Module):
         self,
         target_log_prob: Tensor,
         counted: Tensor,
-        salience_logit: Tensor,
+        salience: Tensor,
+        forecast: Tensor,
         importance: Tensor,
         nothing: Tensor,
         useful: Tensor | None = None,
@@ -62,7 +63,7 @@ class HippoFormerLoss(nn.Module):
         Args:
             target_log_prob: (R, N) fused log p of each token.
             counted: (R, N) bool, False for padding and for tokens without a prediction.
-            salience_logit: (R, N) before the sigmoid. importance: (R, N) weights.
+            salience: (R, N) in [0, 1]. forecast: (R, N) log-odds of usefulness. importance: (R, N) weights.
             nothing: (R, N) null mass of the query that predicted the token.
             useful: (R, N) in [0, 1], how useful each episode turned out to be, NaN where it is not known; None for
                 nowhere.
@@ -74,8 +75,7 @@ class HippoFormerLoss(nn.Module):
         # Nothing that is not counted may reach a sum, or a gradient: 0 * NaN is NaN.
         nll = torch.where(counted, -target_log_prob, 0.0)
         weight = torch.where(counted, importance.detach(), 0.0) * share
-        logit = torch.where(counted, salience_logit, 0.0)
-        excess = (torch.sigmoid(logit) * share).sum() - self.target_tagged_share * share.sum()
+        excess = (torch.where(counted, salience, 0.0) * share).sum() - self.target_tagged_share * share.sum()
         parts = {
             "lm": (nll * share).sum(),
             "salience_weighted": (nll * weight).sum() / weight.sum().clamp_min(1e-12),
@@ -85,8 +85,8 @@ class HippoFormerLoss(nn.Module):
         }
         if useful is not None:
             known = counted & ~useful.isnan()
-            target = torch.where(known, useful, 0.0).to(logit.dtype)
-            error = binary_cross_entropy_with_logits(logit, target, reduction="none")
+            target = torch.where(known, useful, 0.0).to(forecast.dtype)
+            error = binary_cross_entropy_with_logits(torch.where(known, forecast, 0.0), target, reduction="none")
             parts["credit"] = torch.where(known, error, 0.0).sum() / known.sum().clamp_min(1)
         total = torch.stack([self.weights[name] * value for name, value in parts.items()]).sum()
         return LossParts(total=total, **parts)

@@ -4,9 +4,12 @@ Two pathways look at the transition s -> s+1 once s+1 has been read: a local MLP
 surprising the token was, and a global causal attention of s+1 over everything the row remembers at that moment. A
 learned weight mixes them, a causal convolution smooths the result over time, a learned threshold centres it:
 
-    salience = sigmoid(smooth(w local + (1 - w) global) - threshold + v log((1 - p) / p))
+    forecast = smooth(w local + (1 - w) global) - threshold + v log((1 - p) / p)
+    salience = sigmoid(forecast - tagging threshold)
 
-The gate is trained to foresee usefulness, the credit a memory later earns (see losses), not easiness. Plain surprise,
+The forecast is trained to be the log-odds of usefulness, the credit a memory later earns (see losses), not of easiness.
+Few memories are ever asked for, so honest odds are low; the tagging threshold, set once by what the measured documents
+were forecast, lets the target share of all transitions be tagged. Plain surprise,
 with p the probability that the base gave the token, is a strong rule of its own: it enters as an expert whose log-odds
 add to those of the pathways (a product of experts, Hinton 2002), with a learned weight v.
 """
@@ -44,6 +47,8 @@ class SalienceGate(nn.Module):
         self.smoothing = nn.Parameter(torch.zeros(self.kernel))
         self.threshold = nn.Parameter(torch.tensor(float(config.salience_threshold_init)))
         self.surprise_weight = nn.Parameter(torch.tensor(float(config.salience_surprise_weight)))
+        self.tagging_threshold: Tensor
+        self.register_buffer("tagging_threshold", torch.zeros(()))
         with torch.no_grad():
             self.smoothing[-1] = 1.0  # starts as the identity on the present token
 
@@ -56,7 +61,7 @@ class SalienceGate(nn.Module):
         visible: Tensor,
         recent: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Salience logits of N transitions of each row.
+        """Forecasts for N transitions of each row: log-odds that each will be useful.
 
         Args:
             before, after: (R, N, D) hidden states at s and s+1.
@@ -66,14 +71,14 @@ class SalienceGate(nn.Module):
             recent: (R, kernel - 1) unsmoothed logits of the transitions before these.
 
         Returns:
-            (R, N) salience logits, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
+            (R, N) forecasts, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
         """
         weight = torch.sigmoid(self.pathway_weight)
         seen = (1.0 - weight) * self._global(after, episodes, visible)
         return self._logit(weight * self._local(before, after, surprise) + seen, surprise, recent)
 
     def at_a_glance(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
-        """The logits (R, N) of `forward` as the local pathway alone would have them, at the beginning of a text."""
+        """The forecasts (R, N) of `forward` as the local pathway alone would have them, at the beginning of a text."""
         raw = torch.sigmoid(self.pathway_weight) * self._local(before, after, surprise)
         return self._logit(raw, surprise, raw.new_zeros(raw.shape[0], self.kernel - 1))[0]
 

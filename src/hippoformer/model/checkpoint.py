@@ -153,11 +153,7 @@ def load(
         own = folder / BASE
         base_model = load_base_model(str(own) if own.is_dir() else config.base_model_name, dtype=dtype or older_name)
     model = cls(config, base_model)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    restore(model, tensors)
+    restore(model, _weights(folder))
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
@@ -167,13 +163,36 @@ def restore(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes that do not fit.
     """
+    _restore_hippocampus(model, tensors)
+    if model.config.use_lora:
+        load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
+
+
+def load_hippocampus(model: "HippoFormer", name_or_path: str | Path) -> None:
+    """Gives a model the hippocampus of a saved folder or hub repository, and nothing else of it.
+
+    Raises:
+        CheckpointError: none there, a damaged one, or one of other shapes.
+    """
+    folder = _folder(name_or_path, "", {})
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}: expected a saved HippoFormer")
+    _restore_hippocampus(model, _weights(folder))
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from error
+
+
+def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
     own = {n.removeprefix("hippocampus."): t for n, t in tensors.items() if n.startswith("hippocampus.")}
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit this base and config: {error}") from error
-    if model.config.use_lora:
-        load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
 
 
 def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Path:

@@ -33,8 +33,8 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_surprise_weight: initial weight of plain surprise beside the two pathways, see `hippocampus.salience`.
         importance_weight_range: weight at salience 0.5+ and at salience 1.
         untagged_weight: weight at salience <= 0.5.
-        capture_span: tokens on either side whose mean importance an episode is kept for, if its own is lower; 0 for
-            none.
+        capture_span: what leaves the window is judged by the passage it stands in, so many tokens on either side; 0 for
+            each token by itself.
         selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
             "random", or "fifo" (first in, first out). The last three are the usual baselines.
     Episodic memory and replay:
@@ -66,7 +66,7 @@ class HippoFormerConfig(PreTrainedConfig):
         credit_loss_weight: weights of the terms.
         credit_only_gate: the gate learns from credit and sparsity alone; False lets the next-token loss reach it
             through the priorities as well. Training sets it where credit was measured.
-        target_tagged_share: share of tokens the sparsity term lets the gate tag.
+        target_tagged_share: share of tokens that the gate is set to tag, and that the sparsity term lets it.
         consolidation_r_target: Pearson correlation of salience and retrieval quality to aim for.
     Training:
         learning_rate, weight_decay, warmup_steps, max_grad_norm: of AdamW; the base's LoRA trains at a tenth of the

@@ -141,7 +141,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
                 return hidden
             found, after = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
-            heard = (found.mixture, found.recollection.nothing, found.salience_logit, found.residual)
+            heard = (found.mixture, found.recollection.nothing, found.forecast, found.residual)
             if not all(torch.isfinite(part).all() for part in heard if part is not None):
                 raise NonFiniteError(
                     "the hippocampus computed NaN or infinity: its weights are damaged, load them again"

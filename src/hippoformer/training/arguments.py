@@ -12,6 +12,9 @@ class TrainArguments:
     """`hippoformer train`; options of the model's config are given as `--set name=value name=value ...`."""
 
     base_model: str = field(default="smollm2-135m", metadata={"help": "folder, hub repository, or smollm2-135m"})
+    hippocampus: str | None = field(
+        default=None, metadata={"help": "a saved hippocampus to go on from, instead of a fresh one"}
+    )
     text: list[str] = field(default_factory=list, metadata={"help": "files or folders of text to train on"})
     eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
     dataset: str | None = field(default=None, metadata={"help": "a Hugging Face dataset instead of --text"})

@@ -2,7 +2,7 @@
 
 With recall trained, every document is read once more with a store large enough to keep everything, all memories
 equal. At the end each episode has earned its credit: the share of later predictions, beyond the window, that it is
-owed. Around what the best `target_tagged_share` of a document reached the gate should begin to tag.
+owed.
 
 Measuring with everything kept is what makes the target honest: with the working capacity, an episode that the present
 gate lets go could never prove it.
@@ -17,8 +17,6 @@ from torch import Tensor
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument
-
-_LEAST_CREDIT = 0.01  # a hundredth of one prediction
 
 
 @contextmanager
@@ -73,19 +71,14 @@ def measure_credit(hippocampus: Hippocampus, document: ReadDocument) -> Tensor:
     return credit
 
 
-def useful(credit: Tensor, share: float) -> Tensor:
-    """How useful each episode of a document turned out to be, in [0, 1): credit / (credit + c).
-
-    c is the credit that the best `share` of the document's episodes reached, so these are at 0.5 or above and what was
-    owed many predictions is near 1: a gate that foresees this ranks the best memories and does not only divide them
-    from the rest.
+def useful(credit: Tensor) -> Tensor:
+    """How useful each episode of a document turned out to be: its credit, up to one whole prediction.
 
     Args:
         credit: (T,) of `measure_credit`; NaN stays NaN.
-        share: in (0, 1).
+
+    Returns:
+        (T,) in [0, 1]. Foreseeing this is foreseeing the chance to be asked for, which ranks what is told once and asked
+        for once, a name or a number, before the tenth best "of the".
     """
-    known = credit[~credit.isnan()]
-    if known.numel() == 0:
-        return credit
-    reached = torch.quantile(known, 1.0 - share).clamp_min(_LEAST_CREDIT)
-    return credit / (credit + reached)
+    return credit.clamp(0.0, 1.0)

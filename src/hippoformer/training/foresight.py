@@ -18,6 +18,8 @@ _SCALAR_RATE = 10.0
 _CHUNK, _BATCH, _TOGETHER = 512, 8, 16
 # A chunk's first tokens are judged without what the smoothing would bring over from the chunk before.
 _UNJUDGED = 8
+# For the tagging threshold every so many transitions are looked at.
+_EVERY = 4
 
 
 def teach_foresight(
@@ -35,7 +37,8 @@ def teach_foresight(
         passes: over all documents. rate: of AdamW, falling linearly to zero.
 
     Returns:
-        The mean loss of the last pass, NaN if nothing was known.
+        The mean loss of the last pass, NaN if nothing was known. The gate then tags `target_tagged_share` of the measured
+        transitions.
     """
     gate, width = hippocampus.salience_gate, max(_UNJUDGED, hippocampus.config.salience_min_duration)
     lengths = {number: len(target) for number, target in useful.items() if number >= 0}
@@ -56,13 +59,10 @@ def teach_foresight(
             options["lr"] = start * (1.0 - place / len(batches))
         errors = []
         for number, start in batch:
-            read, part = held[number], slice(start, start + _CHUNK)
-            hidden = hippocampus.normed(read.hidden[start - 1 : part.stop].to(device).float()).unsqueeze(0)
-            surprise = -read.log_prob[part].to(device).unsqueeze(0)
-            logit = gate.at_a_glance(hidden[:, :-1], hidden[:, 1:], surprise)[0, width:]
-            target = useful[number][part].to(device)[width:]
+            forecast = _forecast(hippocampus, held[number], slice(start, start + _CHUNK))[width:]
+            target = useful[number][start : start + _CHUNK].to(device)[width:]
             known = ~target.isnan()
-            errors.append(binary_cross_entropy_with_logits(logit[known], target[known], reduction="none"))
+            errors.append(binary_cross_entropy_with_logits(forecast[known], target[known], reduction="none"))
         error = torch.cat(errors)
         if error.numel():
             error.mean().backward()
@@ -70,8 +70,21 @@ def teach_foresight(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(error.detach().mean()))
+    if losses:
+        share = hippocampus.config.target_tagged_share
+        with torch.no_grad():
+            made = [_forecast(hippocampus, documents[number], slice(1, None))[::_EVERY] for number in sorted(lengths)]
+            gate.tagging_threshold.copy_(torch.quantile(torch.cat(made).float(), 1.0 - share))
     last = losses[-max(1, len(losses) // max(passes, 1)) :]
     return sum(last) / len(last) if last else float("nan")
+
+
+def _forecast(hippocampus: Hippocampus, read: ReadDocument, part: slice) -> torch.Tensor:
+    """(n,) forecasts for the transitions into the tokens of a part, which begins at 1 or later."""
+    gate = hippocampus.salience_gate
+    device = next(gate.parameters()).device
+    hidden = hippocampus.normed(read.hidden[part.start - 1 : part.stop].to(device).float()).unsqueeze(0)
+    return gate.at_a_glance(hidden[:, :-1], hidden[:, 1:], -read.log_prob[part].to(device).unsqueeze(0))[0]
 
 
 def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]]:

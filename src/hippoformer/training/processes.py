@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # What a loss and the logs look at: (R, N) tensors of a Reading, and of the StepOutput in it.
 _READ = ("target_log_prob", "base_log_prob", "counted")
-_FOUND = ("prior_mixture", "prior_nothing", "hit", "salience_logit", "salience", "importance")
+_FOUND = ("prior_mixture", "prior_nothing", "hit", "forecast", "salience", "importance")
 
 
 class Work(nn.Module):

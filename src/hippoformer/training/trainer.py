@@ -269,7 +269,8 @@ class Trainer:
         parts = self.loss(
             reading.target_log_prob,
             counted,
-            found.salience_logit,
+            found.salience,
+            found.forecast,
             found.importance,
             found.prior_nothing,
             target,
@@ -315,7 +316,7 @@ class Trainer:
                 chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal
             ):
                 credit = measure_credit(self.model.hippocampus, documents[number])
-                found[number] = useful(credit, self.model.config.target_tagged_share)
+                found[number] = useful(credit)
             return found
 
         with torch.no_grad():
