@@ -90,8 +90,8 @@ PIECES = (
     Piece("wikitext2_test_first12.json", perplexity(WIKI, "--documents", "12"), 6, True),
     Piece(
         "recall_test.json",
-        ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "3", "--distances", "2000,8000"),
-        2,
+        ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
+        6,
         True,
     ),
     Piece(
