@@ -88,6 +88,7 @@ def test_every_file_of_the_tree_is_explained() -> None:
         "training/",
         "evaluation/",
         "benchmarks/",
+        "notebooks/",
         "scripts/",
         "docs/",
         "__init__.py",
