@@ -188,7 +188,8 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(folder), "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert len(Page(output.read_text(encoding="utf-8")).all("figure")) == len(FIGURES)
-    result = CliRunner().invoke(app, ["report", str(tmp_path), "--output", str(output)])
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "empty"), "--output", str(output)])
     assert result.exit_code == 2 and "holds no result file" in result.stderr
     with pytest.raises(ResultError, match="cannot be written"):
         write_report(results()[:2], tmp_path / "no" / "report.html")
