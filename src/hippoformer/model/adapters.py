@@ -31,6 +31,9 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
         target_modules=list(config.lora_target_modules),
     )
     inject_adapter_in_model(lora, base, adapter_name=_ADAPTER)
+    for name, parameter in base.named_parameters():
+        if f".{_ADAPTER}." in name:  # in half precision a step of a small learning rate would be lost
+            parameter.data = parameter.data.float()
     if not config.freeze_base:
         base.requires_grad_(True)
 
