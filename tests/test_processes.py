@@ -192,18 +192,9 @@ def test_rows_must_divide_evenly() -> None:
 def test_accelerate_launch(texts: Path) -> None:
     """The command of the documentation, two processes on the CPU."""
     (job,) = alone(texts, "launched", "--max_steps", "4")
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/multi_gpu.yaml"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "-m", "hippoformer.train", *job["argv"]],
         env=environment,
