@@ -247,6 +247,7 @@ def one_segment(
             strength=torch.ones_like(none),
             credit=none,
             recalled=none,
+            matched=none,
         )
         return episodes.write(column + config.buffer_size + working_fill(done, config), new)
 

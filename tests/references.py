@@ -146,7 +146,14 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
 
 
 def recall(
-    module: Recall, hidden: Tensor, tokens: Tensor, own: Tensor, episodes: Episodes, mass: Tensor, visible: Tensor
+    module: Recall,
+    hidden: Tensor,
+    tokens: Tensor,
+    own: Tensor,
+    null_before: Tensor,
+    episodes: Episodes,
+    mass: Tensor,
+    visible: Tensor,
 ) -> dict[str, Tensor]:
     """Weights (R, N, E), null mass (R, N), content (R, N, U), peak (R, N),
     matched (R, N, E) and followed (R, N), one number at a time."""
@@ -160,7 +167,7 @@ def recall(
     for row in range(rows):
         position, token = episodes.position[row].tolist(), episodes.token[row].tolist()
         before = episodes.recalled[row].double().tolist()
-        nothing, together = max(0.0, 1.0 - sum(before)), episodes.matched[row].double().tolist()
+        nothing, together = float(null_before[row]), episodes.matched[row].double().tolist()
         for number in range(n_queries):
             state = hidden[row, number]
             share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)

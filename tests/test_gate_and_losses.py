@@ -361,7 +361,7 @@ def test_first_in_first_out_keeps_the_last() -> None:
 
 @torch.no_grad()
 def test_surprise_keeps_the_least_expected() -> None:
-    stored, model, ids = stored_positions("surprise")
+    stored, model, ids = stored_positions("surprise", capture_span=0)
     with model.memory_off():
         surprise = -model.score(ids)[0]  # entry t - 1 for token t
     ranked = sorted(range(1, 54), key=lambda t: float(surprise[t - 1]), reverse=True)
@@ -379,7 +379,7 @@ def test_random_keeps_by_chance_alone() -> None:
 @torch.no_grad()
 def test_salience_keeps_the_most_salient() -> None:
     """Without decay and replay: the highest importance, the newer of equals."""
-    options = {"max_replay_rounds": 0, "decay_rate": 1.0, "priority_threshold": 0.0}
+    options = {"max_replay_rounds": 0, "decay_rate": 1.0, "priority_threshold": 0.0, "capture_span": 0}
     stored, model, ids = stored_positions("salience", **options)
     weight = model(ids, return_salience=True).importance_weights[0]
     ranked = sorted(range(1, 54), key=lambda t: (float(weight[t]), t), reverse=True)

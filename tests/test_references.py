@@ -172,7 +172,15 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
     visible = episodes.valid.unsqueeze(1) & (torch.rand(2, queries, episodes.position.shape[1]) < 0.8)
     visible[1, 2] = False  # a query that sees nothing at all
     tokens = torch.randint(0, 3, (2, queries))  # of which random_memory holds many
-    return module, (torch.randn(2, queries, 32), tokens, torch.rand(2, queries), episodes, mass, visible)
+    return module, (
+        torch.randn(2, queries, 32),
+        tokens,
+        torch.rand(2, queries),
+        torch.rand(2) / 2,
+        episodes,
+        mass,
+        visible,
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -193,33 +201,35 @@ def test_recall(options: dict, seed: int, grad: bool) -> None:
 
 def test_gradients_stay_finite_where_a_story_surprises() -> None:
     """Token after token that the base thought all but impossible, each multiplying the evidence by 1 / p."""
-    module, (hidden, tokens, _, episodes, mass, visible) = random_recall(0, queries=60)
+    module, (hidden, tokens, _, null, episodes, mass, visible) = random_recall(0, queries=60)
     episodes.position[:, :28] = torch.arange(28, dtype=torch.int32)
     episodes.token[:, :28] = 1
     impossible = torch.full(tokens.shape, 1e-12)
-    module(hidden, torch.ones_like(tokens), impossible, episodes, mass, visible).weights.square().sum().backward()
+    module(hidden, torch.ones_like(tokens), impossible, null, episodes, mass, visible).weights.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
 
 @torch.no_grad()
 def test_recall_of_many_queries_is_that_of_few() -> None:
     """Longer than any block the fast path may cut its queries into; what a part needs of the one before is carried."""
-    module, (hidden, tokens, own, episodes, mass, visible) = random_recall(0, queries=150)
-    whole = module(hidden, tokens, own, episodes, mass, visible)
+    module, (hidden, tokens, own, null, episodes, mass, visible) = random_recall(0, queries=150)
+    whole = module(hidden, tokens, own, null, episodes, mass, visible)
     for start in (1, 40, 101, 130):
         few = slice(start, start + 20)
         there = replace(episodes, recalled=whole.weights[:, start - 1], matched=whole.matched[:, start - 1])
-        part = module(hidden[:, few], tokens[:, few], own[:, few], there, mass, visible[:, few])
+        part = module(
+            hidden[:, few], tokens[:, few], own[:, few], whole.nothing[:, start - 1], there, mass, visible[:, few]
+        )
         for name in ("weights", "nothing", "content", "peak", "matched", "followed"):
             torch.testing.assert_close(getattr(whole, name)[:, few], getattr(part, name), rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
 def test_slots_seen_alike_may_be_said_to_be() -> None:
-    module, (hidden, tokens, own, episodes, mass, visible) = random_recall(0)
+    module, (hidden, tokens, own, null, episodes, mass, visible) = random_recall(0)
     visible[:, :, :9] = visible[:, :1, :9]
-    expected = module(hidden, tokens, own, episodes, mass, visible)
-    torch.testing.assert_close(module(hidden, tokens, own, episodes, mass, visible, 9).weights, expected.weights)
+    expected = module(hidden, tokens, own, null, episodes, mass, visible)
+    torch.testing.assert_close(module(hidden, tokens, own, null, episodes, mass, visible, 9).weights, expected.weights)
 
 
 @pytest.mark.parametrize("loud", [1.0, 60.0, 500.0])
@@ -248,7 +258,7 @@ def test_what_foretold_the_token_leads_to_its_successor() -> None:
     hidden, own = torch.randn(1, 3, 32), torch.full((1, 3), 0.01)
 
     def recalled(tokens: list[int], where: Episodes = episodes) -> Tensor:
-        return module(hidden, torch.tensor([tokens]), own, where, mass, visible).weights[0]
+        return module(hidden, torch.tensor([tokens]), own, torch.tensor([0.8]), where, mass, visible).weights[0]
 
     lost = recalled([40, 40, 40])
     led = recalled([21, 22, 23])  # slots 9, 10 and 11 foretold these

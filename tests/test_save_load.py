@@ -340,7 +340,13 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
         visible = store.valid.unsqueeze(1).expand(-1, hidden.shape[1], -1)
         nothing_read = torch.zeros(1, hidden.shape[1], dtype=torch.int64)
         return new.hippocampus.recall(
-            hidden, nothing_read, nothing_read.float(), store, torch.ones_like(store.priority), visible
+            hidden,
+            nothing_read,
+            nothing_read.float(),
+            torch.ones(1),
+            store,
+            torch.ones_like(store.priority),
+            visible,
         ).weights
 
     right = recalled(read_some(new, rows=1, length=60))

@@ -120,6 +120,7 @@ class Recall(nn.Module):
         hidden: Tensor,
         tokens: Tensor,
         own: Tensor,
+        nothing: Tensor,
         episodes: Episodes,
         mass: Tensor,
         visible: Tensor,
@@ -130,6 +131,7 @@ class Recall(nn.Module):
         Args:
             hidden: (R, N, D) of consecutive tokens.
             tokens: (R, N) their ids. own: (R, N) probability that the base gave each.
+            nothing: (R,) null mass of the query before these.
             episodes: E slots; `recalled` is the weight that the query before these gave them, `matched` as returned.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
@@ -152,9 +154,7 @@ class Recall(nn.Module):
         follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # (R, E-1)
         foretold = torch.where(follows, episodes.token[:, :-1], -1)
         ready = self.follow_gate(hidden).float()  # (R, N, 1)
-        recalled = episodes.recalled.float()
-        nothing = (1.0 - recalled.sum(-1, keepdim=True)).clamp_min(0.0)
-        before = torch.cat((nothing, recalled), dim=-1)  # (R, E+1), the null in front
+        before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
         matched = episodes.matched.float()
 
         n_queries, parts = hidden.shape[1], []
