@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON, SHELL = {"python"}, {"bash", "sh", "shell", "console"}
 # Commands that hand their options on, by `hippoformer NAME` or `python -m hippoformer.NAME`, and what reads them there.
-FORWARDED: dict[str, Callable[[list[str]], Any]] = {"train": training_arguments.parse}
+# The options of lm-eval are read by the harness's own parser, in test_training_docs.py.
+FORWARDED: dict[str, Callable[[list[str]], Any]] = {"train": training_arguments.parse, "lm-eval": list}
 # Folders of this repository: a path into one of them has to lead to something.
 OURS = ("benchmarks/", "cloud/", "docs/", "examples/", "notebooks/", "scripts/", "src/", "tests/")
 
@@ -135,7 +136,7 @@ def check_command(argv: list[str]) -> None:
         _, *names = argv[modules[0]].split(".")
         assert importlib.util.find_spec(argv[modules[0]]), f"there is no module {argv[modules[0]]}"
         rest = argv[modules[0] + 1 :]
-        _check_ours(rest if names == ["cli"] else [*names, *rest])
+        _check_ours(rest if names == ["cli"] else [*(name.replace("_", "-") for name in names), *rest])
 
 
 def check_inline(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The tables of docs/support.md: a real report of pytest in, and nothing called working that no passing test shows."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,11 @@ def run(folder: Path, suite: str) -> tuple[Path, str]:
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
     command += ["-p", "no:cacheprovider", f"--junitxml={report}", str(folder)]
-    return report, subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False).stderr
+    paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "src"))  # conftest.py imports from both
+    environment = os.environ | {"PYTHONPATH": paths}
+    return report, subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, check=False
+    ).stderr
 
 
 @pytest.fixture(scope="module")
