@@ -49,6 +49,19 @@ def test_the_gate_learns_what_can_be_foreseen(tmp_path: Path) -> None:
     assert changed and all(name.startswith("salience_gate.") for name in changed)
 
 
+@torch.no_grad()
+def test_the_target_share_is_tagged(tmp_path: Path) -> None:
+    """However rarely anything is useful."""
+    model, states, useful = lesson(tmp_path)
+    with torch.enable_grad():
+        teach_foresight(model.hippocampus, states, useful, passes=4, rate=1e-2, seed=0)
+    gate, read = model.hippocampus.salience_gate, states[0]
+    hidden = model.hippocampus.normed(read.hidden.float()).unsqueeze(0)
+    forecast = gate.at_a_glance(hidden[:, :-1], hidden[:, 1:], -read.log_prob[None, 1:])
+    share = (forecast > gate.tagging_threshold).float().mean().item()
+    assert share == pytest.approx(model.config.target_tagged_share, abs=0.1)
+
+
 def test_lessons_are_a_function_of_the_seed(tmp_path: Path) -> None:
     weights = []
     for seed in (0, 0, 1):

@@ -100,3 +100,16 @@ def test_a_cache_is_what_generate_thinks_it_is() -> None:
         assert cache.get_seq_length() == done and out.past_key_values is cache
     with pytest.raises(InputError, match="cropped"):
         cache.crop(10)
+
+
+@torch.no_grad()
+def test_a_story_is_followed_across_every_edge() -> None:
+    """A passage comes again; token by token it is recognised as surely as in one call."""
+    model = awake("llama")
+    model.hippocampus.recall.follow_gate.bias.fill_(-6.0)  # it takes several tokens in a row
+    model.hippocampus.recall.match_weight.fill_(5.0)
+    ids = text(rows=1, length=50)
+    ids[:, 34:44] = ids[:, 4:14]
+    whole, cache = model(ids).logits, model.new_cache(1)
+    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(50)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, **TOLERANCE)
