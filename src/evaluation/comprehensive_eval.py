@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from hippoformer.cli.options import check_output, load
-from hippoformer.cli.suite import comma_separated, run_all, texts_of
+from hippoformer.cli.options import check_output, comma_separated, load
+from hippoformer.cli.suite import run_all, texts_of
 from hippoformer.errors import HippoFormerError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

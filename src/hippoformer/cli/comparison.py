@@ -16,6 +16,7 @@ from hippoformer.cli.options import (
     SeedOption,
     SplitOption,
     check_output,
+    comma_separated,
     load,
     reading,
     show,
@@ -26,7 +27,6 @@ from hippoformer.cli.suite import (
     DatasetSplitOption,
     ResamplesOption,
     TextsOption,
-    comma_separated,
     numbers,
     texts_of,
 )
@@ -65,8 +65,7 @@ def eval_baselines(
     dtype: DtypeOption = None,
 ) -> None:
     """Other models, adapters, windows and selected keys: bits per byte and word perplexity of the same texts."""
-    if output is not None:
-        check_output(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
     loaded, tokenizer = load(model, device, dtype, seed=seed)
     asked = {"windows": numbers(windows, "--windows"), "selections": selections(kv), "models": baseline or []}
@@ -96,8 +95,7 @@ def eval_bytes(
     dtype: DtypeOption = None,
 ) -> None:
     """Perplexity over bytes of state: windows, memories of several sizes, and selected keys."""
-    if output is not None:
-        check_output(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
     loaded, tokenizer = load(model, device, dtype, seed=seed)
     asked = {"windows": numbers(windows, "--windows"), "buffers": numbers(buffers, "--buffers")}

@@ -23,6 +23,7 @@ from hippoformer.cli.options import (
     TextOption,
     WindowOption,
     check_output,
+    comma_separated,
     load,
     reading,
     show,
@@ -58,11 +59,10 @@ def eval_perplexity(
     from hippoformer.data import read_documents
     from hippoformer.evaluation import CONDITIONS, evaluate_perplexity
 
-    if output is not None:
-        check_output(output)
+    check_output(output)
     texts = read_documents([*text, *(more or [])], split=split)
     if conditions is not None:
-        chosen = [condition.strip() for condition in conditions.split(",") if condition.strip()]
+        chosen = comma_separated(conditions)
     else:
         chosen = [condition for condition in CONDITIONS if condition != "other-document" or len(texts) > 1]
     loaded, tokenizer = load(
@@ -108,8 +108,7 @@ def eval_recall(
     from hippoformer.evaluation.needles import KINDS
     from hippoformer.evaluation.recall import evaluate_recall
 
-    if output is not None:
-        check_output(output)
+    check_output(output)
     texts = read_documents([*text, *(more or [])])
     try:
         gaps = [int(part) for part in distances.split(",")]
@@ -156,8 +155,7 @@ def eval_variants(
     from hippoformer.evaluation.variants import evaluate_variants
     from hippoformer.training.arguments import config_options
 
-    if output is not None:
-        check_output(output)
+    check_output(output)
     named = [part.partition(":") for part in variant]
     texts = read_documents([*text, *(more or [])], split=split)[:documents]
     loaded, tokenizer = load(model, device, dtype, seed=seed)
@@ -192,8 +190,7 @@ def eval_salience(
     from hippoformer.data import read_documents
     from hippoformer.evaluation.salience import evaluate_salience
 
-    if output is not None:
-        check_output(output)
+    check_output(output)
     texts = read_documents([*text, *(more or [])], split=split)[:documents]
     loaded, tokenizer = load(model, device, dtype)
     with reading() as progress:

@@ -65,11 +65,12 @@ def _dtype(name: str) -> Any:
 
 
 @contextmanager
-def reading() -> Iterator[Callable[[int, int], None]]:
+def reading(what: str = "reading") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the error stream; what it gives takes (done, total)."""
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -82,8 +83,15 @@ def show(report: Any, output: Path | None) -> None:
         terminal.print(Text(f"Results written to {output}"))
 
 
-def check_output(path: Path) -> None:
-    """Fails before hours of reading rather than after them."""
+def comma_separated(text: str) -> list[str]:
+    """The parts between commas that are not blank."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def check_output(path: Path | None) -> None:
+    """Fails before hours of reading rather than after them; nothing to write is no failure."""
+    if path is None:
+        return
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigurationError(

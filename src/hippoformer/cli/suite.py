@@ -1,13 +1,10 @@
 """`hippoformer eval all`, and the parts of it that have no file of their own: one command each."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from hippoformer.cli.app import eval_app
@@ -25,6 +22,7 @@ from hippoformer.cli.options import (
     SplitOption,
     WindowOption,
     check_output,
+    comma_separated,
     console,
     load,
     reading,
@@ -135,7 +133,7 @@ def run_all(
     total = f"About {sum(minutes.values()):.0f} minutes at {tokens_per_second:,.0f} tokens/s"
     errors.print(Text(f"{total}, less what is there: {shown}"))
     report = run_suite(
-        suite, output_dir, parts, _bar, lambda message: errors.print(Text(message), soft_wrap=True), summary
+        suite, output_dir, parts, reading, lambda message: errors.print(Text(message), soft_wrap=True), summary
     )
     terminal.print(report.to_table())
     terminal.print(Text(f"Results in {output_dir}, all together in {summary or output_dir / 'results.json'}"))
@@ -164,7 +162,7 @@ def eval_long_range(
     """What memory gains by position, and by how long ago a token, or the words that end with it, last came."""
     from hippoformer.evaluation.long_range import evaluate_long_range
 
-    _checked(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
     loaded, tokenizer = load(model, device, dtype, window=window, buffer_size=buffer_size, seed=seed)
     with reading() as progress:
@@ -201,7 +199,7 @@ def eval_dynamics(
     """Watch the memory over one stream, the longest text: how full, strong and old, and what replay does."""
     from hippoformer.evaluation.dynamics import evaluate_dynamics
 
-    _checked(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)
     loaded, tokenizer = load(model, device, dtype, window=window, buffer_size=buffer_size, seed=seed)
     with reading() as progress:
@@ -230,7 +228,7 @@ def eval_ablations(
     """What each mechanism is worth: `eval variants` over the usual set, nothing trained again."""
     from hippoformer.evaluation.variants import ABLATIONS, evaluate_variants
 
-    _checked(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
     loaded, tokenizer = load(model, device, dtype, seed=seed)
     report = evaluate_variants(
@@ -269,7 +267,7 @@ def eval_brain(
     """Brain-like behaviour, each figure beside its controls."""
     from hippoformer.evaluation.brain import evaluate_brain
 
-    _checked(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
     loaded, tokenizer = load(model, device, dtype)
     with reading() as progress:
@@ -310,7 +308,7 @@ def eval_quality(
     """Continue held-out texts with and without memory; BLEU, ROUGE, F1 against the truth, and speed."""
     from hippoformer.evaluation.quality import evaluate_quality
 
-    _checked(output)
+    check_output(output)
     texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)
     loaded, tokenizer = load(model, device, dtype, window=window, buffer_size=buffer_size, seed=seed)
     with reading() as progress:
@@ -352,7 +350,7 @@ def eval_questions(
     from hippoformer.data.questions import read_questions
     from hippoformer.evaluation.questions import evaluate_questions
 
-    _checked(output)
+    check_output(output)
     asked = read_questions(questions, dataset_split, data_dir, samples)
     loaded, tokenizer = load(model, device, dtype, window=window, buffer_size=buffer_size, seed=seed)
     with reading() as progress:
@@ -379,7 +377,7 @@ def eval_seeds(
     """Mean, deviation and interval of the headline figures over training seeds."""
     from hippoformer.evaluation.seeds import aggregate
 
-    _checked(output)
+    check_output(output)
     show(aggregate(files), output)
 
 
@@ -402,11 +400,6 @@ def texts_of(
     return found
 
 
-def comma_separated(text: str) -> list[str]:
-    """The parts between commas that are not blank."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def numbers(text: str, option: str) -> tuple[int, ...]:
     """Whole numbers between commas.
 
@@ -417,18 +410,3 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in comma_separated(text))
     except ValueError as error:
         raise ConfigurationError(f"{option} {text}: expected numbers like 1000,4000") from error
-
-
-def _checked(output: Path | None) -> None:
-    if output is not None:
-        check_output(output)
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for one part."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -41,8 +41,7 @@ def eval_trace(
     from hippoformer.data import read_documents
     from hippoformer.evaluation.trace import evaluate_trace
 
-    if output is not None:
-        check_output(output)
+    check_output(output)
     documents = read_documents(text, split=split)
     chosen = [document for document in documents if title in (None, document.title)]
     if not chosen:
