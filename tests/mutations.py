@@ -250,6 +250,14 @@ MUTATIONS = [
         "test_replay.py::test_a_story_is_not_cut[3-False]",
     ),
     Mutation(
+        "7 references: replay",
+        "a reactivation reaches across gaps",
+        "hippocampus/replay.py",
+        "same = (story[:, distance:] == story[:, :-distance]).to(times.dtype)",
+        "same = torch.ones_like(times[:, distance:])",
+        "test_replay.py::test_a_reactivation_takes_its_story_along_up_to_a_gap[9-young3]",
+    ),
+    Mutation(
         "7 references: write",
         "odd words compete by themselves, not their passages",
         "hippocampus/episodes.py",

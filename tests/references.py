@@ -127,7 +127,13 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
             if not any(older is claimed for claimed, _ in claims):
                 claims.append((older, newer))
     for memory in store:
-        for _ in range(times[memory.position]):
+        story = [memory.position]  # and whoever is joined to it without a gap, as far as a reactivation reaches
+        for step in (-1, 1):
+            place = memory.position + step
+            while place in places and abs(place - memory.position) <= config.replay_span:
+                story.append(place)
+                place += step
+        for _ in range(max(times[place] for place in story)):
             rate = config.replay_rate * min(1.0, memory.credit)
             memory.priority += rate * max(0.0, config.importance_weight_range[1] - memory.priority)
             memory.age = 0.0

@@ -111,6 +111,8 @@ def test_what_stands_among_things_of_note_is_kept() -> None:
         {"max_replay_rounds": 3, "replay_batch": 16, "merge_threshold": 0.5, "replay_rate": 1.0},
         {"max_replay_rounds": 0},
         {"max_replay_rounds": 2, "replay_batch": 1, "decay_rate": 0.5, "priority_threshold": 2.0},
+        {"max_replay_rounds": 1, "replay_batch": 2, "replay_span": 2, "replay_rate": 0.3},
+        {"max_replay_rounds": 2, "replay_batch": 2, "replay_span": 0},
         {"merge_threshold": -1.0, "replay_batch": 8},
     ],
 )

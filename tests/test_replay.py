@@ -45,7 +45,13 @@ def alive(episodes: Episodes) -> list[bool]:
 def test_a_useful_memory_outlives_the_others(seed: int) -> None:
     """One draw a segment among eight: credit decides who is rehearsed, and rehearsal who stays."""
     config = small_config(
-        buffer_size=8, max_replay_rounds=1, replay_batch=1, decay_rate=0.9, priority_threshold=1.0, seed=seed
+        buffer_size=8,
+        max_replay_rounds=1,
+        replay_batch=1,
+        replay_rate=0.5,
+        decay_rate=0.9,
+        priority_threshold=1.0,
+        seed=seed,
     )
     useful = sleep(store_of(config, orthogonal(config)), config, range(1, 101), useful=3)
     assert alive(useful)[3], "a memory that earned credit in every segment was forgotten"
@@ -93,6 +99,28 @@ def test_a_cue_awakens_what_resembles_it() -> None:
     after, report = consolidate(episodes, torch.tensor([1]), config)
     assert (after.age[0, :8] == 0).nonzero().flatten().tolist() == [0, 1]
     assert int(report.merged) == 0 and alive(after) == [True] * 8
+
+
+@pytest.mark.parametrize(("span", "young"), [(0, [3]), (1, [2, 3, 4]), (2, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
+def test_a_reactivation_takes_its_story_along_up_to_a_gap(span: int, young: list[int]) -> None:
+    """Slots 1 to 4 are one story; 0 comes two tokens earlier, 5 and the rest much later."""
+    config = small_config(
+        buffer_size=8,
+        max_replay_rounds=1,
+        replay_batch=1,
+        replay_span=span,
+        replay_rate=0.5,
+        priority_threshold=0.1,
+        decay_rate=1.0,
+    )
+    episodes = store_of(config, orthogonal(config))
+    episodes.position[0, :8] = torch.tensor([8, 10, 11, 12, 13, 40, 60, 61], dtype=torch.int32)
+    episodes.credit[0, 3] = 1e6
+    after, report = consolidate(episodes, torch.tensor([1]), config)
+    assert int(report.reactivated) == 1, "what is taken along is no cue"
+    assert (after.age[0, :8] == 0).nonzero().flatten().tolist() == young
+    assert after.priority[0, 3] == 3.5, "it has proven itself"
+    assert (after.priority[0, [0, 1, 2, 4, 5, 6, 7]] == 2.0).all(), "these have not"
 
 
 def test_what_is_reactivated_twice_rises_twice_and_only_as_far_as_it_is_proven() -> None:

@@ -2,9 +2,11 @@
 
 The store is cued with some of its own memories, `max_replay_rounds` x `replay_batch` of them, drawn without replacement
 in proportion to need x gain (Mattar & Daw 2018): need is the effective priority, gain the credit a memory earned, the
-share of later predictions owed to it. Each cue awakens the memory it resembles most. Both are young again, and as far
-as they have proven useful (credit, up to 1) their priority moves towards the highest importance, once for every time
-they are reactivated. Raising what was merely touched would soon make all survivors equal, whatever their salience.
+share of later predictions owed to it. Each cue awakens the memory it resembles most, and both awaken the story they
+stand in, `replay_span` memories on either side: a hippocampus replays sequences (Lee & Wilson 2002), and a story of
+which single tokens grow old has holes where nothing leads on. What is reactivated is young again, and as far as it has
+proven useful (credit, up to 1) its priority moves towards the highest importance by `replay_rate`, once for every time.
+Raising what was merely touched would soon make all survivors equal, whatever their salience.
 Where cue and companion vote for the same token, their keys agree and the older stands alone, they become one:
 strengths and credits add, the newer key stays. What was not reactivated has aged by one segment, and what falls under
 `priority_threshold` is forgotten.
@@ -60,6 +62,7 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
         woken = cued & (similar > 0)
         times = torch.zeros_like(priority)
         times = times.scatter_add(-1, cue, cued.float()).scatter_add(-1, partner, woken.float())
+        times = _along_stories(times, position, config.replay_span)
         room = (config.importance_weight_range[1] - priority).clamp_min(0.0)
         rate = config.replay_rate * credit.clamp_max(1.0)
         priority = priority + (1.0 - (1.0 - rate) ** times) * room
@@ -112,13 +115,30 @@ def _most_alike(key: Tensor, position: Tensor, cue: Tensor, n_heads: int) -> tup
     return similar.float() / n_heads, partner
 
 
+def _along_stories(times: Tensor, position: Tensor, span: int) -> Tensor:
+    """(R, M) the largest of the counts (R, M) within `span` slots on either side that are joined without a gap."""
+    story = pad(~_joined(position), (1, 0)).cumsum(-1)  # the slots of one story have one number
+    spread = times
+    for distance in range(1, min(span, times.shape[-1] - 1) + 1):
+        same = (story[:, distance:] == story[:, :-distance]).to(times.dtype)
+        from_before = pad(times[:, :-distance] * same, (distance, 0))
+        from_behind = pad(times[:, distance:] * same, (0, distance))
+        spread = torch.maximum(spread, torch.maximum(from_before, from_behind))
+    return spread
+
+
+def _joined(position: Tensor) -> Tensor:
+    """(R, M - 1) bool, whether each slot leads to the next: it holds the token before the next one's."""
+    return (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)
+
+
 def _alone(position: Tensor) -> Tensor:
     """(R, M) bool, memories of which neither what came before nor what came after is remembered.
 
     The space before a number is like the space before any other: folded into one, all but one number would lose the
     memory that leads to it. So a story is never cut; what stands alone leads nowhere and may be folded.
     """
-    joined = pad((position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0), (1, 1))  # (R, M + 1)
+    joined = pad(_joined(position), (1, 1))  # (R, M + 1)
     return ~joined[:, :-1] & ~joined[:, 1:]
 
 

@@ -42,8 +42,9 @@ class HippoFormerConfig(PreTrainedConfig):
         decay_rate: factor on the priority per segment since the last reactivation.
         max_replay_rounds: replay rounds at each segment end; 0 switches replay off.
         replay_batch: memories reactivated in a round.
+        replay_span: memories on either side that a reactivation takes along, as far as they are of one story.
         replay_rate: share of the way to the highest importance that a reactivation raises the priority of a memory
-            whose worth is proven.
+            whose worth is proven. 0 leaves all judgement to the gate: new memories then need not beat a record.
         merge_threshold: cosine of two keys from which episodes with the same token are one memory.
         priority_threshold: effective priority below which a memory is forgotten at consolidation.
         soft_topk_temperature: softness, in units of log-priority, of the relaxed competition through which the loss
@@ -103,7 +104,8 @@ class HippoFormerConfig(PreTrainedConfig):
         decay_rate: float = 0.9,
         max_replay_rounds: int = 10,
         replay_batch: int = 16,
-        replay_rate: float = 0.5,
+        replay_span: int = 4,
+        replay_rate: float = 0.0,
         merge_threshold: float = 0.95,
         priority_threshold: float = 1.0,
         soft_topk_temperature: float = 1.0,
@@ -158,6 +160,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.decay_rate = decay_rate
         self.max_replay_rounds = max_replay_rounds
         self.replay_batch = replay_batch
+        self.replay_span = replay_span
         self.replay_rate = replay_rate
         self.merge_threshold = merge_threshold
         self.priority_threshold = priority_threshold
@@ -241,6 +244,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "0 < decay_rate <= 1": 0 < self.decay_rate <= 1,
             "max_replay_rounds >= 0": self.max_replay_rounds >= 0,
             "replay_batch >= 1": self.replay_batch >= 1,
+            "replay_span >= 0": self.replay_span >= 0,
             "0 <= replay_rate <= 1": 0 <= self.replay_rate <= 1,
             "soft_topk_temperature > 0": self.soft_topk_temperature > 0,
             "0 < untagged_weight <= importance_weight_range[0] <= importance_weight_range[1]": 0
