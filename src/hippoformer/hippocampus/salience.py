@@ -51,6 +51,9 @@ class SalienceGate(nn.Module):
         self.register_buffer("tagging_threshold", torch.zeros(()))
         with torch.no_grad():
             self.smoothing[-1] = 1.0  # starts as the identity on the present token
+            # The global pathway starts silent: it is first taught when the local one knows its lesson (`foresight`).
+            nn.init.zeros_(self.global_out.weight)
+            nn.init.zeros_(self.global_out.bias)
 
     def forward(
         self,
