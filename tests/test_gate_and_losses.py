@@ -12,7 +12,7 @@ from hippoformer import ConsolidationRScore, HippoFormer, HippoFormerLoss
 from hippoformer.hippocampus.episodes import importance
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.salience import surprise_odds
-from tiny import VOCAB, awake, small_config, text
+from tiny import VOCAB, awake, fresh, small_config, text
 
 # ---------------------------------------------------------------- importance
 
@@ -237,6 +237,16 @@ def test_the_lm_loss_reaches_everything_with_a_full_store() -> None:
         "fusion.residual_proj.weight",
     ):
         assert gradients.get(name, 0.0) > 1e-7 and math.isfinite(gradients[name]), f"no gradient reaches {name}"
+
+
+def test_a_fresh_global_pathway_is_silent_and_can_learn_to_speak() -> None:
+    """Random words of its own would undo what the local pathway has been taught alone."""
+    gate = fresh().hippocampus.salience_gate
+    assert not gate.global_out.weight.any() and not gate.global_out.bias.any()
+    model = awake(fusion_dropout=0.0)
+    with torch.no_grad():
+        model.hippocampus.salience_gate.global_out.weight.zero_()
+    assert gradients_of_lm_loss(model)["salience_gate.global_out.weight"] > 1e-7
 
 
 def test_a_gate_that_learns_from_credit_only() -> None:

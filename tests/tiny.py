@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -146,6 +146,8 @@ def awake(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoForm
         hippocampus.recall.log_scale.fill_(2.5)
         # Salience far on both sides of 0.5, so that no test hangs on the rounding of one that is near it.
         hippocampus.salience_gate.local_out.weight.mul_(20.0)
+        speaking = hippocampus.salience_gate.global_out.weight  # silent in a fresh gate
+        nn.init.kaiming_uniform_(speaking, generator=torch.Generator().manual_seed(model_seed))
         hippocampus.salience_gate.smoothing.add_(0.25)  # or what is carried over the edge of a step would not matter
     return model
 
