@@ -1,5 +1,6 @@
 """Facts hidden in streams and asked for: the protocol on a tiny model, and on one that knows every answer."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ def test_every_fact_is_asked_for_once_at_every_distance(report: recall.RecallRep
 
 def test_the_stream_holds_the_facts_where_they_are_said_to_be() -> None:
     tokenizer = tiny_tokenizer()
-    ids, planted = recall._haystack(tokenizer, documents(700, 300), 1, 2, KINDS, 1000, seed=3)
+    ids, planted = recall._haystack(tokenizer, documents(700, 300), 1, 2, KINDS, 500, 1000, seed=3)
     assert len(planted) == 2 * len(KINDS)
+    ends = [0, *(fact.end for fact in planted)]
+    assert [fact.start - end for fact, end in zip(planted, ends, strict=False)] == [500] * len(planted)
     for fact in planted:
         assert ids[fact.answer.start : fact.answer.stop] == fact.needle.answer
         assert ids[fact.start : fact.end] == fact.needle.statement
@@ -102,7 +105,14 @@ def test_memory_off_is_reported_beside_it(report: recall.RecallReport) -> None:
 
 def test_bad_requests_are_refused() -> None:
     model, tokenizer = tiny_load()
-    for options in ({"kinds": ["riddle"]}, {"facts": 0}, {"distances": []}, {"distances": [0]}, {"haystacks": 0}):
+    for options in (
+        {"kinds": ["riddle"]},
+        {"facts": 0},
+        {"distances": []},
+        {"distances": [0]},
+        {"haystacks": 0},
+        {"spacing": 0},
+    ):
         with pytest.raises(ConfigurationError, match="expected kinds"):
             evaluate_recall(model, tokenizer, documents(500), **(FAST | options))
     with pytest.raises(TextError, match="no text"):
@@ -116,7 +126,10 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "text.txt").write_text(documents(1500)[0].text)
     output = tmp_path / "recall.json"
     arguments = ["eval", "recall", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--facts", "1"]
+    arguments += ["--spacing", "700"]
     result = CliRunner().invoke(cli.app, [*arguments, "--distances", "600", "--output", str(output)])
     assert result.exit_code == 0, result.output
+    written = json.loads(output.read_text())
+    assert written["settings"]["spacing"] == 700 and min(case["position"] for case in written["asked"]) > 700
     assert "one of three" in result.output and output.is_file()
     assert CliRunner().invoke(cli.app, [*arguments, "--distances", "many"]).exit_code == 2

@@ -95,6 +95,7 @@ def eval_recall(
     facts: Annotated[int, typer.Option(help="Facts of each kind in each stream.")] = 9,
     kinds: Annotated[str | None, typer.Option(help="Comma-separated: pass key, home, one of three.")] = None,
     streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None,
+    spacing: Annotated[int, typer.Option(help="Tokens of text before the first fact and between two facts.")] = 384,
     window: WindowOption = None,
     sink_tokens: SinkOption = None,
     buffer_size: BufferOption = None,
@@ -126,6 +127,7 @@ def eval_recall(
             facts=facts,
             kinds=KINDS if kinds is None else [kind.strip() for kind in kinds.split(",")],
             haystacks=streams,
+            spacing=spacing,
             seed=seed,
             progress=progress,
         )

@@ -1,7 +1,8 @@
 """Exact recall: facts planted in long text, asked for thousands of tokens later.
 
 Each haystack is one stream: a document, continued by the next ones where it is too short. Facts are planted one after
-another from its beginning on, and each is asked for once it lies so many tokens back, for every distance in turn. A
+another from its beginning on, close together or all along the way (`spacing`), and each is asked for once it lies so
+many tokens back, for every distance in turn. A
 question is put to a copy of the state, so that asking leaves the stream as it was; the answer is decoded greedily and
 counts if every token of it is right. The same question is put to the same copy with the memory off.
 """
@@ -26,7 +27,7 @@ from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.statistics import LEVEL
 
 _PIECE = 512  # tokens read between two looks at what is due
-_SPACING = 384  # tokens of the document before the first fact and between two facts
+SPACING = 384  # tokens of the document before the first fact and between two facts
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def evaluate_recall(
     facts: int = 9,
     kinds: Sequence[str] = KINDS,
     haystacks: int | None = None,
+    spacing: int = SPACING,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     command: str | None = None,
@@ -162,6 +164,7 @@ def evaluate_recall(
         distances: tokens between the end of a fact and its question; met within 512 tokens.
         facts: of each kind in each haystack. kinds: some of `KINDS`.
         haystacks: streams, read side by side; as many as documents where it is None.
+        spacing: tokens of the document before the first fact and between two facts.
         seed: of the facts.
         progress: called with (tokens read, tokens in all).
         command: recorded in the report.
@@ -174,17 +177,18 @@ def evaluate_recall(
         unknown
         or not kinds
         or facts < 1
+        or spacing < 1
         or not distances
         or min(distances) < 1
         or (haystacks is not None and haystacks < 1)
     ):
         raise ConfigurationError(
-            f"kinds={list(kinds)}, facts={facts}, distances={list(distances)}, haystacks={haystacks}; expected kinds "
-            f"among {', '.join(KINDS)} and positive numbers."
+            f"kinds={list(kinds)}, facts={facts}, distances={list(distances)}, haystacks={haystacks}, "
+            f"spacing={spacing}; expected kinds among {', '.join(KINDS)} and positive numbers."
         )
     streams, planted = zip(
         *(
-            _haystack(tokenizer, documents, number, facts, kinds, max(distances), seed)
+            _haystack(tokenizer, documents, number, facts, kinds, spacing, max(distances), seed)
             for number in range(haystacks or len(documents))
         ),
         strict=True,
@@ -215,6 +219,7 @@ def evaluate_recall(
             "facts": facts,
             "kinds": list(kinds),
             "haystacks": len(streams),
+            "spacing": spacing,
             "tokens_read": length,
             "seed": seed,
         },
@@ -230,6 +235,7 @@ def _haystack(
     number: int,
     facts: int,
     kinds: Sequence[str],
+    spacing: int,
     farthest: int,
     seed: int,
 ) -> tuple[list[int], list[_Planted]]:
@@ -240,7 +246,7 @@ def _haystack(
     planted = []
     text = _endless(tokenizer, documents, number)
     for needle in needles:
-        ids += [next(text) for _ in range(_SPACING)]
+        ids += [next(text) for _ in range(spacing)]
         planted.append(_Planted(number, len(ids), needle))
         ids += needle.statement
     # Streams are cut to the shortest, and facts differ by a few tokens.
