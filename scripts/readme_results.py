@@ -3,9 +3,9 @@
     python scripts/readme_results.py            # rewrite the blocks
     python scripts/readme_results.py --check    # exit 1 if one is not what the files say
 
-Four kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall` and
-`eval variants` with --output, and of `benchmarks/speed.py`. Others are left alone. No figure in a block is typed by
-hand.
+Five kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
+`eval variants` and `eval bytes` with --output, and of `benchmarks/speed.py`. Others are left alone. No
+figure in a block is typed by hand.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PERPLEXITY, RECALL = "hippoformer.perplexity/1", "hippoformer.recall/1"
-VARIANTS, SPEED = "hippoformer.variants/1", "hippoformer.speed/1"
+VARIANTS, COMPARISON, SPEED = "hippoformer.variants/1", "hippoformer.comparison/1", "hippoformer.speed/1"
 # Which kinds a file's block holds, and where the results lie, seen from there.
 BLOCKS = {
     "README.md": ((PERPLEXITY, RECALL, SPEED), "results"),
-    "docs/results.md": ((VARIANTS,), "../results"),
+    "docs/results.md": ((VARIANTS, COMPARISON), "../results"),
     "src/hippoformer/pretrained/smollm2-135m/README.md": ((PERPLEXITY, RECALL), "../../../../results"),
 }
 EMPTY = "No results are stored yet: `results/` holds no report."
@@ -40,6 +40,7 @@ def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:
         PERPLEXITY: (PERPLEXITY_HEADINGS, _perplexity_rows),
         RECALL: (RECALL_HEADINGS, _recall_rows),
         VARIANTS: (VARIANTS_HEADINGS, _variant_rows),
+        COMPARISON: (COMPARISON_HEADINGS, _comparison_rows),
         SPEED: (SPEED_HEADINGS, _speed_rows),
     }
     parts: list[str] = []
@@ -60,6 +61,7 @@ PERPLEXITY_HEADINGS = (
 )  # fmt: skip
 RECALL_HEADINGS = ("report", "fact", "tokens ago", "cases", "right", "right, memory off", "answer still stored")
 VARIANTS_HEADINGS = ("report", "variant", "token perplexity", "against the base", "against the first", "memory")
+COMPARISON_HEADINGS = ("report", "who", "state per row", "token perplexity", "bits/byte", "bits against the first")
 SPEED_HEADINGS = ("report", "measured", "value", "reference", "ratio", "tokens")
 
 
@@ -113,6 +115,23 @@ def _variant_rows(name: str, report: Content) -> list[list[str]]:
         ]
         for variant in report["variants"]
     ]
+
+
+def _comparison_rows(name: str, report: Content) -> list[list[str]]:
+    rows = []
+    for contestant in report["contestants"]:
+        against = contestant["against"]
+        rows.append(
+            [
+                _link(name),
+                contestant["name"],
+                f"{contestant['state_nbytes'] / 1e6:.1f} MB",
+                f"{contestant['token_perplexity']:.2f}",
+                _interval(contestant["bits_per_byte"], lambda x: f"{x:.4f}"),
+                "" if against is None else _interval(against["bits_ratio"], lambda x: f"{100 * (x - 1):+.2f} %"),
+            ]
+        )
+    return rows
 
 
 def _speed_rows(name: str, report: Content) -> list[list[str]]:

@@ -34,6 +34,17 @@ VARIANTS = (
     "three-rounds:max_replay_rounds=3",
 )
 BUFFERS = (0, 1024, 2048, 4096, 8192)
+# How much is replayed, and how fast what is not fades.
+REPLAY = tuple(
+    f"rounds-{rounds}-decay-{decay}:max_replay_rounds={rounds},decay_rate={decay}"
+    for decay in (0.99, 0.95, 0.9, 0.8)
+    for rounds in (0, 1, 3, 10)
+)
+# Of the same bytes: a window longer by 43 tokens a megabyte, so many selected keys, so many episodes.
+WINDOWS = "555,598,684,857,1028,2048,4096"
+SELECTED = ",".join(f"{method}:{budget}" for method in ("h2o", "snapkv") for budget in (43, 86, 172, 345, 516))
+EPISODES = "1024,4096,8192"
+SUITE = "results.json"
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,15 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return self.file.removesuffix(".json")
+        return self.file.removesuffix(".json").removesuffix("/results")
 
     def line(self) -> list[str]:
         """The command line, as it is recorded in the file."""
         script = ["benchmarks/speed.py"] if self.command[0].startswith("--") else ["-m", "hippoformer.cli"]
-        return [sys.executable, *script, *self.command, "--output", f"results/{self.file}"]
+        path = Path("results") / self.file
+        # The suite leaves a folder, of which the file is the last.
+        output = ("--output-dir", path.parent) if path.name == SUITE else ("--output", path)
+        return [sys.executable, *script, *self.command, output[0], output[1].as_posix()]
 
 
 def compared(options: Iterable[str], text: str, *more: str) -> tuple[str, ...]:
@@ -98,6 +112,38 @@ PIECES = (
         "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
     ),
     Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
+    Piece(
+        "recall_far_test.json",
+        ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9", "--distances", "128000"),
+        18,
+    ),
+    Piece(
+        "recall_million_test.json",
+        (
+            *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "1", "--facts", "100", "--spacing", "3200"),
+            *("--distances", "2000,8000,32000"),
+        ),
+        24,
+    ),
+    Piece("full/results.json", ("eval", "all", *MODEL, "--text", WIKI, "--long-text", NOVELS), 35),
+    Piece(
+        "bytes_novels.json",
+        (
+            *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
+            *("--windows", WINDOWS, "--buffers", EPISODES, "--kv", SELECTED),
+        ),
+        25,
+    ),
+    Piece(
+        "replay_wikitext2_validation.json",
+        compared(REPLAY, "data/wikitext-2-raw/wiki.valid.raw", "--documents", "16"),
+        8,
+    ),
+    Piece(
+        "replay_novels_validation.json",
+        compared(REPLAY, "data/public-domain-novels/validation", "--limit-tokens", "12288"),
+        8,
+    ),
     Piece("trace.json", ("eval", "trace", *MODEL, "--text", TRACED, "--limit-tokens", "3000"), 1, True),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),

@@ -203,7 +203,10 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
     """The files as `hippoformer eval` writes them, not as this test imagines them."""
     from hippoformer.data import Document
     from hippoformer.evaluation import evaluate_perplexity
+    from hippoformer.evaluation.baselines import contestants
+    from hippoformer.evaluation.comparison import compare
     from hippoformer.evaluation.recall import evaluate_recall
+    from hippoformer.evaluation.scoring import describe
     from hippoformer.evaluation.variants import evaluate_variants
 
     model, tokenizer = tiny_load()
@@ -216,7 +219,13 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
         model, tokenizer, documents, {"gate": {}, "fifo": {"selection": "fifo"}}, tmp_path / "states", resamples=20
     )
     variants.save(tmp_path / "variants.json")
-    block = script.render(script.read_results(tmp_path), (script.PERPLEXITY, script.RECALL, script.VARIANTS))
+    everybody = contestants(model, tokenizer, windows=[20], buffers=[], selections=[])
+    compared = compare(everybody, documents, describe(model), limit_characters=200, seed=0, resamples=20)
+    compared.save(tmp_path / "bytes.json")
+    kinds = (script.PERPLEXITY, script.RECALL, script.VARIANTS, script.COMPARISON)
+    block = script.render(script.read_results(tmp_path), kinds)
+    for who in compared.contestants:
+        assert f"| {who.name} | {who.state_nbytes / 1e6:.1f} MB | {who.token_perplexity:.2f} | " in block
     assert "| [recall](results/recall.json) | home | 100 | 2 |" in block
     assert f"| fifo | {variants.variants[1].perplexity:.2f} | " in block
     assert f"| {report['memory'].tokens_scored:,} | {report['memory'].token_perplexity.estimate:.2f} [" in block

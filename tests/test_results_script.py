@@ -39,8 +39,8 @@ def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return lines
 
 
-def options_of(command: tuple[str, ...]) -> set[str]:
-    return {word for word in command if word.startswith("--")}
+def options_of(line: list[str]) -> set[str]:
+    return {word for word in line if word.startswith("--")}
 
 
 def test_every_piece_is_a_command_of_the_package(script: ModuleType) -> None:
@@ -48,10 +48,10 @@ def test_every_piece_is_a_command_of_the_package(script: ModuleType) -> None:
     for piece in script.PIECES:
         if piece.command[0] == "eval":
             known = {o for p in root.commands["eval"].commands[piece.command[1]].params for o in p.opts}
-            assert options_of(piece.command) | {"--output"} <= known
+            assert options_of(piece.line()) <= known
         else:
             assert (ROOT / "benchmarks" / "speed.py").is_file() and piece.command[0] == "--parts"
-    for option in script.VARIANTS:
+    for option in (*script.VARIANTS, *script.REPLAY):
         named = config_options([pair for pair in option.partition(":")[2].split(",") if pair])
         HippoFormerConfig(**named)
 
@@ -68,7 +68,9 @@ def test_only_missing_files_are_made_and_the_tables_follow(
     ran.clear()
     assert script.main(["--quick"]) == 0
     assert [line[-1] for line in ran[:-1]] == [
-        f"results/{p.file}" for p in script.PIECES if p.headline and p.name != "novels_test"
+        f"results/{p.file}".removesuffix("/results.json")
+        for p in script.PIECES
+        if p.headline and p.name != "novels_test"
     ]
     ran.clear()
     assert script.main(["novels"]) == 0 and "results/novels_test.json" in ran[0]
