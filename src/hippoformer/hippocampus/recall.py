@@ -26,9 +26,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import project
 
@@ -150,12 +151,12 @@ class Recall(nn.Module):
         hidden = hidden.to(self.null_proj.weight.dtype)
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
-        position = episodes.position
-        follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # (R, E-1)
-        foretold = torch.where(follows, episodes.token[:, :-1], -1)
-        ready = self.follow_gate(hidden).float()  # (R, N, 1)
+        leads = find_leads(episodes, tokens, visible)
+        length = leads.matched.clamp_min(1.0).log()  # (R, N, K)
+        surely = torch.sigmoid(self.follow_gate(hidden).float() + self.match_weight * length)
+        longest = (self.match_power * length).exp()
+        kappa = self.log_contiguity.exp()
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
-        matched = episodes.matched.float()
 
         n_queries, parts = hidden.shape[1], []
         size = n_queries if torch.is_grad_enabled() else _QUERY_BLOCK
@@ -168,24 +169,25 @@ class Recall(nn.Module):
             else:
                 similar = (key.transpose(2, 3) @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
             attention = self._attention(similar, bias, null[:, :, block], ~visible[:, None, block, n_shared:])
-            leads = (foretold.unsqueeze(1) == tokens[:, block].unsqueeze(-1)) & visible[:, block, 1:]
-            leads = leads.to(attention.dtype)  # (R, n, E-1)
-            in_common = _matched(matched, leads)  # (R, n, E)
-            length = in_common[..., 1:].clamp_min(1.0).log()
-            phi = torch.sigmoid(ready[:, block] + self.match_weight * length)
-            longest = (self.match_power * length).exp() * leads
-            stories = torch.stack((phi, longest), dim=2)  # (R, n, 2, E-1)
-            found, followed = self._follow(attention, mixture[:, :, block], leads, stories, own[:, block], before)
-            parts.append((found, in_common, followed))
-            before, matched = found[:, -1], in_common[:, -1]
-        found, matched, followed = (
-            parts[0] if len(parts) == 1 else (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
-        )
+            parts.append(
+                follow(
+                    attention,
+                    mixture[:, :, block],
+                    kappa,
+                    leads.of(block),
+                    surely[:, block],
+                    longest[:, block],
+                    own[:, block],
+                    before,
+                )
+            )
+            before = parts[-1][0][:, -1]
+        found, followed = parts[0] if len(parts) == 1 else (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
         nothing, weights = found[..., 0], found[..., 1:]
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
-        return Recollection(weights, nothing, content, weights.amax(-1), matched, followed)
+        return Recollection(weights, nothing, content, weights.amax(-1), leads.matched_slots(weights.shape[-1]), followed)
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
@@ -195,56 +197,3 @@ class Recall(nn.Module):
             lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]
             score[..., 1:].masked_fill_(score[..., 1:] < lowest, -torch.inf)
         return torch.softmax(score, dim=-1)
-
-    def _follow(
-        self, attention: Tensor, mixture: Tensor, leads: Tensor, stories: Tensor, own: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Goes through the queries in order, each following what the one before leads to.
-
-        Args:
-            attention: (R, H, n, E + 1), null in front. mixture: (R, H, n).
-            leads: (R, n, E - 1), 1 where an episode foretold the token of the query and the next slot is its successor.
-            stories: (R, n, 2, E - 1), how surely that successor is believed, and m^gamma, 0 where nothing leads to it.
-            own: (R, n). before: (R, E + 1) of the query before the first.
-
-        Returns:
-            (R, n, E + 1) weights, each query's summing to 1; and (R, n), the part of them that follows a story.
-        """
-        # One turn a token: as little as possible happens within it.
-        found, followed, kappa = [], [], self.log_contiguity.exp().unsqueeze(-1)  # (H, 1)
-        one = torch.ones_like(kappa)
-        shares = mixture.unsqueeze(1) * torch.stack((one, kappa))  # (R, 2, H, n), for what is plain and what is led
-        turns = zip(
-            attention.unbind(2),
-            attention[..., 2:].unbind(2),
-            shares.unbind(3),
-            leads.unbind(1),
-            stories.unbind(1),
-            own.unsqueeze(-1).unbind(1),
-            strict=True,
-        )
-        for weights, successors, share, leading, story, chance in turns:
-            # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token.
-            before = before.detach()
-            lead = before[:, 1:-1] * leading  # (R, E - 1), of the episodes from the second on
-            lead = lead / (lead.sum(-1, keepdim=True) + before[:, :1] * chance + _TINY)
-            whole = torch.addcmul(one, kappa, torch.bmm(successors, lead.unsqueeze(-1)))  # (R, H, 1)
-            before, favoured = torch.bmm(share / whole.transpose(1, 2), weights).unbind(1)
-            led = torch.addcmul(before[:, 2:], favoured[:, 2:], lead)
-            sure, longest = story.unbind(1)
-            match = (led + _FLOOR) * longest
-            match = match * sure / (match.sum(-1, keepdim=True) + _TINY)
-            followed.append(match.sum(-1, keepdim=True))
-            rest = 1.0 - followed[-1]
-            before = torch.cat((before[:, :2] * rest, torch.addcmul(match, led, rest)), dim=-1)
-            found.append(before)
-        return torch.stack(found, dim=1), torch.cat(followed, dim=1)
-
-
-def _matched(before: Tensor, leads: Tensor) -> Tensor:
-    """(R, n, E) tokens in a row that led to each episode, from (R, E) of the query before and (R, n, E - 1) leads."""
-    found = []
-    for leading in leads.unbind(1):
-        before = pad((before[:, :-1] + 1.0) * leading, (1, 0))
-        found.append(before)
-    return torch.stack(found, dim=1)
