@@ -144,7 +144,7 @@ class Recall(nn.Module):
         scale = self.log_scale.exp().repeat_interleave(self.head_dim)
         query = self.unit_heads(project(self.query_proj, hidden).float()) * scale
         query = query.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2).to(episodes.key.dtype)
-        key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).permute(0, 2, 3, 1)  # (R, H, K/H, E)
+        key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, H, E, K/H)
         bias = self.priority_weight[:, None, None] * mass.clamp_min(1e-6).log()[:, None, None, :]  # (R, H, 1, E)
         alike = bias[..., :n_shared].masked_fill(~visible[:, None, :1, :n_shared], -torch.inf)
         bias = torch.cat((alike, bias[..., n_shared:]), dim=-1)
@@ -152,8 +152,8 @@ class Recall(nn.Module):
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         leads = find_leads(episodes, tokens, visible)
-        length = leads.matched.clamp_min(1.0).log()  # (R, N, K)
-        surely = torch.sigmoid(self.follow_gate(hidden).float() + self.match_weight * length)
+        length = leads.matched.clamp_min(1.0).log()  # (R, L, K)
+        surely = torch.sigmoid(self.follow_gate(hidden[:, leads.queries]).float() + self.match_weight * length)
         longest = (self.match_power * length).exp()
         kappa = self.log_contiguity.exp()
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
@@ -164,19 +164,20 @@ class Recall(nn.Module):
             key = key.contiguous()  # one copy that many queries share
         for low in range(0, n_queries, size):
             block = slice(low, min(low + size, n_queries))
+            led, which = leads.among(block.start, block.stop)
             if n_queries > _QUERY_BLOCK:
-                similar = query[:, :, block] @ key  # (R, H, n, E)
+                similar = query[:, :, block] @ key.transpose(2, 3)  # (R, H, n, E)
             else:
-                similar = (key.transpose(2, 3) @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
+                similar = (key @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
             attention = self._attention(similar, bias, null[:, :, block], ~visible[:, None, block, n_shared:])
             parts.append(
                 follow(
                     attention,
                     mixture[:, :, block],
                     kappa,
-                    leads.of(block),
-                    surely[:, block],
-                    longest[:, block],
+                    led,
+                    surely[:, which],
+                    longest[:, which],
                     own[:, block],
                     before,
                 )
@@ -187,11 +188,16 @@ class Recall(nn.Module):
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
-        return Recollection(weights, nothing, content, weights.amax(-1), leads.matched_slots(weights.shape[-1]), followed)
+        return Recollection(weights, nothing, content, weights.amax(-1), leads.matched_slots(*weights.shape[1:]), followed)
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
-        score = torch.cat((null, similar + bias), dim=-1)
+        if torch.is_grad_enabled():
+            score = torch.cat((null, similar + bias), dim=-1)
+        else:  # the same, with nothing copied
+            score = null.new_empty(*similar.shape[:-1], similar.shape[-1] + 1)
+            score[..., :1] = null
+            torch.add(similar, bias, out=score[..., 1:])
         score[..., score.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
         if 0 < self.top_k < score.shape[-1] - 1:
             lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]

@@ -19,10 +19,12 @@ Only a few of the E slots foretold a given token. `find_leads` looks for them on
 weights have to be known, and those of all other slots are made at the end, for all queries at once.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hippoformer.hippocampus.episodes import Episodes
 
@@ -33,44 +35,41 @@ _FLOOR = 1e-4
 
 @dataclass
 class Leads:
-    """Which episodes foretold the token of each of N queries, and lead to the next slot: K - 1 of a query, at most.
+    """Which episodes foretold the tokens of N queries, and lead on to the next slot.
 
-    Columns count the null in front of the E slots. The first of the K is the null, which leads nowhere; so does what
-    fills up queries with fewer.
+    Kept of the L queries for which any row has such an episode. Each has K places: the first is the null, the others
+    are for episodes; left over places point to the null as well.
 
     Attributes:
-        column: (R, N, K) int64, of the episode; that of its successor is the next.
-        real: (R, N, K) bool, where an episode leads.
-        link: (R, N, K) int64, which of the K of the query before led to this episode; 0 where none of them did.
-        matched: (R, N, K) how many tokens in a row, up to the query's own, were what led to the successor.
-        leading: of each query, whether anything leads anywhere in any row.
+        queries: which of the N, in order.
+        column: (R, L, K) int64, of the episode, counting the null in front of the E slots; its successor's is the next.
+        real: (R, L, K) 1 where an episode leads, 0 elsewhere.
+        link: (R, L, K) int64, which of the K of the query before led to this episode; 0 where none of them did.
+        matched: (R, L, K) how many tokens in a row, up to the query's own, were what led to the successor.
     """
 
+    queries: list[int]
     column: Tensor
     real: Tensor
     link: Tensor
     matched: Tensor
-    leading: list[bool]
 
-    def of(self, queries: slice) -> "Leads":
-        """Those of some of the queries."""
-        return Leads(
-            self.column[:, queries],
-            self.real[:, queries],
-            self.link[:, queries],
-            self.matched[:, queries],
-            self.leading[queries],
-        )
+    def among(self, low: int, high: int) -> tuple["Leads", slice]:
+        """Those of the queries low..high, counted from there, and which of the L they are."""
+        kept = slice(bisect_left(self.queries, low), bisect_left(self.queries, high))
+        queries = [query - low for query in self.queries[kept]]
+        return Leads(queries, self.column[:, kept], self.real[:, kept], self.link[:, kept], self.matched[:, kept]), kept
 
-    def matched_slots(self, n_slots: int) -> Tensor:
+    def matched_slots(self, n_queries: int, n_slots: int) -> Tensor:
         """(R, N, E) `matched`, of every slot."""
-        none = self.matched.new_zeros(*self.matched.shape[:2], n_slots)
-        return none.scatter_add(-1, self.column, self.matched)  # a column without the null: the successor's slot
+        slots = self.matched.new_zeros(self.matched.shape[0], n_queries, n_slots)
+        # The column of an episode is the slot of its successor: there is no null here.
+        return _add_at(slots, self.queries, self.column, self.matched)
 
 
 @torch.no_grad()
 def find_leads(episodes: Episodes, tokens: Tensor, visible: Tensor) -> Leads:
-    """Looks for them, with the device's answer awaited once.
+    """Looks for them; their number is asked of the device, all else stays there.
 
     Args:
         episodes: E slots; `matched` is that of the query before these.
@@ -84,29 +83,28 @@ def find_leads(episodes: Episodes, tokens: Tensor, visible: Tensor) -> Leads:
     # All of them in one list, row by row and query by query.
     width = leads.shape[-1]
     place = leads.flatten().nonzero().squeeze(-1)  # (M,)
-    slot, query = place % width, place // width
+    slot, number = place % width, place // width
+    row, query = number // n_queries, number % n_queries
     first = torch.searchsorted(place, torch.arange(rows * n_queries + 1, device=place.device) * width)
-    rank = torch.arange(1, place.numel() + 1, device=place.device) - first[query]
-    # Queries are consecutive, so what led here is one query and one slot before.
-    earlier = torch.searchsorted(place, place - width - 1).clamp_max(max(place.numel() - 1, 0))
-    linked = (place[earlier] == place - width - 1) & (slot > 0) & (query % n_queries > 0)
-    before = torch.where(query % n_queries > 0, 0.0, episodes.matched.float()[query // n_queries, slot])
-    matched = _summed_along(before + 1.0, torch.where(linked, earlier, -1), n_queries)
-
     count = first.diff().view(rows, n_queries)
+    rank = torch.arange(1, place.numel() + 1, device=place.device) - first[number]
+    # The token before was read by the query before, and foretold by the slot before.
+    earlier = torch.searchsorted(place, place - width - 1).clamp_max(max(place.numel() - 1, 0))
+    linked = (place[earlier] == place - width - 1) & (slot > 0) & (query > 0)
+    so_far = torch.where(query > 0, 0.0, episodes.matched.float()[row, slot])
+    matched = _summed_along(so_far + 1.0, torch.where(linked, earlier, -1), n_queries)
+
     most = count.amax(0).tolist()
-    shape = (rows, n_queries, 1 + max(most))
+    queries, n_places = [q for q, n in enumerate(most) if n], 1 + max(most)
 
     def spread(values: Tensor) -> Tensor:
-        """(M,) -> (R, N, K)."""
-        wide = values.new_zeros(rows * n_queries, shape[-1])
-        wide[query, rank] = values
-        return wide.view(shape)
+        """(M,) -> (R, L, K)."""
+        wide = values.new_zeros(rows, n_queries, n_places)
+        wide[row, query, rank] = values
+        return wide[:, queries]
 
-    real = torch.arange(shape[-1], device=place.device)
-    real = (real > 0) & (real <= count.unsqueeze(-1))
     link = torch.where(linked, rank[earlier], 0)
-    return Leads(spread(slot + 1), real, spread(link), spread(matched), [n > 0 for n in most])
+    return Leads(queries, spread(slot + 1), spread(torch.ones_like(matched)), spread(link), spread(matched))
 
 
 def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
@@ -116,6 +114,17 @@ def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
     for _ in range((longest - 1).bit_length()):  # every round reaches twice as far back
         value, earlier = value + value[earlier], earlier[earlier]
     return value[:-1]
+
+
+def _at(queries: list[int], column: Tensor, width: int) -> Tensor:
+    """(R, L, K) columns of some queries as places in (N, width), laid end to end."""
+    return torch.tensor(queries, device=column.device).unsqueeze(-1) * width + column
+
+
+def _add_at(dense: Tensor, queries: list[int], column: Tensor, new: Tensor) -> Tensor:
+    """(R, N, E) with (R, L, K) added at their columns."""
+    place = _at(queries, column, dense.shape[-1]).flatten(1)
+    return dense.flatten(1).scatter_add(1, place, new.flatten(1)).view(dense.shape)
 
 
 def follow(
@@ -133,56 +142,66 @@ def follow(
     Args:
         attention: (R, H, n, E + 1), null in front. mixture: (R, H, n). kappa: (H,).
         leads: of these queries.
-        surely: (R, n, K) phi. longest: (R, n, K) m^gamma.
+        surely: (R, L, K) phi. longest: (R, L, K) m^gamma.
         own: (R, n) probability that the base gave each token. before: (R, E + 1) of the query before the first.
 
     Returns:
         (R, n, E + 1) weights, each query's summing to 1; and (R, n), the part of them that follows a story.
     """
-    n_heads, real = mixture.shape[1], leads.real
-    # Of each query: what the heads weigh, all told, and what its stories add to that.
+    rows, n_heads, n_queries, width = attention.shape
+    # Of each query: what its heads weigh, and what is left beside the stories it follows.
     shares = list(mixture.permute(2, 0, 1).unsqueeze(2).unbind())  # (R, 1, H)
-    stories = [attention.new_zeros(attention.shape[0], 1, real.shape[-1])] * len(shares)  # (R, 1, K)
-    followed = [attention.new_zeros(attention.shape[0], 1, 1)] * len(shares)
-    if any(leads.leading):
-        to = (leads.column + 1).unsqueeze(1).expand(-1, n_heads, -1, -1)  # (R, H, n, K)
-        there = attention.gather(-1, to) * real.unsqueeze(1)
+    beside = [attention.new_ones(rows, 1, 1)] * n_queries
+    stories: list[Tensor] = []  # (R, 1, K) of the queries with leads: what is added where they lead to
+    if leads.queries:
+        successor = _at(leads.queries, leads.column + 1, width).unsqueeze(1)  # (R, 1, L, K)
+        source = _at([max(query - 1, 0) for query in leads.queries], leads.column, width).unsqueeze(1)
+
+        def look(place: Tensor) -> Tensor:
+            """(R, H, L, K)."""
+            places = place.flatten(2).expand(-1, n_heads, -1)
+            return attention.flatten(2).gather(-1, places).unflatten(-1, place.shape[2:])
+
+        there, known = look(successor) * leads.real.unsqueeze(1), look(source)
         louder = there * kappa[:, None, None]
-        source = leads.column[:, 1:].unsqueeze(1).expand(-1, n_heads, -1, -1)
-        known = attention[:, :, :-1].gather(-1, source).unbind(2)  # (R, H, K), of the query before
-        longest = longest * real
-        chance = real.to(own.dtype)
-        chance[..., 0] = own
+        # The null is as likely as the base says, and a little of it keeps sums from being zero.
+        chance = torch.cat((own[:, leads.queries].unsqueeze(-1), leads.real[..., 1:]), dim=-1)
+        one, tiny = attention.new_ones(1), pad(attention.new_full((rows, 1, 1), _TINY), (0, chance.shape[-1] - 1))
+        longest = longest * leads.real
         turns = zip(
+            leads.queries,
+            known.unbind(2),
+            leads.link.unsqueeze(2).unbind(1),
+            chance.unsqueeze(2).unbind(1),
             there.unbind(2),
             louder.unbind(2),
             louder.transpose(1, 3).unbind(2),  # (R, K, H)
             longest.unsqueeze(2).unbind(1),
-            (longest * _FLOOR).unsqueeze(2).unbind(1),
-            surely.unsqueeze(2).unbind(1),
-            chance.unsqueeze(2).unbind(1),
-            leads.link.unsqueeze(2).unbind(1),
+            (longest * _FLOOR + tiny).unsqueeze(2).unbind(1),
+            (surely * leads.real).unsqueeze(2).unbind(1),
             strict=True,
         )
-        # One turn a token that anything foretold: as little as possible happens within it.
-        for turn, (resembles, led, led_heads, long, least, sure, likely, link) in enumerate(turns):
-            if not leads.leading[turn]:
-                continue
-            if turn:
-                weights = torch.baddbmm(stories[turn - 1].gather(-1, link), shares[turn - 1], known[turn - 1])
-            else:
+        # As little as possible happens within a turn.
+        last, story = -1, None
+        for query, at_source, link, likely, at_successor, led, led_of_heads, long, least, sure in turns:
+            if query == 0:
                 weights = before.gather(-1, leads.column[:, 0]).unsqueeze(1)
+            elif story is not None and last == query - 1:
+                weights = torch.baddbmm(story.gather(-1, link), shares[last], at_source)
+            else:
+                weights = torch.bmm(shares[query - 1], at_source)
             # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token.
-            lead = weights.detach() * likely  # (R, 1, K)
-            lead = lead / lead.sum(-1, keepdim=True).add_(_TINY)
-            share = shares[turn] / torch.bmm(lead, led_heads).add_(1.0)
+            lead = torch.addcmul(tiny, weights.detach(), likely)  # (R, 1, K)
+            lead = lead / lead.sum(-1, keepdim=True)
+            share = shares[query] / torch.baddbmm(one, lead, led_of_heads)
             favoured = torch.bmm(share, led) * lead
-            match = torch.addcmul(least, torch.bmm(share, resembles) + favoured, long)
-            match = match * sure / match.sum(-1, keepdim=True).add_(_TINY)
-            followed[turn] = match.sum(-1, keepdim=True)
-            rest = 1.0 - followed[turn]
-            shares[turn], stories[turn] = share * rest, torch.addcmul(match, favoured, rest)
+            match = torch.addcmul(least, torch.baddbmm(favoured, share, at_successor), long)
+            match = match * sure / match.sum(-1, keepdim=True)
+            rest = one - match.sum(-1, keepdim=True)
+            story = torch.addcmul(match, favoured, rest)
+            shares[query], beside[query], last = share * rest, rest, query
+            stories.append(story)
     found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention)
-    if any(leads.leading):
-        found = found.scatter_add(-1, leads.column + 1, torch.cat(stories, dim=1))
-    return found, torch.cat(followed, dim=1).squeeze(-1)
+    if stories:
+        found = _add_at(found, leads.queries, leads.column + 1, torch.cat(stories, dim=1))
+    return found, 1.0 - torch.cat(beside, dim=1).squeeze(-1)

@@ -10,4 +10,6 @@ def project(layer: nn.Linear, hidden: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     if torch.is_grad_enabled() or hidden.dtype == weight.dtype:
         return layer(hidden.to(weight.dtype))
-    return linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    # As one matrix: stretches cut out of a longer sequence would each be multiplied by a copy of the weights.
+    flat = linear(hidden.flatten(0, -2), weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return flat.unflatten(0, hidden.shape[:-1])
