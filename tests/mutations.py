@@ -236,7 +236,7 @@ MUTATIONS = [
     Mutation(
         "7 references: recall",
         "contiguity jumps over gaps in the text",
-        "hippocampus/recall.py",
+        "hippocampus/stories.py",
         "position[:, 1:] == position[:, :-1] + 1",
         "position[:, 1:] > position[:, :-1]",
         "test_references.py::test_recall[0-options0-training]",
@@ -268,9 +268,9 @@ MUTATIONS = [
     Mutation(
         "7 references: recall",
         "a surprising story sends its gradients back along the text",
-        "hippocampus/recall.py",
-        "            before = before.detach()\n",
-        "",
+        "hippocampus/stories.py",
+        "weights.detach()",
+        "weights",
         "test_references.py::test_no_gradient_runs_back_along_the_text",
     ),
     Mutation(
@@ -292,9 +292,9 @@ MUTATIONS = [
     Mutation(
         "7 references: recall",
         "every memory leads on, whether it foretold the token or not",
-        "hippocampus/recall.py",
-        "(foretold.unsqueeze(1) == tokens[:, block].unsqueeze(-1))",
-        "(foretold.unsqueeze(1) >= 0 * tokens[:, block].unsqueeze(-1))",
+        "hippocampus/stories.py",
+        "(foretold.unsqueeze(1) == tokens.unsqueeze(-1))",
+        "(foretold.unsqueeze(1) >= 0 * tokens.unsqueeze(-1))",
         "test_references.py::test_recall[0-options0-inference]",
     ),
     Mutation(

@@ -15,6 +15,7 @@ import references
 from hippoformer import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.recall import Recall
+from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.hippocampus.replay import consolidate
 from hippoformer.tensors.masks import recall_mask, window_mask
 from hippoformer.tensors.selection import hashed_uniform, winners
@@ -211,6 +212,55 @@ def test_no_gradient_runs_back_along_the_text() -> None:
     module(*asked).weights[:, -1].square().sum().backward()
     assert hidden.grad is not None and hidden.grad[:, -1].any()
     assert not hidden.grad[:, :-1].any()
+
+
+def followed_in_all_slots(attention, mixture, kappa, leads, surely, longest, own, before):
+    """`follow`, with everything written out over all E slots: leads, surely and longest are (R, N, E)."""
+    found = []
+    for t in range(attention.shape[2]):
+        lead = torch.nn.functional.pad(before.detach()[:, 1:-1], (1, 0)) * leads[:, t]
+        lead = lead / (lead.sum(-1, keepdim=True) + before.detach()[:, :1] * own[:, t, None])
+        raised = attention[:, :, t] * (1.0 + kappa[:, None] * torch.nn.functional.pad(lead, (1, 0)).unsqueeze(1))
+        weights = (mixture[:, :, t, None] * raised / raised.sum(-1, keepdim=True)).sum(1)
+        match = (weights[:, 1:] + 1e-4) * longest[:, t] * leads[:, t]
+        match = surely[:, t] * match / match.sum(-1, keepdim=True).clamp_min(1e-12)
+        before = weights * (1.0 - match.sum(-1, keepdim=True)) + torch.nn.functional.pad(match, (1, 0))
+        found.append(before)
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None:
+    """Numbers and gradients, from the first query on, over stretches where nothing leads anywhere."""
+    _, (_, tokens, own, null, episodes, _, visible) = random_recall(seed, queries=12)
+    tokens[:, 5:7] = 99
+    leads = find_leads(episodes, tokens.to(episodes.token.dtype), visible)
+    assert 0 in leads.queries and 5 not in leads.queries and leads.link.any()
+    rows, n_queries, n_slots = visible.shape
+    matched = leads.matched_slots(n_queries, n_slots)
+    before = torch.cat((null.unsqueeze(-1), episodes.recalled), dim=-1)
+    shapes = ((rows, 4, n_queries, n_slots + 1), (rows, 4, n_queries), (4,), (rows, n_queries, 1), (1,))
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for shape in shapes]
+
+    def run(few: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        learnt = [tensor.clone().requires_grad_() for tensor in drawn]
+        attention, mixture, kappa, gate, power = learnt
+        attention, mixture, kappa = attention.softmax(-1), mixture.softmax(1), kappa.exp()
+        length = (leads.matched if few else matched).clamp_min(1.0).log()
+        surely, longest = torch.sigmoid((gate[:, leads.queries] if few else gate) + length), (power * length).exp()
+        if few:
+            found, _ = follow(attention, mixture, kappa, leads, surely, longest, own, before)
+        else:
+            args = (attention, mixture, kappa, (matched > 0).float(), surely, longest, own, before)
+            found = followed_in_all_slots(*args)
+        weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(7))
+        return found, list(torch.autograd.grad((found * weight).sum(), learnt))
+
+    (few, few_gradients), (every, every_gradients) = run(True), run(False)
+    torch.testing.assert_close(few, every, rtol=1e-4, atol=1e-7)
+    for one, other in zip(few_gradients, every_gradients, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()

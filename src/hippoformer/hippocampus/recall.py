@@ -5,21 +5,7 @@ Score of episode e for query q, per head h:
     scale_h cos(q, k_e) + rho_h log(effective priority_e x strength_e),        null_h(q) for recalling nothing
 
 A softmax over all of them gives the attention a_h; a learned mixture over heads, its weights m_h made from the query,
-gives one distribution. That is how a story is found. It is followed forward in time (temporal contiguity, Howard &
-Kahana 2002): a memory that foretold the token just read leads to its successor. With r_{t-1}(e) the weight of episode
-e for the query before, Bayes' rule against the base says how surely the text goes on as it did there,
-
-    lead_t(e + 1) = r_{t-1}(e) [token_e = x_t] / (sum of these + nothing_{t-1} p_base(x_t)).
-
-What is led to is favoured among what resembles, r'_t = sum_h m_h a_h,t (1 + kappa_h lead_t) / ...; and where m tokens
-in a row have been what a story foretold, the story is followed outright, the longest match first (as in prediction by
-partial matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 2024, arXiv:2401.17377):
-
-    q_t(e) ~ (r'_t(e) + floor) m_t(e)^gamma over all e with m_t(e) > 0,     phi_t(e) = sigmoid(g(query) + w log m_t(e))
-    r_t    = (1 - |f_t|) r'_t + f_t,                                        f_t(e) = phi_t(e) q_t(e)
-
-One token in common says little, ten leave no doubt, however common each of them is.
-Of many numbers told in the same words, only the one whose name was just read is still led to.
+gives one distribution. That is how a story is found; how it is then followed, `stories` says.
 """
 
 from dataclasses import dataclass
@@ -33,13 +19,12 @@ from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import project
 
-# Queries whose scores exist at once without gradients: few, so that they stay in the processor's cache.
-_QUERY_BLOCK = 32
-_TINY = 1e-12
+# Queries whose scores exist at once without gradients: few, so that they stay near the processor.
+_QUERY_BLOCK = 64
 # At the start of training a story goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
-# The longer match counts more by this power of its length, and what matches is not lost for resembling too little.
-_MATCH_POWER, _FLOOR = 4.0, 1e-4
+# The longer match counts more by this power of its length.
+_MATCH_POWER = 4.0
 
 
 @dataclass
@@ -151,6 +136,7 @@ class Recall(nn.Module):
         hidden = hidden.to(self.null_proj.weight.dtype)
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
+        unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
         leads = find_leads(episodes, tokens, visible)
         length = leads.matched.clamp_min(1.0).log()  # (R, L, K)
         surely = torch.sigmoid(self.follow_gate(hidden[:, leads.queries]).float() + self.match_weight * length)
@@ -169,7 +155,7 @@ class Recall(nn.Module):
                 similar = query[:, :, block] @ key.transpose(2, 3)  # (R, H, n, E)
             else:
                 similar = (key @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
-            attention = self._attention(similar, bias, null[:, :, block], ~visible[:, None, block, n_shared:])
+            attention = self._attention(similar, bias, null[:, :, block], unseen[:, :, block])
             parts.append(
                 follow(
                     attention,
@@ -188,17 +174,24 @@ class Recall(nn.Module):
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
-        return Recollection(weights, nothing, content, weights.amax(-1), leads.matched_slots(*weights.shape[1:]), followed)
+        return Recollection(
+            weights, nothing, content, weights.amax(-1), leads.matched_slots(*weights.shape[1:]), followed
+        )
 
-    def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, hidden: Tensor) -> Tensor:
-        """(R, H, n, E + 1) softmax over the null, in front, and the episodes; the last slots may be `hidden`."""
+    def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, unseen: Tensor) -> Tensor:
+        """(R, H, n, E + 1) softmax over the null, in front, and the episodes.
+
+        Args:
+            similar: (R, H, n, E). bias: (R, H, 1, E). null: (R, H, n, 1).
+            unseen: (R, 1, n, e) of the last e slots, -inf for those that a query does not see, 0 for the others.
+        """
         if torch.is_grad_enabled():
             score = torch.cat((null, similar + bias), dim=-1)
-        else:  # the same, with nothing copied
+        else:  # the same without copies on the way
             score = null.new_empty(*similar.shape[:-1], similar.shape[-1] + 1)
             score[..., :1] = null
-            torch.add(similar, bias, out=score[..., 1:])
-        score[..., score.shape[-1] - hidden.shape[-1] :].masked_fill_(hidden, -torch.inf)
+            score[..., 1:].copy_(similar).add_(bias)
+        score[..., score.shape[-1] - unseen.shape[-1] :] += unseen
         if 0 < self.top_k < score.shape[-1] - 1:
             lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]
             score[..., 1:].masked_fill_(score[..., 1:] < lowest, -torch.inf)

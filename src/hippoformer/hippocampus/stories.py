@@ -64,7 +64,8 @@ class Leads:
         """(R, N, E) `matched`, of every slot."""
         slots = self.matched.new_zeros(self.matched.shape[0], n_queries, n_slots)
         # The column of an episode is the slot of its successor: there is no null here.
-        return _add_at(slots, self.queries, self.column, self.matched)
+        _add_at(slots, self.queries, self.column, self.matched)
+        return slots
 
 
 @torch.no_grad()
@@ -121,10 +122,10 @@ def _at(queries: list[int], column: Tensor, width: int) -> Tensor:
     return torch.tensor(queries, device=column.device).unsqueeze(-1) * width + column
 
 
-def _add_at(dense: Tensor, queries: list[int], column: Tensor, new: Tensor) -> Tensor:
-    """(R, N, E) with (R, L, K) added at their columns."""
+def _add_at(dense: Tensor, queries: list[int], column: Tensor, new: Tensor) -> None:
+    """Adds (R, L, K) to the columns of some queries in (R, N, width), in place."""
     place = _at(queries, column, dense.shape[-1]).flatten(1)
-    return dense.flatten(1).scatter_add(1, place, new.flatten(1)).view(dense.shape)
+    dense.view(dense.shape[0], -1).scatter_add_(1, place, new.flatten(1))
 
 
 def follow(
@@ -203,5 +204,5 @@ def follow(
             stories.append(story)
     found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention)
     if stories:
-        found = _add_at(found, leads.queries, leads.column + 1, torch.cat(stories, dim=1))
+        _add_at(found, leads.queries, leads.column + 1, torch.cat(stories, dim=1))
     return found, 1.0 - torch.cat(beside, dim=1).squeeze(-1)
