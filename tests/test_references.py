@@ -15,8 +15,8 @@ import references
 from hippoformer import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.recall import Recall
-from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.hippocampus.replay import consolidate
+from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.tensors.masks import recall_mask, window_mask
 from hippoformer.tensors.selection import hashed_uniform, winners
 from tiny import VOCAB, awake, small_config, text
