@@ -188,7 +188,7 @@ class Recall(nn.Module):
         if torch.is_grad_enabled():
             score = torch.cat((null, similar + bias), dim=-1)
         else:  # the same without copies on the way
-            score = null.new_empty(*similar.shape[:-1], similar.shape[-1] + 1)
+            score = bias.new_empty(*similar.shape[:-1], similar.shape[-1] + 1)
             score[..., :1] = null
             score[..., 1:].copy_(similar).add_(bias)
         score[..., score.shape[-1] - unseen.shape[-1] :] += unseen
