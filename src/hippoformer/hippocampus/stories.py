@@ -202,7 +202,7 @@ def follow(
             story = torch.addcmul(match, favoured, rest)
             shares[query], beside[query], last = share * rest, rest, query
             stories.append(story)
-    found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention)
+    found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention).to(attention.dtype)  # autocast's is half
     if stories:
         _add_at(found, leads.queries, leads.column + 1, torch.cat(stories, dim=1))
     return found, 1.0 - torch.cat(beside, dim=1).squeeze(-1)
