@@ -247,7 +247,7 @@ def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None
         attention, mixture, kappa, gate, power = learnt
         attention, mixture, kappa = attention.softmax(-1), mixture.softmax(1), kappa.exp()
         length = (leads.matched if few else matched).clamp_min(1.0).log()
-        surely, longest = torch.sigmoid((gate[:, leads.queries] if few else gate) + length), (power * length).exp()
+        surely, longest = torch.sigmoid((gate[:, leads.query, 0] if few else gate) + length), (power * length).exp()
         if few:
             found, _ = follow(attention, mixture, kappa, leads, surely, longest, own, before)
         else:

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.tensors.precision import project
+from hippoformer.tensors.precision import in_whole_vectors, project
 
 # Queries whose scores exist at once without gradients: few, so that they stay near the processor.
 _QUERY_BLOCK = 64
@@ -138,9 +138,10 @@ class Recall(nn.Module):
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
         leads = find_leads(episodes, tokens, visible)
-        length = leads.matched.clamp_min(1.0).log()  # (R, L, K)
-        surely = torch.sigmoid(self.follow_gate(hidden[:, leads.queries]).float() + self.match_weight * length)
-        longest = (self.match_power * length).exp()
+        ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
+        length = in_whole_vectors(torch.log, leads.matched.clamp_min(1.0))  # (R, P)
+        surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
+        longest = in_whole_vectors(torch.exp, self.match_power * length)
         kappa = self.log_contiguity.exp()
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
 

@@ -20,11 +20,11 @@ weights have to be known, and those of all other slots are made at the end, for 
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hippoformer.hippocampus.episodes import Episodes
 
@@ -37,34 +37,42 @@ _FLOOR = 1e-4
 class Leads:
     """Which episodes foretold the tokens of N queries, and lead on to the next slot.
 
-    Kept of the L queries for which any row has such an episode. Each has K places: the first is the null, the others
-    are for episodes; left over places point to the null as well.
+    Queries for which no row has such an episode are left out. Each other query has a few places, the first for the null
+    and as many more as its row with the most episodes needs; left over places point to the null as well. The P places
+    of all queries lie side by side. How many a query has depends on no other query, so that its sums are the same to
+    the last bit whatever is read after it.
 
     Attributes:
-        queries: which of the N, in order.
-        column: (R, L, K) int64, of the episode, counting the null in front of the E slots; its successor's is the next.
-        real: (R, L, K) 1 where an episode leads, 0 elsewhere.
-        link: (R, L, K) int64, which of the K of the query before led to this episode; 0 where none of them did.
-        matched: (R, L, K) how many tokens in a row, up to the query's own, were what led to the successor.
+        queries: which of the N, in order. places: how many each of these has.
+        query: (P,) int64, whose place it is.
+        column: (R, P) int64, of the episode, counting the null in front of the E slots; its successor's is the next.
+        real: (R, P) 1 where an episode leads, 0 elsewhere.
+        link: (R, P) int64, which place of the query before led to this episode; 0 where none of them did.
+        matched: (R, P) how many tokens in a row, up to the query's own, were what led to the successor.
     """
 
     queries: list[int]
+    places: list[int]
+    query: Tensor
     column: Tensor
     real: Tensor
     link: Tensor
     matched: Tensor
 
     def among(self, low: int, high: int) -> tuple["Leads", slice]:
-        """Those of the queries low..high, counted from there, and which of the L they are."""
+        """Those of the queries low..high, counted from there, and which of the P places they have."""
         kept = slice(bisect_left(self.queries, low), bisect_left(self.queries, high))
+        first = sum(self.places[: kept.start])
+        which = slice(first, first + sum(self.places[kept]))
         queries = [query - low for query in self.queries[kept]]
-        return Leads(queries, self.column[:, kept], self.real[:, kept], self.link[:, kept], self.matched[:, kept]), kept
+        found = (x[..., which] for x in (self.query - low, self.column, self.real, self.link, self.matched))
+        return Leads(queries, self.places[kept], *found), which
 
     def matched_slots(self, n_queries: int, n_slots: int) -> Tensor:
         """(R, N, E) `matched`, of every slot."""
         slots = self.matched.new_zeros(self.matched.shape[0], n_queries, n_slots)
         # The column of an episode is the slot of its successor: there is no null here.
-        _add_at(slots, self.queries, self.column, self.matched)
+        _add_at(slots, self.query, self.column, self.matched)
         return slots
 
 
@@ -83,29 +91,38 @@ def find_leads(episodes: Episodes, tokens: Tensor, visible: Tensor) -> Leads:
     leads = (foretold.unsqueeze(1) == tokens.unsqueeze(-1)) & visible[..., 1:]  # (R, N, E-1)
     # All of them in one list, row by row and query by query.
     width = leads.shape[-1]
-    place = leads.flatten().nonzero().squeeze(-1)  # (M,)
-    slot, number = place % width, place // width
+    entry = leads.flatten().nonzero().squeeze(-1)  # (M,)
+    slot, number = entry % width, entry // width
     row, query = number // n_queries, number % n_queries
-    first = torch.searchsorted(place, torch.arange(rows * n_queries + 1, device=place.device) * width)
-    count = first.diff().view(rows, n_queries)
-    rank = torch.arange(1, place.numel() + 1, device=place.device) - first[number]
+    first = torch.searchsorted(entry, torch.arange(rows * n_queries + 1, device=entry.device) * width)
+    most = first.diff().view(rows, n_queries).amax(0)  # (N,)
+    rank = torch.arange(1, entry.numel() + 1, device=entry.device) - first[number]
     # The token before was read by the query before, and foretold by the slot before.
-    earlier = torch.searchsorted(place, place - width - 1).clamp_max(max(place.numel() - 1, 0))
-    linked = (place[earlier] == place - width - 1) & (slot > 0) & (query > 0)
+    earlier = torch.searchsorted(entry, entry - width - 1).clamp_max(max(entry.numel() - 1, 0))
+    linked = (entry[earlier] == entry - width - 1) & (slot > 0) & (query > 0)
     so_far = torch.where(query > 0, 0.0, episodes.matched.float()[row, slot])
     matched = _summed_along(so_far + 1.0, torch.where(linked, earlier, -1), n_queries)
 
-    most = count.amax(0).tolist()
-    queries, n_places = [q for q, n in enumerate(most) if n], 1 + max(most)
+    needed = torch.where(most > 0, most + 1, 0)  # (N,) places
+    begin = needed.cumsum(0) - needed
+    of_all = needed.tolist()
+    queries = [number for number, count in enumerate(of_all) if count]
 
-    def spread(values: Tensor) -> Tensor:
-        """(M,) -> (R, L, K)."""
-        wide = values.new_zeros(rows, n_queries, n_places)
-        wide[row, query, rank] = values
-        return wide[:, queries]
+    def packed(values: Tensor) -> Tensor:
+        """(M,) -> (R, P)."""
+        wide = values.new_zeros(rows, sum(of_all))
+        wide[row, begin[query] + rank] = values
+        return wide
 
-    link = torch.where(linked, rank[earlier], 0)
-    return Leads(queries, spread(slot + 1), spread(torch.ones_like(matched)), spread(link), spread(matched))
+    return Leads(
+        queries=queries,
+        places=[of_all[number] for number in queries],
+        query=torch.arange(n_queries, device=needed.device).repeat_interleave(needed, output_size=sum(of_all)),
+        column=packed(slot + 1),
+        real=packed(torch.ones_like(matched)),
+        link=packed(torch.where(linked, rank[earlier], 0)),
+        matched=packed(matched),
+    )
 
 
 def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
@@ -117,15 +134,9 @@ def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
     return value[:-1]
 
 
-def _at(queries: list[int], column: Tensor, width: int) -> Tensor:
-    """(R, L, K) columns of some queries as places in (N, width), laid end to end."""
-    return torch.tensor(queries, device=column.device).unsqueeze(-1) * width + column
-
-
-def _add_at(dense: Tensor, queries: list[int], column: Tensor, new: Tensor) -> None:
-    """Adds (R, L, K) to the columns of some queries in (R, N, width), in place."""
-    place = _at(queries, column, dense.shape[-1]).flatten(1)
-    dense.view(dense.shape[0], -1).scatter_add_(1, place, new.flatten(1))
+def _add_at(dense: Tensor, query: Tensor, column: Tensor, new: Tensor) -> None:
+    """Adds (R, P) to (R, N, width), each to a column (R, P) of its query (P,), in place."""
+    dense.view(dense.shape[0], -1).scatter_add_(1, query * dense.shape[-1] + column, new)
 
 
 def follow(
@@ -143,7 +154,7 @@ def follow(
     Args:
         attention: (R, H, n, E + 1), null in front. mixture: (R, H, n). kappa: (H,).
         leads: of these queries.
-        surely: (R, L, K) phi. longest: (R, L, K) m^gamma.
+        surely: (R, P) phi. longest: (R, P) m^gamma.
         own: (R, n) probability that the base gave each token. before: (R, E + 1) of the query before the first.
 
     Returns:
@@ -153,50 +164,57 @@ def follow(
     # Of each query: what its heads weigh, and what is left beside the stories it follows.
     shares = list(mixture.permute(2, 0, 1).unsqueeze(2).unbind())  # (R, 1, H)
     beside = [attention.new_ones(rows, 1, 1)] * n_queries
-    stories: list[Tensor] = []  # (R, 1, K) of the queries with leads: what is added where they lead to
+    stories: list[Tensor] = []  # (R, 1, K) of the queries with leads, K places each: what is added where they lead to
     if leads.queries:
-        successor = _at(leads.queries, leads.column + 1, width).unsqueeze(1)  # (R, 1, L, K)
-        source = _at([max(query - 1, 0) for query in leads.queries], leads.column, width).unsqueeze(1)
+        flat = attention.flatten(2)  # (R, H, n (E + 1))
 
-        def look(place: Tensor) -> Tensor:
-            """(R, H, L, K)."""
-            places = place.flatten(2).expand(-1, n_heads, -1)
-            return attention.flatten(2).gather(-1, places).unflatten(-1, place.shape[2:])
+        def look(query: Tensor, column: Tensor) -> Tensor:
+            """(R, P, H); what belongs to one query lies together, wherever the others are."""
+            seen = flat.gather(-1, (query * width + column).unsqueeze(1).expand(-1, n_heads, -1))
+            return seen.transpose(1, 2).contiguous()
 
-        there, known = look(successor) * leads.real.unsqueeze(1), look(source)
-        louder = there * kappa[:, None, None]
+        there = look(leads.query, leads.column + 1) * leads.real.unsqueeze(-1)
+        known = look((leads.query - 1).clamp_min(0), leads.column)
+        louder = there * kappa
         # The null is as likely as the base says, and a little of it keeps sums from being zero.
-        chance = torch.cat((own[:, leads.queries].unsqueeze(-1), leads.real[..., 1:]), dim=-1)
-        one, tiny = attention.new_ones(1), pad(attention.new_full((rows, 1, 1), _TINY), (0, chance.shape[-1] - 1))
+        null = torch.cat((leads.query.new_ones(1), leads.query.diff())) > 0  # (P,) the first place of each query
+        chance = torch.where(null, own[:, leads.query], leads.real)
+        one, tiny = attention.new_ones(1), torch.where(null, _TINY, 0.0).to(attention.dtype).expand(rows, -1)
         longest = longest * leads.real
+
+        def turn_by_turn(values: Tensor) -> Sequence[Tensor]:
+            """(R, P) -> (R, 1, K) of each query; (R, P, H) -> (R, K, H)."""
+            return values.unsqueeze(1).split(leads.places, -1) if values.dim() == 2 else values.split(leads.places, 1)
+
         turns = zip(
             leads.queries,
-            known.unbind(2),
-            leads.link.unsqueeze(2).unbind(1),
-            chance.unsqueeze(2).unbind(1),
-            there.unbind(2),
-            louder.unbind(2),
-            louder.transpose(1, 3).unbind(2),  # (R, K, H)
-            longest.unsqueeze(2).unbind(1),
-            (longest * _FLOOR + tiny).unsqueeze(2).unbind(1),
-            (surely * leads.real).unsqueeze(2).unbind(1),
+            turn_by_turn(leads.column),
+            turn_by_turn(known),
+            turn_by_turn(leads.link),
+            turn_by_turn(chance),
+            turn_by_turn(tiny),
+            turn_by_turn(there),
+            turn_by_turn(louder),
+            turn_by_turn(longest),
+            turn_by_turn(longest * _FLOOR + tiny),
+            turn_by_turn(surely * leads.real),
             strict=True,
         )
         # As little as possible happens within a turn.
         last, story = -1, None
-        for query, at_source, link, likely, at_successor, led, led_of_heads, long, least, sure in turns:
+        for query, column, at_source, link, likely, small, at_successor, led, long, least, sure in turns:
             if query == 0:
-                weights = before.gather(-1, leads.column[:, 0]).unsqueeze(1)
+                weights = before.unsqueeze(1).gather(-1, column)
             elif story is not None and last == query - 1:
-                weights = torch.baddbmm(story.gather(-1, link), shares[last], at_source)
+                weights = torch.baddbmm(story.gather(-1, link), shares[last], at_source.mT)
             else:
-                weights = torch.bmm(shares[query - 1], at_source)
+                weights = torch.bmm(shares[query - 1], at_source.mT)
             # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token.
-            lead = torch.addcmul(tiny, weights.detach(), likely)  # (R, 1, K)
+            lead = torch.addcmul(small, weights.detach(), likely)  # (R, 1, K)
             lead = lead / lead.sum(-1, keepdim=True)
-            share = shares[query] / torch.baddbmm(one, lead, led_of_heads)
-            favoured = torch.bmm(share, led) * lead
-            match = torch.addcmul(least, torch.baddbmm(favoured, share, at_successor), long)
+            share = shares[query] / torch.baddbmm(one, lead, led)
+            favoured = torch.bmm(share, led.mT) * lead
+            match = torch.addcmul(least, torch.baddbmm(favoured, share, at_successor.mT), long)
             match = match * sure / match.sum(-1, keepdim=True)
             rest = one - match.sum(-1, keepdim=True)
             story = torch.addcmul(match, favoured, rest)
@@ -204,5 +222,5 @@ def follow(
             stories.append(story)
     found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention).to(attention.dtype)  # autocast's is half
     if stories:
-        _add_at(found, leads.queries, leads.column + 1, torch.cat(stories, dim=1))
+        _add_at(found, leads.query, leads.column + 1, torch.cat(stories, dim=-1).squeeze(1))
     return found, 1.0 - torch.cat(beside, dim=1).squeeze(-1)
