@@ -127,7 +127,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     output = tmp_path / "recall.json"
     arguments = ["eval", "recall", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--facts", "1"]
     arguments += ["--spacing", "700"]
-    result = CliRunner().invoke(cli.app, [*arguments, "--distances", "600", "--output", str(output)])
+    result = CliRunner().invoke(cli.app, [*arguments, "--distances", "600,", "--output", str(output)])
     assert result.exit_code == 0, result.output
     written = json.loads(output.read_text())
     assert written["settings"]["spacing"] == 700 and min(case["position"] for case in written["asked"]) > 700

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from hippoformer.cli.options import check_output, comma_separated, load
-from hippoformer.cli.suite import run_all, texts_of
+from hippoformer.cli.options import ModelOptions, TextOptions, check_output, comma_separated
+from hippoformer.cli.suite import run_all
 from hippoformer.errors import HippoFormerError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -44,8 +44,8 @@ def main(
             settings = replace(settings, part_tokens=min(max_seq_length, settings.part_tokens))
         if samples is not None:
             settings = smaller(settings, samples)
-        texts = texts_of(text or [], None if text else comma_separated(datasets), "test", data_dir, "auto")
-        model, tokenizer = load(checkpoint, _device(device), None, seed=seed)
+        texts = TextOptions(text=text, dataset=None if text else comma_separated(datasets), data_dir=data_dir).read()
+        model, tokenizer = ModelOptions(checkpoint, device=_device(device)).load(seed=seed)
         folder = output.with_suffix("")
         chosen = list(PARTS) if parts is None else comma_separated(parts)
         run_all(model, tokenizer, texts, texts, settings, folder, chosen, folder / "hidden_states", summary=output)

@@ -4,7 +4,7 @@ Each command is a thin layer over a function of the package, imported only when 
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, comparison, evaluate, harness, memory, original, report, run, suite, trace
+from hippoformer.cli import chat, comparison, evaluate, harness, mechanisms, memory, original, report, run, suite
 from hippoformer.cli.app import app
 
 __all__ = [
@@ -14,12 +14,12 @@ __all__ = [
     "evaluate",
     "harness",
     "main",
+    "mechanisms",
     "memory",
     "original",
     "report",
     "run",
     "suite",
-    "trace",
 ]
 
 

@@ -8,16 +8,8 @@ from rich.text import Text
 
 from hippoformer.cli.app import app
 from hippoformer.cli.memory import episodes_table
-from hippoformer.cli.options import (
-    BufferOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    SinkOption,
-    WindowOption,
-    console,
-    load,
-)
+from hippoformer.cli.options import ModelOptions, with_groups
+from hippoformer.cli.terminal import console
 from hippoformer.errors import HippoFormerError
 
 COMMANDS = {
@@ -31,28 +23,22 @@ COMMANDS = {
 
 
 @app.command("chat")
+@with_groups
 def chat(
-    model: ModelOption,
+    model: ModelOptions,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     memory: Annotated[Path | None, typer.Option(help="Saved conversation or memory to go on from.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability to sample from.")] = 0.9,
     seed: Annotated[int, typer.Option(help="Of the sampling and of the replay draws.")] = 0,
-    window: WindowOption = None,
-    sink_tokens: SinkOption = None,
-    buffer_size: BufferOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Talk with a model that remembers what has left its window. Ctrl-C ends a reply; /help lists the commands."""
     from transformers import set_seed
 
     from hippoformer.chat import Conversation
 
-    loaded, tokenizer = load(
-        model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
-    )
+    loaded, tokenizer = model.load(seed=seed)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}

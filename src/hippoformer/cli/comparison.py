@@ -1,4 +1,4 @@
-"""`hippoformer eval baselines` and `eval bytes`: others by the same protocol, and what bytes of state buy."""
+"""`hippoformer eval baselines`, `eval bytes`, `eval seeds`: a model among others."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,30 +7,17 @@ import typer
 
 from hippoformer.cli.app import eval_app
 from hippoformer.cli.options import (
-    DeviceOption,
     DocumentsOption,
-    DtypeOption,
-    ModelOption,
-    MoreTexts,
+    ModelOptions,
     OutputOption,
-    SeedOption,
-    SplitOption,
-    check_output,
-    comma_separated,
-    load,
-    reading,
-    show,
-)
-from hippoformer.cli.suite import (
-    DataDirOption,
-    DatasetOption,
-    DatasetSplitOption,
     ResamplesOption,
-    TextsOption,
+    SeedOption,
+    TextOptions,
+    comma_separated,
     numbers,
-    texts_of,
+    with_groups,
 )
-from hippoformer.data.documents import Document
+from hippoformer.cli.terminal import reading, show
 from hippoformer.errors import ConfigurationError
 
 WindowsOption = Annotated[str, typer.Option("--windows", help="Of the base alone, comma-separated tokens.")]
@@ -41,13 +28,10 @@ CharactersOption = Annotated[int | None, typer.Option(help="Read the first so ma
 
 
 @eval_app.command("baselines")
+@with_groups
 def eval_baselines(
-    model: ModelOption,
-    text: TextsOption = None,
-    more: MoreTexts = None,
-    dataset: DatasetOption = None,
-    dataset_split: DatasetSplitOption = "test",
-    data_dir: DataDirOption = Path("data"),
+    model: ModelOptions,
+    texts: TextOptions,
     baseline: Annotated[
         list[str] | None,
         typer.Option("--baseline", help="Model or adapter: hub name, folder; its own tokenizer. Can be repeated."),
@@ -57,51 +41,52 @@ def eval_baselines(
     kv: SelectionOption = "",
     limit_characters: CharactersOption = None,
     documents: DocumentsOption = None,
-    split: SplitOption = "auto",
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Other models, adapters, windows and selected keys: bits per byte and word perplexity of the same texts."""
-    check_output(output)
-    texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
-    loaded, tokenizer = load(model, device, dtype, seed=seed)
-    asked = {"windows": numbers(windows, "--windows"), "selections": selections(kv), "models": baseline or []}
-    _compare(
-        loaded, tokenizer, texts, asked | {"model_window": baseline_window}, limit_characters, seed, resamples, output
-    )
+    asked = {
+        "windows": numbers(windows, "--windows"),
+        "selections": selections(kv),
+        "models": baseline or [],
+        "model_window": baseline_window,
+    }
+    _compare(asked, model, texts, limit_characters, documents, output, resamples, seed)
 
 
 @eval_app.command("bytes")
+@with_groups
 def eval_bytes(
-    model: ModelOption,
-    text: TextsOption = None,
-    more: MoreTexts = None,
-    dataset: DatasetOption = None,
-    dataset_split: DatasetSplitOption = "test",
-    data_dir: DataDirOption = Path("data"),
+    model: ModelOptions,
+    texts: TextOptions,
     windows: WindowsOption = "256,1024,2048",
     buffers: Annotated[str, typer.Option("--buffers", help="Of the memory, comma-separated episodes.")] = "0,1024,4096",
     kv: SelectionOption = "h2o:512,snapkv:512,random:512",
     limit_characters: CharactersOption = None,
     documents: DocumentsOption = None,
-    split: SplitOption = "auto",
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Perplexity over bytes of state: windows, memories of several sizes, and selected keys."""
-    check_output(output)
-    texts = texts_of([*(text or []), *(more or [])], dataset, dataset_split, data_dir, split)[:documents]
-    loaded, tokenizer = load(model, device, dtype, seed=seed)
-    asked = {"windows": numbers(windows, "--windows"), "buffers": numbers(buffers, "--buffers")}
-    _compare(
-        loaded, tokenizer, texts, asked | {"selections": selections(kv)}, limit_characters, seed, resamples, output
-    )
+    asked = {
+        "windows": numbers(windows, "--windows"),
+        "buffers": numbers(buffers, "--buffers"),
+        "selections": selections(kv),
+    }
+    _compare(asked, model, texts, limit_characters, documents, output, resamples, seed)
+
+
+@eval_app.command("seeds")
+def eval_seeds(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files, one a training seed.")],
+    output: OutputOption = None,
+) -> None:
+    """Mean, deviation and interval of the headline figures over training seeds."""
+    from hippoformer.evaluation.seeds import aggregate
+
+    show(aggregate(files), output)
 
 
 def selections(text: str) -> list[tuple[Any, int]]:
@@ -120,20 +105,22 @@ def selections(text: str) -> list[tuple[Any, int]]:
 
 
 def _compare(
-    model: Any,
-    tokenizer: Any,
-    texts: list[Document],
     asked: dict[str, Any],
+    model: ModelOptions,
+    texts: TextOptions,
     limit_characters: int | None,
-    seed: int,
-    resamples: int,
+    documents: int | None,
     output: Path | None,
+    resamples: int,
+    seed: int,
 ) -> None:
     from hippoformer.evaluation.baselines import contestants
     from hippoformer.evaluation.comparison import compare
     from hippoformer.evaluation.scoring import describe
 
-    everybody = contestants(model, tokenizer, **asked)
+    found = texts.read()[:documents]
+    loaded, tokenizer = model.load(seed=seed)
+    everybody = contestants(loaded, tokenizer, **asked)
     with reading() as progress:
-        report = compare(everybody, texts, describe(model), limit_characters, seed, resamples, progress)
+        report = compare(everybody, found, describe(loaded), limit_characters, seed, resamples, progress)
     show(report, output)

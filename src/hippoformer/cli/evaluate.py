@@ -1,44 +1,34 @@
-"""`hippoformer eval …`: measure a model."""
+"""`hippoformer eval perplexity`, `long-range`, `recall`, `quality`, `questions`: what a memory is worth."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from hippoformer.cli.app import eval_app
 from hippoformer.cli.options import (
-    BufferOption,
-    CacheOption,
-    DeviceOption,
+    BatchOption,
+    DataDirOption,
+    DatasetSplitOption,
     DocumentsOption,
-    DtypeOption,
     LimitOption,
-    ModelOption,
-    MoreTexts,
+    ModelOptions,
     OutputOption,
+    ResamplesOption,
     SeedOption,
-    SinkOption,
-    SplitOption,
-    TextOption,
-    WindowOption,
-    check_output,
+    TextOptions,
     comma_separated,
-    load,
-    reading,
-    show,
+    numbers,
+    with_groups,
 )
-from hippoformer.errors import ConfigurationError
+from hippoformer.cli.terminal import reading, show
 
 
 @eval_app.command("perplexity")
+@with_groups
 def eval_perplexity(
-    model: ModelOption,
-    text: TextOption,
-    more: MoreTexts = None,
-    window: WindowOption = None,
-    sink_tokens: SinkOption = None,
-    buffer_size: BufferOption = None,
+    model: ModelOptions,
+    texts: TextOptions,
     conditions: Annotated[
         str | None,
         typer.Option(
@@ -48,31 +38,24 @@ def eval_perplexity(
     limit_tokens: LimitOption = None,
     skip_tokens: Annotated[int, typer.Option(help="Read but do not score the first so many tokens of each.")] = 0,
     documents: Annotated[int | None, typer.Option(help="Score the first so many documents.")] = None,
-    split: SplitOption = "auto",
-    batch_size: Annotated[int, typer.Option(help="Documents read side by side.")] = 4,
+    batch_size: BatchOption = 4,
     output: OutputOption = None,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Stream texts with and without memory; report perplexity, bits per byte and bytes of state."""
-    from hippoformer.data import read_documents
     from hippoformer.evaluation import CONDITIONS, evaluate_perplexity
 
-    check_output(output)
-    texts = read_documents([*text, *(more or [])], split=split)
+    found = texts.read()
     if conditions is not None:
         chosen = comma_separated(conditions)
     else:
-        chosen = [condition for condition in CONDITIONS if condition != "other-document" or len(texts) > 1]
-    loaded, tokenizer = load(
-        model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
-    )
+        chosen = [condition for condition in CONDITIONS if condition != "other-document" or len(found) > 1]
+    loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
         report = evaluate_perplexity(
             loaded,
             tokenizer,
-            texts,
+            found,
             conditions=chosen,
             batch_size=batch_size,
             limit_tokens=limit_tokens,
@@ -84,11 +67,42 @@ def eval_perplexity(
     show(report, output)
 
 
+@eval_app.command("long-range")
+@with_groups
+def eval_long_range(
+    model: ModelOptions,
+    texts: TextOptions,
+    limit_tokens: LimitOption = None,
+    documents: DocumentsOption = None,
+    batch_size: BatchOption = 4,
+    output: OutputOption = None,
+    resamples: ResamplesOption = 10_000,
+    seed: SeedOption = 0,
+) -> None:
+    """What memory gains by position, and by how long ago a token, or the words that end with it, last came."""
+    from hippoformer.evaluation.long_range import evaluate_long_range
+
+    found = texts.read()[:documents]
+    loaded, tokenizer = model.load(seed=seed)
+    with reading() as progress:
+        report = evaluate_long_range(
+            loaded,
+            tokenizer,
+            found,
+            batch_size=batch_size,
+            limit_tokens=limit_tokens,
+            seed=seed,
+            resamples=resamples,
+            progress=progress,
+        )
+    show(report, output)
+
+
 @eval_app.command("recall")
+@with_groups
 def eval_recall(
-    model: ModelOption,
-    text: Annotated[list[Path], typer.Option("--text", help="Text file or folder to hide facts in; can be repeated.")],
-    more: MoreTexts = None,
+    model: ModelOptions,
+    texts: TextOptions,
     distances: Annotated[str, typer.Option(help="Comma-separated: tokens read before a fact is asked for.")] = (
         "2000,8000,32000"
     ),
@@ -96,36 +110,23 @@ def eval_recall(
     kinds: Annotated[str | None, typer.Option(help="Comma-separated: pass key, home, one of three.")] = None,
     streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None,
     spacing: Annotated[int, typer.Option(help="Tokens of text before the first fact and between two facts.")] = 384,
-    window: WindowOption = None,
-    sink_tokens: SinkOption = None,
-    buffer_size: BufferOption = None,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws and of the facts.")] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Hide facts in long texts, ask for them thousands of tokens later, and count exact answers."""
-    from hippoformer.data import read_documents
     from hippoformer.evaluation.needles import KINDS
     from hippoformer.evaluation.recall import evaluate_recall
 
-    check_output(output)
-    texts = read_documents([*text, *(more or [])])
-    try:
-        gaps = [int(part) for part in distances.split(",")]
-    except ValueError as error:
-        raise ConfigurationError(f"--distances {distances}: expected numbers like 2000,8000") from error
-    loaded, tokenizer = load(
-        model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size, seed=seed
-    )
+    found, gaps = texts.read(), numbers(distances, "--distances")
+    loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
         report = evaluate_recall(
             loaded,
             tokenizer,
-            texts,
+            found,
             distances=gaps,
             facts=facts,
-            kinds=KINDS if kinds is None else [kind.strip() for kind in kinds.split(",")],
+            kinds=KINDS if kinds is None else comma_separated(kinds),
             haystacks=streams,
             spacing=spacing,
             seed=seed,
@@ -134,69 +135,72 @@ def eval_recall(
     show(report, output)
 
 
-@eval_app.command("variants")
-def eval_variants(
-    model: ModelOption,
-    text: TextOption,
-    variant: Annotated[
-        list[str],
-        typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to."),
-    ],
-    more: MoreTexts = None,
-    cache_dir: CacheOption = Path("hidden_states"),
-    limit_tokens: LimitOption = None,
-    documents: DocumentsOption = None,
-    split: SplitOption = "auto",
+@eval_app.command("quality")
+@with_groups
+def eval_quality(
+    model: ModelOptions,
+    texts: TextOptions,
+    prompts: Annotated[int, typer.Option(help="Texts that are continued.")] = 24,
+    context_tokens: Annotated[int, typer.Option(help="Tokens read before.")] = 1_536,
+    new_tokens: Annotated[int, typer.Option(help="Tokens written.")] = 64,
     output: OutputOption = None,
+    resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
-    """Compare selection rules, buffers and replay settings of one hippocampus, the base's reading done once."""
-    from hippoformer.data import read_documents
-    from hippoformer.evaluation.variants import evaluate_variants
-    from hippoformer.training.arguments import config_options
+    """Continue held-out texts with and without memory; BLEU, ROUGE, F1 against the truth, and speed."""
+    from hippoformer.evaluation.quality import evaluate_quality
 
-    check_output(output)
-    named = [part.partition(":") for part in variant]
-    texts = read_documents([*text, *(more or [])], split=split)[:documents]
-    loaded, tokenizer = load(model, device, dtype, seed=seed)
-    report = evaluate_variants(
-        loaded,
-        tokenizer,
-        texts,
-        {name: config_options([pair for pair in options.split(",") if pair]) for name, _, options in named},
-        cache_dir,
-        limit_tokens=limit_tokens,
-        seed=seed,
-        progress=lambda name: Console(stderr=True).print(f"reading as {name}"),
-    )
+    found = texts.read()
+    loaded, tokenizer = model.load(seed=seed)
+    with reading() as progress:
+        report = evaluate_quality(
+            loaded,
+            tokenizer,
+            found,
+            prompts,
+            context_tokens,
+            new_tokens,
+            seed=seed,
+            resamples=resamples,
+            progress=progress,
+        )
     show(report, output)
 
 
-@eval_app.command("salience")
-def eval_salience(
-    model: ModelOption,
-    text: TextOption,
-    more: MoreTexts = None,
-    cache_dir: CacheOption = Path("hidden_states"),
+@eval_app.command("questions")
+@with_groups
+def eval_questions(
+    model: ModelOptions,
+    questions: Annotated[
+        str, typer.Option(help="narrativeqa, scrolls-qasper, babilong-4k-qa1, babi-qa1 …, or a .jsonl file.")
+    ],
+    dataset_split: DatasetSplitOption = "validation",
+    data_dir: DataDirOption = Path("data"),
+    samples: Annotated[int | None, typer.Option(help="Ask the first so many questions.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 24,
     limit_tokens: LimitOption = None,
-    documents: DocumentsOption = None,
-    split: SplitOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 4,
     output: OutputOption = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the untrained gate.")] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    resamples: ResamplesOption = 10_000,
+    seed: SeedOption = 0,
 ) -> None:
-    """Compare the salience of each transition with the credit it earns, beside surprise and an untrained gate."""
-    from hippoformer.data import read_documents
-    from hippoformer.evaluation.salience import evaluate_salience
+    """Ask questions about long texts with and without memory; exact match, F1, ROUGE."""
+    from hippoformer.data.questions import read_questions
+    from hippoformer.evaluation.questions import evaluate_questions
 
-    check_output(output)
-    texts = read_documents([*text, *(more or [])], split=split)[:documents]
-    loaded, tokenizer = load(model, device, dtype)
+    asked = read_questions(questions, dataset_split, data_dir, samples)
+    loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
-        report = evaluate_salience(
-            loaded, tokenizer, texts, cache_dir, limit_tokens=limit_tokens, seed=seed, progress=progress
+        report = evaluate_questions(
+            loaded,
+            tokenizer,
+            asked,
+            f"{questions} ({dataset_split})",
+            new_tokens,
+            limit_tokens,
+            batch_size,
+            seed,
+            resamples,
+            progress,
         )
     show(report, output)

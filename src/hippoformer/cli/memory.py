@@ -8,39 +8,26 @@ from rich.table import Table
 from rich.text import Text
 
 from hippoformer.cli.app import memory_app
-from hippoformer.cli.options import (
-    BufferOption,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    SinkOption,
-    WindowOption,
-    console,
-    load,
-    visible,
-)
+from hippoformer.cli.options import ModelOptions, with_groups
+from hippoformer.cli.terminal import console, visible
 
 Order = Literal["priority", "salience", "strength", "position"]
 _CONTEXT_TOKENS = 12
 
 
 @memory_app.command("show")
-def memoryshow(
+@with_groups
+def memory_show(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Saved memory.")],
-    model: ModelOption,
+    model: ModelOptions,
     row: Annotated[int, typer.Option(min=0, help="Which sequence of the memory.")] = 0,
     limit: Annotated[int, typer.Option(min=1, help="Episodes to show.")] = 20,
     sort: Annotated[Order, typer.Option(help="What comes first; priority is the effective one.")] = "priority",
-    window: WindowOption = None,
-    sink_tokens: SinkOption = None,
-    buffer_size: BufferOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
 ) -> None:
     """Show the episodes of a saved memory: what was kept, where it stood, and how strongly it is held."""
     from hippoformer.model.cache import HippoCache
 
-    loaded, tokenizer = load(model, device, dtype, window=window, sink_tokens=sink_tokens, buffer_size=buffer_size)
+    loaded, tokenizer = model.load()
     cache = HippoCache.load(file, loaded)
     console().print(
         episodes_table(cache, tokenizer, f"in {file}, row {row}", loaded.config.decay_rate, row, limit, sort)

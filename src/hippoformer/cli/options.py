@@ -1,46 +1,154 @@
-"""What several commands share: types of options, loading a model, progress, tables."""
+"""What commands are asked: options that several of them share, and groups of options with what they stand for.
 
+    @eval_app.command("dynamics")
+    @with_groups
+    def eval_dynamics(model: ModelOptions, texts: TextOptions, limit_tokens: LimitOption = None) -> None: ...
+
+The command line of this command has every field of both groups as an option of its own.
+"""
+
+import inspect
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
-from hippoformer.data.documents import Split
+from hippoformer.data.documents import Document, Split
 from hippoformer.errors import ConfigurationError
 
-ModelOption = Annotated[str, typer.Option("--model", help="Saved HippoFormer folder, or base model: folder, hub name.")]
+
+def check_output(path: Path | None) -> Path | None:
+    """The path; fails before hours of reading rather than after them. Nothing to write is no failure.
+
+    Raises:
+        ConfigurationError: a folder, or a file that cannot be written.
+    """
+    if path is not None:
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigurationError(
+                f"--output {path} cannot be written; expected a file name in an existing folder that you may write to."
+            )
+    return path
+
+
 WindowOption = Annotated[int | None, typer.Option(help="Tokens of the base model's own attention span.")]
 SinkOption = Annotated[int | None, typer.Option("--sink-tokens", help="First tokens that always stay visible.")]
-BufferOption = Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Documents read side by side.")]
 CacheOption = Annotated[Path, typer.Option(help="Where the base's hidden states are kept.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-TextOption = Annotated[list[Path], typer.Option("--text", help="Text file or folder; can be repeated.")]
-MoreTexts = Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")]
+DataDirOption = Annotated[Path, typer.Option("--data-dir", help="Where local copies of data sets lie.")]
+DatasetSplitOption = Annotated[str, typer.Option("--dataset-split", help="Which part of a data set.")]
 LimitOption = Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")]
 DocumentsOption = Annotated[int | None, typer.Option(help="Read the first so many documents.")]
 SplitOption = Annotated[Split, typer.Option(help="Where documents begin.")]
-OutputOption = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
+OutputOption = Annotated[Path | None, typer.Option(help="JSON file for the results.", callback=check_output)]
 SeedOption = Annotated[int, typer.Option(help="Of the replay draws and of the bootstrap.")]
+ResamplesOption = Annotated[int, typer.Option(help="Of the bootstrap over documents.")]
 
 
-def load(name: str, device: str | None, dtype: str | None, **options: int | None) -> tuple[Any, Any]:
-    """(model, tokenizer); options that were not given keep the model's own values."""
-    import hippoformer
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model; options that were not given keep the model's own values."""
 
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    if dtype is not None:
-        given["dtype"] = _dtype(dtype)
-    target = None if device is None else _device(device)
-    model, tokenizer = hippoformer.load(name, **given)
-    return (model if target is None else model.to(target)), tokenizer
+    model: Annotated[str, typer.Option("--model", help="Saved HippoFormer folder, or base model: folder, hub name.")]
+    window: WindowOption = None
+    sink_tokens: SinkOption = None
+    buffer_size: Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")] = None
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
+
+    def load(self, **more: Any) -> tuple[Any, Any]:
+        """(model, tokenizer), with `more` options of the configuration.
+
+        Raises:
+            ConfigurationError: a device that this machine lacks, or an unknown dtype.
+        """
+        import hippoformer
+
+        given = {"window": self.window, "sink_tokens": self.sink_tokens, "buffer_size": self.buffer_size}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | more
+        if self.dtype is not None:
+            options["dtype"] = _dtype(self.dtype)
+        target = None if self.device is None else _device(self.device)
+        model, tokenizer = hippoformer.load(self.model, **options)
+        return (model if target is None else model.to(target)), tokenizer
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which documents: files, and data sets by their names."""
+
+    text: Annotated[list[Path] | None, typer.Option("--text", help="Text file or folder; can be repeated.")] = None
+    more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further files or folders.")] = None
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option("--dataset", help="wikitext-2, pg19, …: from --data-dir or the hub; can be repeated."),
+    ] = None
+    dataset_split: DatasetSplitOption = "test"
+    data_dir: DataDirOption = Path("data")
+    split: SplitOption = "auto"
+
+    def read(self) -> list[Document]:
+        """The documents of the files, then those of the data sets.
+
+        Raises:
+            ConfigurationError: neither was named. TextError: one of them is not there.
+        """
+        from hippoformer.data import read_documents
+        from hippoformer.data.benchmarks import benchmark_documents
+
+        paths = [*(self.text or []), *(self.more or [])]
+        if not paths and not self.dataset:
+            raise ConfigurationError("No text was named: give --text FILE_OR_FOLDER, or --dataset NAME.")
+        found = read_documents(paths, split=self.split) if paths else []
+        for name in self.dataset or []:
+            found += benchmark_documents(name, self.dataset_split, self.data_dir)
+        return found
+
+
+def with_groups(function: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer should see it: for each parameter that is a group, the group's own fields."""
+    shown: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            shown += inspect.signature(parameter.annotation).parameters.values()
+        else:
+            shown.append(parameter)
+
+    @wraps(function)
+    def command(**options: Any) -> None:
+        filled = {
+            name: group(**{field.name: options.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        function(**options, **filled)
+
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    command.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    return command
+
+
+def comma_separated(text: str) -> list[str]:
+    """The parts between commas that are not blank."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers between commas.
+
+    Raises:
+        ConfigurationError: anything else.
+    """
+    try:
+        return tuple(int(part) for part in comma_separated(text))
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text}: expected numbers like 1000,4000") from error
 
 
 def _device(name: str) -> Any:
@@ -62,48 +170,3 @@ def _dtype(name: str) -> Any:
     if name not in known:
         raise ConfigurationError(f"--dtype {name} is unknown; choose one of {', '.join(known)}.")
     return known[name]
-
-
-@contextmanager
-def reading(what: str = "reading") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the error stream; what it gives takes (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def show(report: Any, output: Path | None) -> None:
-    """Prints a report's table, and writes its JSON where that was asked for."""
-    terminal = console()
-    terminal.print(report.to_table())
-    if output is not None:
-        report.save(output)
-        terminal.print(Text(f"Results written to {output}"))
-
-
-def comma_separated(text: str) -> list[str]:
-    """The parts between commas that are not blank."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def check_output(path: Path | None) -> None:
-    """Fails before hours of reading rather than after them; nothing to write is no failure."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigurationError(
-            f"--output {path} cannot be written; expected a file name in an existing folder that you may write to."
-        )
-
-
-def console() -> Console:
-    # In a pipe or a log there is no terminal to fit the tables into.
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def visible(text: str) -> Text:
-    """Text with its line ends shown, and no markup read into its brackets."""
-    return Text(text.replace("\n", "⏎").replace("\t", "⇥"))

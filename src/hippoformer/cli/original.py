@@ -7,7 +7,8 @@ import typer
 from rich.text import Text
 
 from hippoformer.cli.app import app
-from hippoformer.cli.options import SinkOption, WindowOption, console
+from hippoformer.cli.options import SinkOption, WindowOption
+from hippoformer.cli.terminal import console
 
 
 @app.command("import-original")

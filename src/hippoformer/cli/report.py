@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from hippoformer.cli.app import app
-from hippoformer.cli.options import check_output, console
+from hippoformer.cli.options import check_output, comma_separated
+from hippoformer.cli.terminal import console
 from hippoformer.errors import MissingPackageError
 
 ResultsArgument = Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder of result files (JSON).")]
@@ -25,8 +26,7 @@ def figures(
     _need("matplotlib")
     from hippoformer.figures import draw_all, read_results
 
-    formats = [part.strip() for part in form.split(",") if part.strip()]
-    written, missing = draw_all(read_results(results), output, formats, name or [])
+    written, missing = draw_all(read_results(results), output, comma_separated(form), name or [])
     terminal = console()
     for path in written:
         terminal.print(Text(str(path)))
@@ -37,10 +37,9 @@ def figures(
 @app.command("report")
 def report(
     results: ResultsArgument,
-    output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(help="The HTML file to write.", callback=check_output)] = Path("report.html"),
 ) -> None:
     """Write one HTML page with the tables, the figures and a document to read along."""
-    check_output(output)
     _need("matplotlib", "jinja2")
     from hippoformer.figures import read_results
     from hippoformer.report import write_report
