@@ -104,13 +104,13 @@ def eval_salience(
     limit_tokens: LimitOption = None,
     documents: DocumentsOption = None,
     output: OutputOption = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the untrained gate.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the replay draws, the bootstrap, and the untrained gate.")] = 0,
 ) -> None:
     """Compare the salience of each transition with the credit it earns, beside surprise and an untrained gate."""
     from hippoformer.evaluation.salience import evaluate_salience
 
     found = texts.read()[:documents]
-    loaded, tokenizer = model.load()
+    loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
         report = evaluate_salience(
             loaded, tokenizer, found, cache_dir, limit_tokens=limit_tokens, seed=seed, progress=progress
@@ -135,7 +135,7 @@ def eval_brain(
     from hippoformer.evaluation.brain import evaluate_brain
 
     found = texts.read()[:documents]
-    loaded, tokenizer = model.load()
+    loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
         report = evaluate_brain(
             loaded,
