@@ -16,9 +16,10 @@ from hippoformer.train import main
 from hippoformer.training.arguments import config_options, parse
 from hippoformer.training.credit import measure_credit, reconfigured, useful
 from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader
 from hippoformer.training.streams import Piece, TextStreams
-from hippoformer.training.trainer import Trainer, _parameter_groups
+from hippoformer.training.trainer import Trainer
 from tiny import fresh, small_config
 from tiny_training import arguments, small_base, texts
 
@@ -164,7 +165,7 @@ def test_the_base_learns_at_a_tenth_of_the_rate_and_adapters_are_float32(folder:
     """Steps of a tenth of 1e-4 would be lost in bfloat16's three digits."""
     half = load_base_model(str(folder / "base"), dtype=torch.bfloat16)
     m = HippoFormer(small_config(use_lora=True, lora_r=2, learning_rate=1e-3), half)
-    rates = {id(p): group["lr"] for group in _parameter_groups(m) for p in group["params"]}
+    rates = {id(p): group["lr"] for group in model_parameter_groups(m) for p in group["params"]}
     adapters = [p for p in m.base.parameters() if p.requires_grad]
     assert {p.dtype for p in adapters} == {torch.float32} and m.dtype == torch.bfloat16
     assert {rates[id(p)] for p in adapters} == {1e-4}

@@ -5,16 +5,13 @@ are on disk. So before the joint phase it is taught alone, in a fraction of the 
 selection that is already worth learning under.
 """
 
-from typing import Any
-
 import torch
-from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hippoformer.hippocampus.circuit import Hippocampus
 from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument
+from hippoformer.training.learning_rates import parameter_groups
 
-_SCALAR_RATE = 10.0
 _CHUNK, _BATCH, _TOGETHER = 512, 8, 16
 # A chunk's first tokens are judged without what the smoothing would bring over from the chunk before.
 _UNJUDGED = 8
@@ -85,15 +82,6 @@ def _forecast(hippocampus: Hippocampus, read: ReadDocument, part: slice) -> torc
     device = next(gate.parameters()).device
     hidden = hippocampus.normed(read.hidden[part.start - 1 : part.stop].to(device).float()).unsqueeze(0)
     return gate.at_a_glance(hidden[:, :-1], hidden[:, 1:], -read.log_prob[part].to(device).unsqueeze(0))[0]
-
-
-def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Of AdamW: matrices at the rate, scalars and biases at ten times the rate and without decay."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "lr": rate, "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "lr": _SCALAR_RATE * rate, "weight_decay": 0.0},
-    ]
 
 
 def _groups(numbers: list[int], draws: torch.Generator) -> list[list[int]]:

@@ -34,8 +34,9 @@ from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import layers, processes, resuming, tracking
 from hippoformer.training.credit import measure_credit, reconfigured, useful
-from hippoformer.training.foresight import parameter_groups, teach_foresight
+from hippoformer.training.foresight import teach_foresight
 from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached, score_live
 from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece, TextStreams
@@ -145,7 +146,7 @@ class Trainer:
             lengths = [_length(documents, number) for number in range(len(documents))]
             self.streams = TextStreams(lengths, options.rows, config.segment_len, options.seed)
         self.loss = HippoFormerLoss(config)
-        self.optimizer: Any = torch.optim.AdamW(_parameter_groups(model))
+        self.optimizer: Any = torch.optim.AdamW(model_parameter_groups(model))
         ratio = options.warmup_ratio
         warmup = config.warmup_steps if ratio is None else math.ceil(ratio * options.max_steps)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, warmup, options.max_steps)
@@ -408,21 +409,6 @@ class Trainer:
 
     def _save(self) -> None:
         resuming.save(self)
-
-
-def _parameter_groups(model: HippoFormer) -> list[dict[str, Any]]:
-    """The original's two learning rates (memory; base x 0.1), and one for the scalars and vectors among the memory's
-    parameters: scales, biases and thresholds must travel far, are few, and are not decayed."""
-    config = model.config
-    groups = parameter_groups(model.hippocampus, config.learning_rate, config.weight_decay)
-    groups.append(
-        {
-            "params": [p for p in model.base.parameters() if p.requires_grad],
-            "lr": 0.1 * config.learning_rate,
-            "weight_decay": config.weight_decay,
-        }
-    )
-    return [group for group in groups if group["params"]]
 
 
 def _length(documents: HiddenStateCache | Sequence[Tensor], number: int) -> int:
