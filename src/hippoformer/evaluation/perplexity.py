@@ -30,7 +30,7 @@ from hippoformer.evaluation.scoring import (
     encode,
     other_rows,
     reading,
-    score_batch,
+    score_batches,
     start_tokens,
 )
 from hippoformer.evaluation.statistics import LEVEL, RESAMPLES, paired_ratio, perplexity_interval
@@ -100,19 +100,14 @@ def evaluate_perplexity(
         else:
             pool = _encode_enough(tokenizer, other_documents, len(wanted), longest)
         others = [other_rows(batch, pool, cyclic=other_documents is None) for batch in plan]
-    done, total = 0, len(conditions) * sum(document.tokens_read for document in scored)
     scores: dict[str, list[BatchScores]] = {condition: [] for condition in conditions}
     with reading(model):
         causality = check(model, scored[0].input_ids)
-        for batch, batch_others in zip(plan, others, strict=True):
-            for condition in conditions:
-                scores[condition].append(score_batch(model, condition, batch, batch_others))
-                if on_scores is not None:
-                    for document, log_probs in zip(batch, scores[condition][-1].log_probs, strict=True):
-                        on_scores(condition, document, log_probs)
-                done += sum(document.tokens_read for document in batch)
-                if progress is not None:
-                    progress(done, total)
+        for condition, batch, found in score_batches(model, conditions, plan, others, progress):
+            scores[condition].append(found)
+            if on_scores is not None:
+                for document, log_probs in zip(batch, found.log_probs, strict=True):
+                    on_scores(condition, document, log_probs)
     nll = {condition: _in_order(plan, [score.nll for score in scores[condition]]) for condition in conditions}
     lengths = [[len(row) for row in rows] for rows in others]
     other_tokens = _in_order(plan, lengths) if "other-document" in conditions else [None] * len(scored)

@@ -20,7 +20,7 @@ Shapes: R rows (documents read side by side, independent of each other), T token
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,33 @@ def score_batch(
         memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),
         seconds=seconds,
     )
+
+
+def score_batches(
+    model: Any,
+    conditions: Sequence[str],
+    plan: Sequence[Sequence[EncodedDocument]],
+    others: Sequence[Sequence[Tensor]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Sequence[EncodedDocument], BatchScores]]:
+    """Reads every batch of a plan under every condition, all conditions of a batch before the next batch begins.
+
+    Args:
+        model, conditions: as for `score_batch`.
+        plan: from `batches`.
+        others: per batch, the rows for `other-document`.
+        progress: called with (tokens read so far, tokens in all) after each batch and condition.
+
+    Yields:
+        The condition, the batch, and its scores.
+    """
+    done, total = 0, len(conditions) * sum(document.tokens_read for batch in plan for document in batch)
+    for number, batch in enumerate(plan):
+        for condition in conditions:
+            yield condition, batch, score_batch(model, condition, batch, others[number] if others else ())
+            done += sum(document.tokens_read for document in batch)
+            if progress is not None:
+                progress(done, total)
 
 
 def hidden_states(model: Any, documents: Sequence[EncodedDocument], folder: Path) -> HiddenStateCache:

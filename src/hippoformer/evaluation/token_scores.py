@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import CheckpointError, ConfigurationError, TextError
-from hippoformer.evaluation.scoring import CONDITIONS, EncodedDocument, batches, encode, reading, score_batch
+from hippoformer.evaluation.scoring import CONDITIONS, EncodedDocument, batches, encode, reading, score_batches
 
 
 @dataclass
@@ -107,15 +107,9 @@ def score_tokens(
     kept = [document for document in encoded if document.tokens_scored > 0]
     if not kept:
         raise TextError(f"none of {len(encoded)} documents has two tokens; name a longer text")
-    scores, done = TokenScores(), 0
-    total = len(conditions) * sum(document.tokens_read for document in kept)
+    scores = TokenScores()
     with reading(model):
-        for batch in batches(kept, batch_size):
-            for condition in conditions:
-                found = score_batch(model, condition, batch)
-                for document, log_probs in zip(batch, found.log_probs, strict=True):
-                    scores.collect(condition, document, log_probs)
-                done += sum(document.tokens_read for document in batch)
-                if progress is not None:
-                    progress(done, total)
+        for condition, batch, found in score_batches(model, conditions, batches(kept, batch_size), progress=progress):
+            for document, log_probs in zip(batch, found.log_probs, strict=True):
+                scores.collect(condition, document, log_probs)
     return scores
