@@ -15,8 +15,9 @@ from hippoformer.data import Document
 from hippoformer.data.benchmarks import benchmark_documents, local_places
 from hippoformer.errors import ConfigurationError, HippoFormerError, InputError, TextError
 from hippoformer.evaluation import suite as suites
+from hippoformer.evaluation.parts import PARTS, Part, Progress, Suite, SuiteSettings, smaller
 from hippoformer.evaluation.seeds import aggregate
-from hippoformer.evaluation.suite import PARTS, Suite, SuiteReport, SuiteSettings, estimated_minutes, run_suite, smaller
+from hippoformer.evaluation.suite import SuiteReport, estimated_minutes, run_suite
 from tiny_texts import documents, tiny_load
 
 SETTINGS = SuiteSettings(
@@ -49,8 +50,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the parts that really ran."""
     ran: list[str] = []
 
-    def watched(part: suites.Part) -> suites.Part:
-        def run(suite: Suite, progress: suites.Progress) -> Any:
+    def watched(part: Part) -> Part:
+        def run(suite: Suite, progress: Progress) -> Any:
             ran.append(part.name)
             return part.run(suite, progress)
 
@@ -128,7 +129,7 @@ def test_what_is_there_is_not_run_again(suite: Suite, runs: list[str], tmp_path:
 def test_an_interrupted_run_goes_on(
     suite: Suite, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(suite: Suite, progress: suites.Progress) -> Any:
+    def stop(suite: Suite, progress: Progress) -> Any:
         raise KeyboardInterrupt
 
     whole = suites.PARTS["long_range"]

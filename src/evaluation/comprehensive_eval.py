@@ -35,7 +35,7 @@ def main(
     """Perplexity, long range, salience, dynamics, ablations, brain-like behaviour, text quality and recall."""
     from dataclasses import replace
 
-    from hippoformer.evaluation.suite import PARTS, SuiteSettings, smaller
+    from hippoformer.evaluation.parts import PARTS, SuiteSettings, smaller
 
     try:
         check_output(output)

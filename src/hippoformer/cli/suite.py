@@ -55,7 +55,7 @@ def eval_all(
 ) -> None:
     """Everything: perplexity, long range, salience, dynamics, ablations, brain-like behaviour, text quality, recall."""
     from hippoformer.data import read_documents
-    from hippoformer.evaluation.suite import PARTS, SuiteSettings
+    from hippoformer.evaluation.parts import PARTS, SuiteSettings
 
     settings = SuiteSettings(
         documents=documents,
@@ -92,7 +92,8 @@ def run_all(
     summary: Path | None = None,
 ) -> None:
     """Tells how long it will take, runs the suite with progress bars, and shows the headline."""
-    from hippoformer.evaluation.suite import Suite, estimated_minutes, run_suite
+    from hippoformer.evaluation.parts import Suite
+    from hippoformer.evaluation.suite import estimated_minutes, run_suite
 
     terminal, errors = console(), Console(stderr=True)
     suite = Suite(model, tokenizer, tuple(texts), tuple(long_texts), cache_dir, settings, None)
