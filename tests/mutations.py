@@ -340,7 +340,7 @@ MUTATIONS = [
     Mutation(
         "9 bad input",
         "negative ids are let through",
-        "model/modeling.py",
+        "model/inputs.py",
         "int(ids.min()) < 0 or",
         "False or",
         "test_bad_input.py::test_a_bad_call_is_refused_and_changes_nothing[a negative id]",
@@ -356,7 +356,7 @@ MUTATIONS = [
     Mutation(
         "9 bad input",
         "a row of padding alone is read",
-        "model/modeling.py",
+        "model/inputs.py",
         "if n + done == 0]",
         "if n + done < 0]",
         "test_bad_input.py::test_rows_of_padding",

@@ -24,6 +24,7 @@ from hippoformer.model.adapters import add_lora
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.window import WindowedBase
@@ -235,11 +236,11 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             (R, T - 1) float32, entry t - 1 for token t; 0 at padding and at each row's first token.
         """
         with torch.no_grad():
-            ids, lengths, order, cache = self._prepare(input_ids, attention_mask, past_key_values)
-            log_probs = torch.zeros(ids.shape, device=ids.device)
-            for step in self.stream(ids, lengths, cache):
-                place(log_probs, step.target_log_prob, step.start, step.new, order)
-        cache.columns += ids.shape[1]
+            rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
+            log_probs = torch.zeros(rows.ids.shape, device=rows.ids.device)
+            for step in self.stream(rows.ids, rows.lengths, cache):
+                place(log_probs, step.target_log_prob, step.start, step.new, rows.order)
+        cache.columns += rows.ids.shape[1]
         return log_probs[:, 1:]
 
     def forward(
@@ -272,9 +273,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
         if unknown:
             raise InputError(f"forward does not take {', '.join(unknown)}: it reads token ids, positions are its own")
-        ids, lengths, order, cache = self._prepare(input_ids, attention_mask, past_key_values)
+        rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
+        ids, lengths, order = rows.ids, rows.lengths, rows.order
         n_columns = ids.shape[1]
-        following = None if labels is None else self._following_labels(labels, input_ids, lengths, order)
+        following = None if labels is None else rows.following(labels, self.config.vocab_size)
         keep = n_columns if logits_to_keep == 0 or following is not None else min(logits_to_keep, n_columns)
         # Of each row, how many real tokens come before the kept columns.
         skipped = [
@@ -324,56 +326,14 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             salience_stats=salience_stats(salience[real]) if return_memory_stats else None,
         )
 
-    def _following_labels(self, labels: Tensor, input_ids: Tensor, lengths: list[int], order: Tensor) -> Tensor:
-        """(R, T) in the rows' own tokens: the label that each token should predict, -100 where none is counted."""
-        if labels.shape != input_ids.shape:
-            raise InputError(
-                f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(input_ids.shape)}"
-            )
-        own = labels.to(order.device).gather(1, order)
-        own = own.masked_fill(torch.arange(own.shape[1], device=own.device) >= column_of(lengths, own.device), -100)
-        _check_ids(own[own != -100], self.config.vocab_size, "labels")
-        return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
-
     def _prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
-    ) -> tuple[Tensor, list[int], Tensor, HippoCache]:
-        """Checks the input and squeezes out its padding: ids, lengths, the column each token came from, and the
-        state.
-        """
-        if input_ids.is_floating_point() or input_ids.is_complex():
-            raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise InputError(
-                f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}"
-            )
-        n_rows, n_columns = input_ids.shape
+    ) -> tuple[Rows, HippoCache]:
+        """The rows of a call without padding, and the state that they continue."""
+        check_token_ids(input_ids)
         if cache is None:
-            cache = self.new_cache(n_rows)
-        if not isinstance(cache, HippoCache):
-            raise InputError(f"past_key_values must be a HippoCache (model.new_cache()), got {type(cache).__name__}")
-        if cache.batch_size != n_rows:
-            raise InputError(
-                f"the cache holds {cache.batch_size} rows, input_ids {n_rows}: beams and several sequences of a row "
-                "need as many rows of the cache; make them of a copy, by batch_repeat_interleave"
-            )
-        ids = input_ids.to(self.device).long()
-        if attention_mask is None:
-            real = torch.ones_like(ids, dtype=torch.bool)
-        else:
-            if attention_mask.shape not in ((n_rows, n_columns), (n_rows, cache.columns + n_columns)):
-                raise InputError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(n_rows, n_columns)}, or "
-                    f"{(n_rows, cache.columns + n_columns)} with what the cache has read"
-                )
-            real = attention_mask[:, -n_columns:].to(self.device) != 0
-        _check_ids(ids[real], self.config.vocab_size, "input_ids")
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-        lengths = real.sum(1).tolist()
-        nothing = [r for r, (n, done) in enumerate(zip(lengths, cache.lengths, strict=True)) if n + done == 0]
-        if nothing:
-            raise InputError(f"rows {nothing} are all padding: a row needs at least one real token to predict from")
-        return ids.masked_fill(~real, 0).gather(1, order), lengths, order, cache
+            cache = self.new_cache(input_ids.shape[0])
+        return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
 
     # ---------------------------------------------------------------- generation
 
@@ -483,11 +443,3 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 _PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
 # Arguments that transformers hands to any model and that have nothing to say here.
 _HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
-
-
-def _check_ids(ids: Tensor, vocab_size: int, what: str) -> None:
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
-        raise InputError(
-            f"{what} hold ids from {int(ids.min())} to {int(ids.max())}, but the vocabulary has ids 0 to "
-            f"{vocab_size - 1}: was the text tokenised for another model?"
-        )
