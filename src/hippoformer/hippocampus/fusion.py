@@ -7,9 +7,10 @@ Two read-outs of one attention.
 
       p(v) = (1 - lambda (1 - nothing)) p_base(v) + lambda sum_e a(e) [token_e = v],
 
-  lambda made by a gate from the query and from how sharp and how empty the recollection is (pointer mixtures: Merity et
-  al. 2016, arXiv:1609.07843; nearest neighbours: Khandelwal et al. 2019, arXiv:1911.00172). `strength` is 0 at
-  initialisation: a fresh HippoFormer is its base model to the last bit. Training opens it.
+  lambda made by a gate from the query and from how empty, how sharp and how surely followed the recollection is
+  (pointer mixtures: Merity et al. 2016, arXiv:1609.07843; nearest neighbours: Khandelwal et al. 2019,
+  arXiv:1911.00172). `strength` is 0 at initialisation: a fresh HippoFormer is its base model to the last bit. Training
+  opens it.
 """
 
 import torch

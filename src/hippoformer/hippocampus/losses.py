@@ -35,7 +35,7 @@ class LossParts:
 
 
 class HippoFormerLoss(nn.Module):
-    """The weighted sum of DESIGN's terms; no parameters."""
+    """The weighted sum of all terms; no parameters."""
 
     def __init__(self, config: HippoFormerConfig) -> None:
         super().__init__()

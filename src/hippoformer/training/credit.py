@@ -1,8 +1,7 @@
 """What each episode turns out to be worth: the target that salience learns to foresee.
 
-With recall trained, every document is read once more with a store large enough to keep everything, all memories
-equal. At the end each episode has earned its credit: the share of later predictions, beyond the window, that it is
-owed.
+With recall trained, documents are read once more with a store large enough to keep everything, all memories equal. At
+the end each episode has earned its credit: the share of later predictions, beyond the window, that it is owed.
 
 Measuring with everything kept is what makes the target honest: with the working capacity, an episode that the present
 gate lets go could never prove it.
