@@ -16,10 +16,10 @@ import torch
 from rich.table import Table
 from rich.text import Text
 from scipy.stats import binomtest
-from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.generation import left_padded
 from hippoformer.evaluation.needles import KINDS, Needle, draw_needle
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report
@@ -294,7 +294,7 @@ def _answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[li
     """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
     judged = cache.copy()
     decoded: list[list[int]] = [[] for _ in needles]
-    tokens, mask = _left_padded([needle.question for needle in needles], model.device)
+    tokens, mask = left_padded([needle.question for needle in needles], model.device)
     for _ in range(max(len(needle.answer) for needle in needles)):
         logits = model(tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         tokens = logits.argmax(-1, keepdim=True)
@@ -302,17 +302,9 @@ def _answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[li
         for row, token in enumerate(tokens.flatten().tolist()):
             decoded[row].append(token)
     together = [[*needle.question, *needle.answer] for needle in needles]
-    tokens, mask = _left_padded(together, model.device)
+    tokens, mask = left_padded(together, model.device)
     log_probs = model.score(tokens, attention_mask=mask, past_key_values=judged)
     return [
         (said[: len(needle.answer)], -float(row[-len(needle.answer) :].double().sum()))
         for said, needle, row in zip(decoded, needles, log_probs, strict=True)
     ]
-
-
-def _left_padded(rows: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """(R, T) ids and mask, all rows ending together."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
