@@ -19,10 +19,10 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
-from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import EncodedDocument, encode
+from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import (
     RESAMPLES,
     Interval,

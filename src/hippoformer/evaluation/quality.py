@@ -15,11 +15,11 @@ from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
 from hippoformer.evaluation.generation import Speed, continued
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, reading
+from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
 from hippoformer.evaluation.text_metrics import CORPUS_METRICS, TEXT_METRICS, corpus_bleu, text_scores
 

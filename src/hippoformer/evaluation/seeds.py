@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hippoformer.errors import InputError
-from hippoformer.evaluation.comparisons import SeedSummary, over_seeds
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.significance import SeedSummary, over_seeds
 from hippoformer.evaluation.summary import headline
 
 _WHOLE = "hippoformer.evaluation/1"

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.comparisons import TestResult, corrected, paired_test
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
+from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
 from hippoformer.hippocampus.fusion import Fusion
 from hippoformer.model.configuration import HippoFormerConfig

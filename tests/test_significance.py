@@ -9,8 +9,8 @@ from rich.text import Text
 from scipy import stats
 
 from hippoformer.errors import ConfigurationError, InputError, MissingPackageError
-from hippoformer.evaluation.comparisons import TestResult, corrected, over_seeds, paired_test, unpaired_test
 from hippoformer.evaluation.packages import needed
+from hippoformer.evaluation.significance import TestResult, corrected, over_seeds, paired_test, unpaired_test
 from hippoformer.evaluation.tables import render
 
 DRAW = np.random.default_rng(0)
