@@ -1,9 +1,9 @@
-"""The training run: two phases over streamed text.
+"""The training run: two phases over streamed text, and the gate's lessons between them.
 
     recall   queries, keys and fusion learn to predict from a store that simply holds the latest, since the gate knows
         nothing yet
-    credit   every document is read with room for everything, to see what each episode turns out to be worth; then the
-        gate alone learns to foresee it (see `foresight`)
+    credit   documents are read with room for everything, to see what each episode turns out to be worth; then the gate
+        alone learns to foresee it (see `foresight`)
     joint    everything learns under the working capacity and the gate's own selection; the gate learns to foresee
     credit
 
