@@ -4,6 +4,7 @@
 runs, so that a test does not pay for imports. It answers with the exit codes, negative for a signal.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +23,12 @@ import hippoformer.model.checkpoint
 import hippoformer.train
 import hippoformer.training.checkpoints
 import hippoformer.training.processes
+
+if importlib.util.find_spec("deepspeed"):
+    import deepspeed
+
+    # Of no use in training, and compiled in a minute where it is first met.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # Where a run can be killed: the function it is about to call.
 DEATHS: dict[str, tuple[Any, str]] = {

@@ -28,6 +28,7 @@ from hippoformer.errors import CheckpointError
 from hippoformer.model import checkpoint
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import processes
+from hippoformer.training.zero import ZeroOptimizer
 
 ROWS = "rows."
 _PREFIX = "checkpoint-"
@@ -181,11 +182,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Puts back what `optimizer_tensors` gave, in pieces where the parameters are."""
-    whole_state = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, field_name = name.split(".", 2)
-            state.setdefault(int(index), {})[field_name] = processes.like(value, parameters[int(index)])
-    optimizer.load_state_dict({"state": state, "param_groups": whole_state["param_groups"]})
+            state.setdefault(int(index), {})[field_name] = value
+    if not isinstance(optimizer, ZeroOptimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {i: {n: processes.like(t, parameters[i]) for n, t in values.items()} for i, values in state.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,18 +9,20 @@ touches weights is therefore run inside `Work`. FSDP2 shards the base; the hippo
 which cannot be sharded, so every process has all of it, and its gradients are averaged here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, gather_object, is_torch_version
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object, is_torch_version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hippoformer.errors import ConfigurationError
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.training import zero
 from hippoformer.training.readers import Reading
 
 T = TypeVar("T")
@@ -49,13 +51,16 @@ def new_accelerator(
     """The run's accelerator; what `accelerate launch` was told comes first.
 
     Raises:
-        ConfigurationError: a precision that the device does not have, an unknown tracker, DeepSpeed, or FSDP of a kind
-            that cannot work here.
+        ConfigurationError: a precision that the device does not have, an unknown tracker, or FSDP or DeepSpeed of a
+            kind that cannot work here.
     """
     # Which weights a loss reaches changes with the phase; and DDP cannot look for those it does not reach while it puts
     # off the exchange of gradients.
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accumulation = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_each_batch=True)
+    deepspeed = zero.plugin(gradient_accumulation_steps, mixed_precision) if zero.asked_for() else None
+    if deepspeed is not None and not torch.accelerator.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     try:
         accelerator = Accelerator(
             log_with=report_to or None,
@@ -63,13 +68,13 @@ def new_accelerator(
             gradient_accumulation_plugin=accumulation,
             mixed_precision=mixed_precision,
             kwargs_handlers=handlers,
+            deepspeed_plugin=deepspeed,
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if deepspeed is not None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConfigurationError(
-            "DeepSpeed keeps the optimizer to itself, in pickled files: a run could not be resumed as it is here. "
-            "FSDP2 shards the same things (configs/fsdp2.yaml)"
+            "ACCELERATE_USE_CPU turns DeepSpeed off: leave it out; where there is no GPU, DeepSpeed takes the CPU"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigurationError(
@@ -93,12 +98,15 @@ def new_accelerator(
 
 
 def prepared(
-    work: Work, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    work: Work, optimizer: torch.optim.Optimizer, accelerator: Accelerator, rows: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Hands the model and its optimizer to the engine.
 
+    Args:
+        rows: of this process.
+
     Raises:
-        ConfigurationError: a base that cannot be sharded.
+        ConfigurationError: a base that cannot be sharded, a DeepSpeed configuration that contradicts the run's.
     """
     if is_sharded(accelerator):
         if work.model.window.rotations is None:
@@ -107,6 +115,10 @@ def prepared(
                 "in other processes: train it data parallel (configs/multi_gpu.yaml), not with FSDP"
             )
         accelerator.state.fsdp_plugin.ignored_modules = [work.model.hippocampus]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero.complete(config, rows, accelerator.num_processes, work.model.config.max_grad_norm)
+        return zero.prepared(work, optimizer, accelerator)
     wrapped, optimizer = accelerator.prepare(work, optimizer)
     return wrapped, optimizer
 
@@ -119,6 +131,14 @@ def average_unsharded(model: HippoFormer, accelerator: Accelerator) -> None:
         # A weight that no process has used yet has no gradient anywhere: which are used depends on the phase alone.
         if parameter.grad is not None:
             parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+
+
+def clipped(work: nn.Module, accelerator: Accelerator, max_norm: float) -> float:
+    """Clips the gradients; returns the norm they had. DeepSpeed has clipped them by its configuration already."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = float(work.get_global_grad_norm())  # type: ignore[operator]
+        return norm if norm >= 0 else math.nan  # -1 stands for numbers that are not finite
+    return float(accelerator.clip_grad_norm_(work.parameters(), max_norm))
 
 
 def own_rows(rows: int, accelerator: Accelerator) -> range:

@@ -13,6 +13,7 @@ scaled, and reports to trackers. A run is a function of its arguments: draws com
 continues bit for bit.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached, score_live
 from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece, TextStreams
+from hippoformer.training.zero import ZeroOptimizer
 
 
 @dataclass
@@ -173,7 +175,7 @@ class Trainer:
         """
         if resume_from is not None:
             resuming.restore_weights(self, resume_from)
-        self.work, self.optimizer = processes.prepared(self.work, self.optimizer, self.accelerator)
+        self.work, self.optimizer = processes.prepared(self.work, self.optimizer, self.accelerator, len(self.own))
         torch.manual_seed(self.options.seed + self.accelerator.process_index)
         if resume_from is not None:
             resuming.restore_run(self, resume_from)
@@ -230,16 +232,16 @@ class Trainer:
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + value
         processes.average_unsharded(self.model, self.accelerator)
-        norm = self.accelerator.clip_grad_norm_(self.work.parameters(), self.model.config.max_grad_norm)
+        norm = processes.clipped(self.work, self.accelerator, self.model.config.max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise NonFiniteError(f"the gradients are {float(norm)} at step {self.step}: lower the learning rate")
+            raise NonFiniteError(f"the gradients are {norm} at step {self.step}: lower the learning rate")
         self.optimizer.step()
         skipped = self.optimizer.step_was_skipped  # because of an overflow in float16; the scale is lower now
         if not skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
         pieces = float(passes * self.options.segments_per_step)
-        return sums | {"grad_norm": 0.0 if skipped else float(norm), "skipped": float(skipped), "pieces": pieces}
+        return sums | {"grad_norm": 0.0 if skipped else norm, "skipped": float(skipped), "pieces": pieces}
 
     def _read(self) -> tuple[Tensor, dict[str, float]]:
         """The loss of the next pieces of all rows, and what is logged of them."""
@@ -323,9 +325,13 @@ class Trainer:
         self._learning()
         hippocampus, passes = self.model.hippocampus, self.options.foresight_passes
         if passes and self.useful:
+            learning = copy.deepcopy(hippocampus)  # an engine would look at the gradients of its own weights
             loss = teach_foresight(
-                hippocampus, documents, self.useful, passes, self.model.config.learning_rate, self.options.seed
+                learning, documents, self.useful, passes, self.model.config.learning_rate, self.options.seed
             )
+            hippocampus.load_state_dict(learning.state_dict())
+            if isinstance(self.optimizer, ZeroOptimizer):
+                self.optimizer.refresh()
             self.console.print(f"the gate alone, {passes} passes: loss_credit {loss:.4f}", highlight=False)
 
     @torch.no_grad()
