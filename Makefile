@@ -15,8 +15,9 @@ LOWEST := .venv-lowest
 LOWEST_TORCH ?= 2.13.0
 
 SKY := .venv-sky
+DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test unit test-lowest test-cloud lint support results results-quick clean
+.PHONY: demo test unit test-lowest test-cloud test-deepspeed lint support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -37,6 +38,11 @@ test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)
 # The files under cloud/, read by SkyPilot's own parser.
 test-cloud: $(INSTALLED) $(SKY)/.installed
 	HIPPOFORMER_SKY_PYTHON=$(SKY)/bin/python $(BIN)/python -m pytest tests/test_cloud.py
+
+# Two processes under DeepSpeed, on the CPU. Where it is installed, accelerate loads it in every program: it has a place
+# of its own.
+test-deepspeed: $(DEEPSPEED)/.installed
+	$(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py tests/test_processes.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -72,5 +78,10 @@ $(SKY)/.installed:
 	$(SKY)/bin/python -m pip install --disable-pip-version-check skypilot==0.14.1
 	touch $@
 
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[deepspeed]" pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SKY) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

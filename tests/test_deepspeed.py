@@ -1,6 +1,6 @@
 """What a DeepSpeed configuration may say and what is filled in; test_processes.py runs it.
 
-None of this needs DeepSpeed itself: accelerate reads the file.
+None of this needs DeepSpeed itself, accelerate reads the file; but an accelerate as new as DeepSpeed needs here.
 """
 
 import json
@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import compare_versions
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from hippoformer.errors import ConfigurationError
 from hippoformer.training import processes, zero
+
+pytestmark = pytest.mark.skipif(compare_versions("accelerate", "<", "1.15.0"), reason="an older accelerate")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -123,7 +123,9 @@ DEEPSPEED = {
     "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
 }
 ENGINES: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": {"fsdp": True}, "DeepSpeed": {"env": DEEPSPEED}}
-needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    not find_spec("deepspeed"), reason="DeepSpeed is not installed: make test-deepspeed"
+)
 AVAILABLE = [
     "DDP",
     pytest.param("FSDP2", marks=pytest.mark.skipif(not SHARDING, reason="torch or accelerate without FSDP2")),
