@@ -25,7 +25,7 @@ def project(layer: nn.Linear, hidden: Tensor) -> Tensor:
 def in_whole_vectors(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
     """An elementwise `function` of (R, P), P being any number that depends on the text.
 
-    On a processor the last few numbers of a tensor are rounded otherwise than the same numbers further in front: a result
+    On a processor the last few numbers of a tensor are rounded otherwise than the same numbers further in front: one
     would hang on how many come after it. Here none is among the last.
     """
     count = values.shape[-1]
