@@ -30,8 +30,9 @@ Content = dict[str, Any]
 
 
 def read_results(folder: Path) -> dict[str, Content]:
-    """File name -> content of every JSON file of the folder, by name; empty where there is no folder."""
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """File name -> content of every JSON file of the folder, and of the suite's perplexity, by name."""
+    paths = sorted([*folder.glob("*.json"), *folder.glob("full/perplexity.json")])
+    return {path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:

@@ -44,7 +44,7 @@ REPLAY = tuple(
 WINDOWS = "555,598,684,857,1028,2048,4096"
 SELECTED = ",".join(f"{method}:{budget}" for method in ("h2o", "snapkv") for budget in (43, 86, 172, 345, 516))
 EPISODES = "1024,4096,8192"
-SUITE = "results.json"
+SUITE = ("eval", "all", *MODEL, "--text", WIKI, "--long-text", NOVELS)
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Piece:
 
     @property
     def name(self) -> str:
-        return self.file.removesuffix(".json").removesuffix("/results")
+        return self.file.removesuffix(".json")
 
     def line(self) -> list[str]:
         """The command line, as it is recorded in the file."""
         script = ["benchmarks/speed.py"] if self.command[0].startswith("--") else ["-m", "hippoformer.cli"]
         path = Path("results") / self.file
-        # The suite leaves a folder, of which the file is the last.
-        output = ("--output-dir", path.parent) if path.name == SUITE else ("--output", path)
+        # The suite leaves a folder, and goes on with what lies there.
+        output = ("--output-dir", path.parent) if "all" in self.command else ("--output", path)
         return [sys.executable, *script, *self.command, output[0], output[1].as_posix()]
 
 
@@ -100,8 +100,8 @@ def perplexity(text: str, *more: str) -> tuple[str, ...]:
 
 PIECES = (
     Piece("novels_test.json", perplexity(NOVELS, "--limit-tokens", "30000", "--batch-size", "6"), 12, True),
-    Piece("wikitext2_test.json", perplexity(WIKI, "--conditions", "memory,off"), 9, True),
-    Piece("wikitext2_test_first12.json", perplexity(WIKI, "--documents", "12"), 6, True),
+    Piece("full/perplexity.json", (*SUITE, "--parts", "perplexity"), 15, True),
+    Piece("full/recall.json", SUITE, 20),
     Piece(
         "recall_test.json",
         ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
@@ -125,7 +125,6 @@ PIECES = (
         ),
         24,
     ),
-    Piece("full/results.json", ("eval", "all", *MODEL, "--text", WIKI, "--long-text", NOVELS), 35),
     Piece(
         "bytes_novels.json",
         (

@@ -68,7 +68,7 @@ def test_only_missing_files_are_made_and_the_tables_follow(
     ran.clear()
     assert script.main(["--quick"]) == 0
     assert [line[-1] for line in ran[:-1]] == [
-        f"results/{p.file}".removesuffix("/results.json")
+        f"results/{p.file}".removesuffix("/perplexity.json")
         for p in script.PIECES
         if p.headline and p.name != "novels_test"
     ]
