@@ -166,16 +166,26 @@ class Foreign:
         return ((token - self.window) // stride + 1) * stride
 
     def _recurrent(self, ids: Tensor, chunk: int | None) -> Any:
-        state, size = None, min(chunk or self._piece, self._piece)
+        state, size, read = None, min(chunk or self._piece, self._piece), 0
         for part in ids.split(size):
-            output = self.model(input_ids=part.unsqueeze(0), cache_params=state, use_cache=True)
-            state = output.cache_params
+            where = {}
+            if read and self._told_where():  # from a first piece as long as the kernel on, which it always is to them
+                place = max(read, getattr(self.model.config, "conv_kernel", 0))
+                where = {"cache_position": torch.tensor([place], device=ids.device)}
+            output = self.model(input_ids=part.unsqueeze(0), cache_params=state, use_cache=True, **where)
+            state, read = output.cache_params, read + len(part)
             yield output.logits[0]
         self._nbytes = _state_nbytes(state)
+
+    def _told_where(self) -> bool:
+        """Older versions go on from a state one token at a time, and have to be told which that is."""
+        return "cache_position" in inspect.signature(self.model.forward).parameters
 
     @torch.no_grad()
     def _largest_piece(self) -> int:
         """How many tokens can be read at once from a state: not every version carries it over a piece's edge."""
+        if self._told_where():
+            return 1
         self._piece = _RECURRENT_PIECE
         ids = torch.arange(_PROBE, device=self.model.device) % self.vocab_size
         whole = torch.cat(list(self._recurrent(ids, None))).float()
