@@ -310,3 +310,15 @@ def test_the_command(tmp_path: Path) -> None:
 def test_the_page_explains_every_figure() -> None:
     page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(FIGURES)
+
+
+def test_what_a_result_is_called(tmp_path: Path) -> None:
+    """A part of an evaluation is called by the text it read, other files by their names."""
+    own = contents()["wiki"]
+    (tmp_path / "full").mkdir()
+    for name, sources in (("full/perplexity", ["data/wiki.test.raw"]), ("full/two", ["a", "b"]), ("my_book", ["a"])):
+        provenance = own["provenance"] | {"data": {"sources": sources}}
+        content = own | {"provenance": provenance, "made up": name}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    titles = {result.name: result.title for result in read_results(tmp_path)}
+    assert titles == {"full/perplexity": "wiki.test.raw", "full/two": "full/two", "my_book": "my book"}

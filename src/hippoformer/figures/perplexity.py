@@ -28,7 +28,7 @@ def draw_by_position(results: Sequence[Result]) -> Figure:
         panels[1].set_title("Gain over memory off")
         panels[2].set_title("Gain by distance")
         _mark_window(panels[2], content["by_distance"][order], content["window"])
-        panels[0].legend(title=result.name, title_fontsize=9)
+        panels[0].legend(title=result.title, title_fontsize=9)
     return figure
 
 
@@ -95,7 +95,7 @@ def draw_over_bytes(results: Sequence[Result]) -> Figure:
                 label=name,
                 transform=panel.transData + beside,
             )
-        panel.set(title=result.name.replace("_", " "), xlabel="state of a row (MB)", ylabel=quantity)
+        panel.set(title=result.title, xlabel="state of a row (MB)", ylabel=quantity)
         sizes = [point[1] for point in points]
         if max(sizes) > 4 * min(sizes):
             panel.set_xscale("log")

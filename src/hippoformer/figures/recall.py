@@ -36,7 +36,7 @@ def draw(results: Sequence[Result]) -> Figure:
         nats.set(title="How unlikely the answer is", ylabel="−log p of the answer (nats)")
         depth.axhline(0, color=MUTED, linewidth=1)
         depth.set(title="Gain by depth", xlabel="where it was told (token)", ylabel="nats gained by the memory")
-        exact.text(0.02, 0.97, result.name.replace("_", " "), transform=exact.transAxes, va="top", color=MUTED)
+        exact.text(0.02, 0.97, result.title, transform=exact.transAxes, va="top", color=MUTED)
     handles = [Line2D([], [], color=SERIES[i % len(SERIES)], marker="o", label=kind) for i, kind in enumerate(kinds)]
     off = Line2D([], [], color=MUTED, marker="o", mfc="none", linestyle="--", linewidth=1, label="memory off")
     figure.legend(handles=[*handles, off], loc="outside lower center", ncols=len(handles) + 1)

@@ -39,6 +39,14 @@ class Result:
         return self.content.get("provenance") or self.content.get("run") or {}
 
     @property
+    def title(self) -> str:
+        """What a reader is shown: the name, or, where that only says which part of an evaluation this is, the text."""
+        sources = (self.provenance.get("data") or {}).get("sources", ())
+        if "/" in self.name and len(sources) == 1:
+            return Path(sources[0]).name
+        return self.name.replace("_", " ")
+
+    @property
     def config(self) -> dict[str, Any] | None:
         """All options of the model that was measured, or None."""
         config: dict[str, Any] | None = (self.content.get("model") or {}).get("config")

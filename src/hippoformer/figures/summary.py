@@ -29,7 +29,7 @@ def draw(results: Sequence[Result]) -> Figure:
 
 def _perplexity(axes: Axes, results: Sequence[Result]) -> None:
     rows = [
-        (f"{result.name.replace('_', ' ')}: {name}", percent_change(condition["against_off"]["ratio"]), name)
+        (f"{result.title}: {name}", percent_change(condition["against_off"]["ratio"]), name)
         for result in results
         for name, condition in result.content["conditions"].items()
         if condition["against_off"] is not None

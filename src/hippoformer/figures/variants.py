@@ -24,7 +24,7 @@ def draw(results: Sequence[Result]) -> Figure:
         forest(against, [_label(variant) for variant in others], intervals, [ORANGE] * len(others))
         for panel in (against_base, against):
             panel.axvline(0, color=MUTED, linewidth=1)
-        title = result.name.removeprefix("variants_").replace("_", " ")
+        title = result.title.removeprefix("variants ")
         against_base.set(title=title, xlabel="perplexity against the base alone (%)")
         against.set(title="what the change costs", xlabel=f"perplexity against “{reference}” (%)")
     return figure

@@ -21,7 +21,7 @@ def cards(results: Sequence[Result]) -> list[Shown]:
         found.append(
             {
                 "value": _change(compared["ratio"], brackets=False),
-                "label": f"perplexity, {_plain(result.name)}",
+                "label": f"perplexity, {result.title}",
                 "detail": f"{_range(compared['ratio'])}, better in {compared['documents_better']} of "
                 f"{compared['documents']} documents",
             }
@@ -67,7 +67,7 @@ def _headline(result: Result) -> list[Row]:
 def _perplexity(result: Result) -> list[Row]:
     return [
         [
-            _plain(result.name),
+            result.title,
             name,
             f"{c['tokens_scored']:,}",
             _interval(c["token_perplexity"], "{:.2f}".format),
@@ -112,7 +112,7 @@ def _brain(result: Result) -> list[Row]:
 def _contestants(result: Result) -> list[Row]:
     return [
         [
-            _plain(result.name),
+            result.title,
             c["name"],
             c["kind"],
             _interval(c["bits_per_byte"], "{:.4f}".format),
@@ -125,7 +125,7 @@ def _contestants(result: Result) -> list[Row]:
 
 def _salience(result: Result) -> list[Row]:
     return [
-        [_plain(result.name), rule["rule"], *(_interval(rule[name], "{:.3f}".format) for name in _CREDIT)]
+        [result.title, rule["rule"], *(_interval(rule[name], "{:.3f}".format) for name in _CREDIT)]
         for rule in result.content["rules"]
     ]
 
@@ -206,10 +206,6 @@ _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
         _contestants,
     ),
 )
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _number(value: float) -> str:
