@@ -206,3 +206,12 @@ def test_memory_can_be_switched_within_a_stream() -> None:
     with model.memory_off():
         silent = model(ahead, past_key_values=cache.copy()).logits
     assert (again - silent).abs().max() > 0.1, "the memory stayed off after an error"
+
+
+@torch.no_grad()
+def test_the_attention_of_the_base_may_be_changed_later() -> None:
+    """Masks are made for the implementation that will read them."""
+    model, ids = awake(), text(rows=2, length=40)
+    before = model(ids).logits
+    model.base.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)

@@ -102,6 +102,8 @@ def test_the_call_gets_through(folder: Path, tracker: str, monkeypatch: pytest.M
     import accelerate.tracking
     from accelerate.utils import LoggerType
 
+    if tracker not in LoggerType.list():
+        pytest.skip(f"this accelerate does not know {tracker}")
     recorder = Recorder()
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, tracker, recorder)
     monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType(tracker)])

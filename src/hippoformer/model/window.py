@@ -136,7 +136,6 @@ class WindowedBase:
         self._layer_types: set[str] = set(getattr(text, "layer_types", None) or ())
         if not getattr(text, "use_sliding_window", True):
             self._sliding = None
-        self._additive_masks = getattr(base.config, "_attn_implementation", "sdpa") == "eager"
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self._logit_scale = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
         limit = getattr(text, "max_position_embeddings", None)
@@ -195,7 +194,7 @@ class WindowedBase:
             # A layer with a narrower window of its own keeps it; slots are its positions.
             near = torch.arange(limit, device=slots.device) > slots.unsqueeze(-1) - self._sliding
             masks["sliding_attention"] = torch.where(padded[:, None, :, None], full, full & near.unsqueeze(1))
-        if self._additive_masks:
+        if getattr(self.base.config, "_attn_implementation", "sdpa") == "eager":  # it may be changed at any time
             dtype = next(self.body.parameters()).dtype
             masks = {kind: additive(mask, dtype) for kind, mask in masks.items()}
         if len(self._layer_types) > 1:
