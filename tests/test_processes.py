@@ -79,13 +79,16 @@ def alone(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
     return [{"argv": argv, "log": str(texts / f"{output}.log"), **job}]
 
 
-def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
-    """Two processes as `accelerate launch` starts them."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
+    """Two processes as `accelerate launch` starts them."""
     (one,) = alone(texts, output, *more, **job)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= job.get("env", {"ACCELERATE_USE_CPU": "true"})
     return [
         one | {"log": str(texts / f"{output}.{rank}.log"), "env": shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}}
@@ -215,7 +218,8 @@ def test_accelerate_launch(texts: Path) -> None:
     """The command of the documentation, two processes on the CPU."""
     (job,) = alone(texts, "launched", "--max_steps", "4")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/multi_gpu.yaml"]
-    command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--num_processes", "2", "--mixed_precision", "no"]
+    command += ["--main_process_port", free_port()]  # accelerate 1.1 does not look for one itself
     environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "-m", "hippoformer.train", *job["argv"]],
