@@ -237,8 +237,8 @@ MUTATIONS = [
         "7 references: recall",
         "contiguity jumps over gaps in the text",
         "hippocampus/stories.py",
-        "position[:, 1:] == position[:, :-1] + 1",
-        "position[:, 1:] > position[:, :-1]",
+        "joined(episodes.position)",
+        "(episodes.position[:, 1:] > episodes.position[:, :-1]) & (episodes.position[:, :-1] >= 0)",
         "test_references.py::test_recall[0-options0-training]",
     ),
     Mutation(

@@ -119,6 +119,11 @@ class Episodes:
         )
 
 
+def joined(position: Tensor) -> Tensor:
+    """(R, E - 1) bool of positions (R, E): whether each slot leads to the next, which holds the token after its own."""
+    return (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)
+
+
 def importance(salience: Tensor, config: HippoFormerConfig) -> Tensor:
     """Weight of a token: `untagged_weight` up to salience 0.5, then growing over `importance_weight_range`."""
     low, high = config.importance_weight_range

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.hippocampus.episodes import Episodes, joined
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import hashed_uniform, take
 
@@ -117,7 +117,7 @@ def _most_alike(key: Tensor, position: Tensor, cue: Tensor, n_heads: int) -> tup
 
 def _along_stories(times: Tensor, position: Tensor, span: int) -> Tensor:
     """(R, M) the largest of the counts (R, M) within `span` slots on either side that are joined without a gap."""
-    story = pad(~_joined(position), (1, 0)).cumsum(-1)  # the slots of one story have one number
+    story = pad(~joined(position), (1, 0)).cumsum(-1)  # the slots of one story have one number
     spread = times
     for distance in range(1, min(span, times.shape[-1] - 1) + 1):
         same = (story[:, distance:] == story[:, :-distance]).to(times.dtype)
@@ -127,19 +127,14 @@ def _along_stories(times: Tensor, position: Tensor, span: int) -> Tensor:
     return spread
 
 
-def _joined(position: Tensor) -> Tensor:
-    """(R, M - 1) bool, whether each slot leads to the next: it holds the token before the next one's."""
-    return (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)
-
-
 def _alone(position: Tensor) -> Tensor:
     """(R, M) bool, memories of which neither what came before nor what came after is remembered.
 
     The space before a number is like the space before any other: folded into one, all but one number would lose the
     memory that leads to it. So a story is never cut; what stands alone leads nowhere and may be folded.
     """
-    joined = pad(_joined(position), (1, 1))  # (R, M + 1)
-    return ~joined[:, :-1] & ~joined[:, 1:]
+    tied = pad(joined(position), (1, 1))  # (R, M + 1)
+    return ~tied[:, :-1] & ~tied[:, 1:]
 
 
 def _marked(like: Tensor, index: Tensor, on: Tensor) -> Tensor:

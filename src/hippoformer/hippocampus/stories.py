@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hippoformer.hippocampus.episodes import Episodes
+from hippoformer.hippocampus.episodes import Episodes, joined
 
 _TINY = 1e-12
 # What matches is not lost for resembling too little.
@@ -85,9 +85,7 @@ def find_leads(episodes: Episodes, tokens: Tensor, visible: Tensor) -> Leads:
         tokens: (R, N) of the queries. visible: (R, N, E) bool, what each may recall.
     """
     rows, n_queries = tokens.shape
-    position = episodes.position
-    follows = (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)  # (R, E-1)
-    foretold = torch.where(follows, episodes.token[:, :-1], -1)
+    foretold = torch.where(joined(episodes.position), episodes.token[:, :-1], -1)  # (R, E-1)
     leads = (foretold.unsqueeze(1) == tokens.unsqueeze(-1)) & visible[..., 1:]  # (R, N, E-1)
     # All of them in one list, row by row and query by query.
     width = leads.shape[-1]
