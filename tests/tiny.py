@@ -105,6 +105,7 @@ SMALL: dict[str, Any] = {
     "salience_hidden_size": 16,
     "salience_surprise_weight": 0.0,  # random models are always surprised: all would be tagged
     "replay_batch": 3,
+    "replay_rate": 0.5,
     "max_replay_rounds": 2,
     "priority_threshold": 0.7,
     "n_anchors": 12,
