@@ -52,8 +52,7 @@ class SelectedKeys:
         self.sinks = config.sink_tokens
         # What is always visible: the sinks, and behind them the selected.
         self.config = HippoFormerConfig(**(config.to_dict() | {"sink_tokens": self.sinks + budget}))
-        with self._weights_returned():
-            self.window = WindowedBase(base, self.config)
+        self.window = WindowedBase(base, self.config)
         if self.window.rotations is None:
             raise UnsupportedArchitectureError(
                 f"{type(base).__name__} has learned positions, so its keys cannot move: name one with rotary positions"
