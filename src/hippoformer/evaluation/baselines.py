@@ -112,6 +112,8 @@ class Foreign:
         self.dtype: torch.dtype = self.model.dtype
         self.options = {"window": self.window, "overlap": self.overlap} if self.window else {"recurrent": True}
         self._nbytes = self._tokens_kept = 0
+        # Older versions go on from a state one token at a time, and have to be told which that is.
+        self._told_where = "cache_position" in inspect.signature(self.model.forward).parameters
         self._piece = self._largest_piece() if self.window is None else 0
 
     def score(self, ids: Tensor) -> Scored:
@@ -169,7 +171,7 @@ class Foreign:
         state, size, read = None, min(chunk or self._piece, self._piece), 0
         for part in ids.split(size):
             where = {}
-            if read and self._told_where():  # from a first piece as long as the kernel on, which it always is to them
+            if read and self._told_where:  # from a first piece as long as the kernel on, which it always is to them
                 place = max(read, getattr(self.model.config, "conv_kernel", 0))
                 where = {"cache_position": torch.tensor([place], device=ids.device)}
             output = self.model(input_ids=part.unsqueeze(0), cache_params=state, use_cache=True, **where)
@@ -177,14 +179,10 @@ class Foreign:
             yield output.logits[0]
         self._nbytes = _state_nbytes(state)
 
-    def _told_where(self) -> bool:
-        """Older versions go on from a state one token at a time, and have to be told which that is."""
-        return "cache_position" in inspect.signature(self.model.forward).parameters
-
     @torch.no_grad()
     def _largest_piece(self) -> int:
         """How many tokens can be read at once from a state: not every version carries it over a piece's edge."""
-        if self._told_where():
+        if self._told_where:
             return 1
         self._piece = _RECURRENT_PIECE
         ids = torch.arange(_PROBE, device=self.model.device) % self.vocab_size
