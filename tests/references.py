@@ -167,6 +167,7 @@ def recall(
     rows, n_queries, _ = hidden.shape
     n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
     weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+    word = module.word_of_token.tolist()
     result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
     matched = torch.zeros(rows, n_queries, n_episodes, dtype=torch.float64)
     followed = torch.zeros(rows, n_queries, dtype=torch.float64)
@@ -181,7 +182,7 @@ def recall(
             lead, in_common = [0.0] * n_episodes, [0.0] * n_episodes
             for slot in range(1, n_episodes):
                 goes_on = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
-                if goes_on and visible[row, number, slot] and token[slot - 1] == int(tokens[row, number]):
+                if goes_on and visible[row, number, slot] and word[token[slot - 1]] == word[int(tokens[row, number])]:
                     lead[slot], in_common[slot] = before[slot - 1], together[slot - 1] + 1.0
             evidence = sum(lead) + nothing * float(own[row, number])
             lead = [value / evidence if evidence > 0 else 0.0 for value in lead]
@@ -206,14 +207,15 @@ def recall(
                     now[slot] *= 1.0 + kappa * lead[slot]
                 total += share[head] * torch.tensor(now, dtype=torch.float64) / sum(now)
             gate = float(weight["follow_gate.weight"][0] @ state + weight["follow_gate.bias"][0])
-            power = float(weight["match_power"])
+            power = module.match_power
             match = [
-                (float(total[slot]) + 1e-4) * count**power if count else 0.0 for slot, count in enumerate(in_common)
+                (float(total[slot]) + 1e-4) * min(count, 1024.0) ** power if count else 0.0
+                for slot, count in enumerate(in_common)
             ]
             story = [0.0] * n_episodes
             for slot, count in enumerate(in_common):
                 if count:
-                    odds = gate + float(weight["match_weight"]) * math.log(count)
+                    odds = gate + float(weight["match_weight"]) * math.log(min(count, 1024.0))
                     story[slot] = match[slot] / sum(match) / (1.0 + math.exp(-odds))
             total *= 1.0 - sum(story)
             total[:-1] += torch.tensor(story, dtype=torch.float64)

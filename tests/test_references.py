@@ -161,7 +161,8 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
     """A recall module with every parameter away from its start, and what it is called with."""
     config = small_config(**options)
     torch.manual_seed(seed)
-    module = Recall(32, config)
+    module = Recall(32, 100, config)
+    module.word_of_token[2] = 1  # two tokens, one word
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -234,7 +235,8 @@ def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None
     """Numbers and gradients, from the first query on, over stretches where nothing leads anywhere."""
     _, (_, tokens, own, null, episodes, _, visible) = random_recall(seed, queries=12)
     tokens[:, 5:7] = 99
-    leads = find_leads(episodes, tokens.to(episodes.token.dtype), visible)
+    tokens[0, 0], visible[0, 0, 9] = episodes.token[0, 8], True
+    leads = find_leads(episodes, episodes.token, tokens.to(episodes.token.dtype), visible)
     assert 0 in leads.queries and 5 not in leads.queries and leads.link.any()
     rows, n_queries, n_slots = visible.shape
     matched = leads.matched_slots(n_queries, n_slots)
@@ -301,7 +303,7 @@ def test_recall_stays_a_distribution_whatever_the_scale(loud: float) -> None:
 def test_what_foretold_the_token_leads_to_its_successor() -> None:
     """The way goes on in slot 10 if slot 9 foretold the token, if slot 10 follows in the text, and from there on."""
     torch.manual_seed(0)
-    module = Recall(32, small_config())
+    module = Recall(32, 100, small_config())
     module.null_proj.bias.zero_()
     module.log_contiguity.fill_(5.0)
     episodes = in_single_precision(random_memory(small_config(), [16], [0], 1))

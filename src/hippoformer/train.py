@@ -18,6 +18,7 @@ from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.words import words_of_tokens
 from hippoformer.training import checkpoints
 from hippoformer.training.arguments import TrainArguments, config_options, parse
 from hippoformer.training.hidden_states import HiddenStateCache
@@ -50,6 +51,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     model = _model(arguments)
     model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
+    model.hippocampus.recall.set_words(words_of_tokens(tokenizer, model.config.vocab_size))
     frozen = model.config.freeze_base and not model.config.use_lora
     _check_segments(arguments, model.config)
     options.segments_per_step = arguments.max_seq_length // model.config.segment_len

@@ -177,7 +177,7 @@ class Hippocampus(nn.Module):
         self.config = config
         self.hidden_size, self.width = hidden_size, hidden_size * len(config.memory_layers)
         self.salience_gate = SalienceGate(self.width, config)
-        self.recall = Recall(self.width, config)
+        self.recall = Recall(self.width, vocab_size, config)
         self.fusion = Fusion(self.width, config)
         self.drift_calibrator = EmbeddingDriftCalibrator(vocab_size, config)
 

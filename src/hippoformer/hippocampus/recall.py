@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from hippoformer.errors import InputError
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.model.configuration import HippoFormerConfig
@@ -23,8 +24,8 @@ from hippoformer.tensors.precision import in_whole_vectors, project
 _QUERY_BLOCK = 64
 # At the start of training a story goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
-# The longer match counts more by this power of its length.
-_MATCH_POWER = 4.0
+# Longer matches are all the same: their powers would leave the range of float32.
+_LONGEST = 1024.0
 
 
 @dataclass
@@ -61,13 +62,24 @@ class Recollection:
 
 
 class Recall(nn.Module):
-    """Encodes keys, values and queries, and retrieves. Parameters only; the episodes are handed in."""
+    """Encodes keys, values and queries, and retrieves. Parameters only; the episodes are handed in.
 
-    def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
+    Args:
+        hidden_size: D. vocab_size: V. config: of heads, widths, read-outs.
+
+    Attributes:
+        word_of_token: (V,) int32, which word a token is: each its own, until `set_words`.
+    """
+
+    word_of_token: Tensor
+
+    def __init__(self, hidden_size: int, vocab_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
         heads = config.recall_n_heads
         self.with_content = config.residual_readout
         self.n_heads, self.head_dim, self.top_k = heads, config.recall_head_dim, config.recall_top_k
+        self.match_power = config.match_power
+        self.register_buffer("word_of_token", torch.arange(vocab_size, dtype=torch.int32))
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
@@ -75,7 +87,6 @@ class Recall(nn.Module):
         self.head_mixture = nn.Linear(hidden_size, heads)
         self.follow_gate = nn.Linear(hidden_size, 1)
         self.match_weight = nn.Parameter(torch.tensor(_MATCH_WEIGHT))
-        self.match_power = nn.Parameter(torch.tensor(_MATCH_POWER))
         # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
         self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
         self.priority_weight = nn.Parameter(torch.ones(heads))
@@ -88,6 +99,20 @@ class Recall(nn.Module):
             nn.init.zeros_(self.head_mixture.weight)
             nn.init.zeros_(self.follow_gate.weight)
             nn.init.constant_(self.follow_gate.bias, _FIRST_MATCH)
+
+    def set_words(self, word_of_token: Tensor) -> None:
+        """Tells which tokens are the same word.
+
+        Args:
+            word_of_token: (V,) a number for each token; tokens of one number are one word.
+
+        Raises:
+            InputError: another shape.
+        """
+        if word_of_token.shape != self.word_of_token.shape:
+            expected = tuple(self.word_of_token.shape)
+            raise InputError(f"expected words of shape {expected}, got {tuple(word_of_token.shape)}")
+        self.word_of_token.copy_(word_of_token)
 
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""
@@ -137,9 +162,10 @@ class Recall(nn.Module):
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
-        leads = find_leads(episodes, tokens, visible)
+        words = (self.word_of_token[ids.long()] for ids in (episodes.token, tokens))
+        leads = find_leads(episodes, *words, visible)
         ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
-        length = in_whole_vectors(torch.log, leads.matched.clamp_min(1.0))  # (R, P)
+        length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
         longest = in_whole_vectors(torch.exp, self.match_power * length)
         kappa = self.log_contiguity.exp()

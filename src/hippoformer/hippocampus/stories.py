@@ -13,7 +13,8 @@ partial matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 
     r_t    = (1 - |f_t|) r'_t + f_t,                                        f_t(e) = phi_t(e) q_t(e)
 
 One token in common says little, ten leave no doubt, however common each of them is.
-Of many numbers told in the same words, only the one whose name was just read is still led to.
+Of many numbers told in the same words, only the one whose name was just read is still led to. Whether a token is what a
+story foretold is asked of words: "Anna" at the beginning of a line is the " Anna" within one (see `model.words`).
 
 Only a few of the E slots foretold a given token. `find_leads` looks for them once; from query to query only their
 weights have to be known, and those of all other slots are made at the end, for all queries at once.
@@ -77,16 +78,17 @@ class Leads:
 
 
 @torch.no_grad()
-def find_leads(episodes: Episodes, tokens: Tensor, visible: Tensor) -> Leads:
+def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor) -> Leads:
     """Looks for them; their number is asked of the device, all else stays there.
 
     Args:
         episodes: E slots; `matched` is that of the query before these.
-        tokens: (R, N) of the queries. visible: (R, N, E) bool, what each may recall.
+        words: (R, E) what each of them foretells. read: (R, N) words of the queries; both int32.
+        visible: (R, N, E) bool, what each query may recall.
     """
-    rows, n_queries = tokens.shape
-    foretold = torch.where(joined(episodes.position), episodes.token[:, :-1], -1)  # (R, E-1)
-    leads = (foretold.unsqueeze(1) == tokens.unsqueeze(-1)) & visible[..., 1:]  # (R, N, E-1)
+    rows, n_queries = read.shape
+    foretold = torch.where(joined(episodes.position), words[:, :-1], -1)  # (R, E-1)
+    leads = (foretold.unsqueeze(1) == read.unsqueeze(-1)) & visible[..., 1:]  # (R, N, E-1)
     # All of them in one list, row by row and query by query.
     width = leads.shape[-1]
     entry = leads.flatten().nonzero().squeeze(-1)  # (M,)

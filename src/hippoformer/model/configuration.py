@@ -56,6 +56,8 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_n_heads, recall_head_dim: width of the episodic keys. The original's fusion_n_heads is the same setting.
         recall_value_dim: width of an episode's value for the residual read-out.
         recall_top_k: episodes a query may recall; 0 for all of them.
+        match_power: of several stories that have foretold the last tokens, the longest match counts more by this power of
+            its length.
         residual_readout, distribution_readout: the two ways recall changes a prediction.
         fusion_dropout: dropout on the residual read-out in training.
     Drift calibrator:
@@ -98,7 +100,7 @@ class HippoFormerConfig(PreTrainedConfig):
         salience_surprise_weight: float = 1.0,
         importance_weight_range: tuple[float, float] | list[float] = (2.0, 5.0),
         untagged_weight: float = 1.0,
-        capture_span: int = 8,
+        capture_span: int = 4,
         selection: str = "salience",
         buffer_size: int = 2048,
         decay_rate: float = 0.9,
@@ -115,6 +117,7 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_head_dim: int = 64,
         recall_value_dim: int = 64,
         recall_top_k: int = 0,
+        match_power: float = 8.0,
         residual_readout: bool = True,
         distribution_readout: bool = True,
         fusion_n_heads: int | None = None,
@@ -177,6 +180,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.recall_head_dim = recall_head_dim
         self.recall_value_dim = recall_value_dim
         self.recall_top_k = recall_top_k
+        self.match_power = match_power
         self.residual_readout = residual_readout
         self.distribution_readout = distribution_readout
         self.fusion_dropout = fusion_dropout
@@ -261,6 +265,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "residual_readout=False where memory_layer names several": len(self.memory_layers) == 1
             or not self.residual_readout,
             "recall_top_k >= 0": self.recall_top_k >= 0,
+            "0 <= match_power <= 10": 0 <= self.match_power <= 10,
             "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
             "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,
         }

@@ -14,6 +14,7 @@ from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
+from hippoformer.model.words import words_of_tokens
 
 
 def shipped_hippocampus(name: str) -> Path | None:
@@ -45,7 +46,10 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")
-    return model, load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
+    tokenizer = load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
+    if saved is None:
+        model.hippocampus.recall.set_words(words_of_tokens(tokenizer, model.config.vocab_size))
+    return model, tokenizer
 
 
 def _holds(name: str, file: str) -> bool:

@@ -1,0 +1,89 @@
+"""Which tokens are the same word, and that a story told in one dress is followed in the other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hippoformer import HippoFormer, load
+from hippoformer.errors import InputError
+from hippoformer.model.words import words_of_tokens
+from tests.tiny import VOCAB, awake, text
+from tests.tiny_texts import LETTERS, byte_tokenizer, tiny_load
+
+# A space and "a" are one token, and so are two spaces, and a space before an accented letter's first byte.
+MERGES = [("Ġ", "a"), ("Ġ", "Ġ"), ("Ġ", "Ã")]
+
+
+def test_a_word_is_the_same_with_a_space_before_it_and_without() -> None:
+    tokenizer = byte_tokenizer(merges=MERGES)
+    words = words_of_tokens(tokenizer, len(tokenizer) + 3)
+    bare, spaced, spaces = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "Ġa", "ĠĠ"))
+    assert words[bare] == words[spaced] == bare
+    assert words[spaces] == spaces and words[tokenizer.convert_tokens_to_ids("Ġ")] != spaces
+    others = [number for number in range(len(words)) if number not in (spaced, tokenizer.convert_tokens_to_ids("ĠÃ"))]
+    assert words[others].tolist() == others  # also the rows of the embedding that no token has
+
+
+def test_sentencepiece_writes_spaces_otherwise() -> None:
+    tokenizer = byte_tokenizer(last=["▁the", "the"])
+    words = words_of_tokens(tokenizer, len(tokenizer))
+    assert words[-1] == words[-2] == len(tokenizer) - 2
+
+
+def twin_passages() -> torch.Tensor:
+    """A passage of ten tokens, and later the same in other tokens of the same words."""
+    ids = text(rows=1, length=50)
+    ids[:, 34:44] = VOCAB - 1 - ids[:, 4:14]
+    return ids
+
+
+def followed(model: HippoFormer, ids: torch.Tensor) -> torch.Tensor:
+    """(1, N) how many tokens in a row, up to each, the longest story foretold."""
+    found: list[torch.Tensor] = []
+    hook = model.hippocampus.recall.register_forward_hook(lambda *call: found.append(call[-1].matched.amax(-1)))
+    with hook, torch.no_grad():
+        model(ids)
+    return torch.cat(found, dim=-1)
+
+
+def test_a_story_is_followed_in_another_dress() -> None:
+    model, ids = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0), twin_passages()
+    plain = followed(model, ids)
+    mirrored = torch.minimum(torch.arange(VOCAB), VOCAB - 1 - torch.arange(VOCAB))
+    model.hippocampus.recall.set_words(mirrored)
+    assert followed(model, ids)[0, 43] >= 10 > plain[0, 43]
+
+
+def test_words_of_another_vocabulary_are_refused() -> None:
+    with pytest.raises(InputError, match="words of shape"):
+        awake().hippocampus.recall.set_words(torch.arange(VOCAB - 1))
+
+
+def test_words_are_saved_with_the_weights(tmp_path: Path) -> None:
+    model, _ = tiny_load()
+    words = torch.arange(len(LETTERS) + 1) // 2
+    model.hippocampus.recall.set_words(words)
+    model.save_pretrained(tmp_path)
+    loaded = HippoFormer.from_pretrained(tmp_path, base_model=model.base)
+    assert torch.equal(loaded.hippocampus.recall.word_of_token.long(), words)
+
+
+def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
+    """Its stories have foretold everything for ever."""
+    model, ids = awake(match_power=10.0), torch.full((1, 40), 5)
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        assert cache.memory.episodes.matched.max() > 10
+        cache.memory.episodes.matched.mul_(1e6)
+        assert model(ids, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.real
+def test_the_shipped_words_are_those_of_its_tokenizer() -> None:
+    model, tokenizer = load("smollm2-135m")
+    words = model.hippocampus.recall.word_of_token
+    assert torch.equal(words.cpu(), words_of_tokens(tokenizer, len(words)))
+    name, spaced = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("London", " London"))
+    assert name != spaced and words[name] == words[spaced]
