@@ -56,8 +56,8 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_n_heads, recall_head_dim: width of the episodic keys. The original's fusion_n_heads is the same setting.
         recall_value_dim: width of an episode's value for the residual read-out.
         recall_top_k: episodes a query may recall; 0 for all of them.
-        match_power: of several stories that have foretold the last tokens, the longest match counts more by this power of
-            its length.
+        match_power: of several stories that have foretold the last tokens, one counts by this power of how many they
+            were.
         residual_readout, distribution_readout: the two ways recall changes a prediction.
         fusion_dropout: dropout on the residual read-out in training.
     Drift calibrator:

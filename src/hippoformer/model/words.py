@@ -1,7 +1,7 @@
 """Which tokens are the same word: with a space before it or at the beginning of a line.
 
-Tokenizers give a word two ids, one with the space in front of it and one without. What was told in one dress and is asked
-for in the other is still the same story (see `hippocampus.stories`).
+Tokenizers give a word two ids, one with the space in front of it and one without. What was told in one dress and is
+asked for in the other is still the same story (see `hippocampus.stories`).
 """
 
 import torch
