@@ -162,8 +162,9 @@ class Recall(nn.Module):
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
-        words = (self.word_of_token[ids.long()] for ids in (episodes.token, tokens))
-        leads = find_leads(episodes, *words, visible)
+        leads = find_leads(
+            episodes, self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()], visible
+        )
         ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
         length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
