@@ -155,6 +155,16 @@ def test_notes_travel_with_a_memory_and_belong_to_it_alone(tmp_path: Path) -> No
 
 
 @torch.no_grad()
+def test_a_memory_can_be_put_away_after_tokens_were_read_with_it_off(tmp_path: Path) -> None:
+    model = awake()
+    cache = read_some(model)
+    with model.memory_off():
+        model.score(text(rows=2, length=5, seed=9), past_key_values=cache)
+    cache.save(tmp_path / "memory.safetensors")
+    assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
+
+
+@torch.no_grad()
 def test_a_memory_of_an_adapted_model_read_by_its_saved_self(tmp_path: Path) -> None:
     model, ahead = with_adapters(), text(rows=2, length=15, seed=9)
     cache = read_some(model)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import hippoformer.training.checkpoints as checkpoints
 from hippoformer import HippoFormer
 from hippoformer.errors import CheckpointError, ConfigurationError, TextError
-from hippoformer.model.base_models import load_base_model
+from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.train import main
 from hippoformer.training.arguments import config_options, parse
 from hippoformer.training.credit import measure_credit, reconfigured, useful
@@ -19,7 +19,7 @@ from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader
 from hippoformer.training.streams import Piece, TextStreams
-from hippoformer.training.trainer import Trainer
+from hippoformer.training.trainer import Trainer, TrainingOptions
 from tiny import fresh, small_config
 from tiny_training import arguments, small_base, texts
 
@@ -181,6 +181,7 @@ WAYS = [
     pytest.param([], marks=pytest.mark.supports(trainer="frozen")),
     pytest.param(["--lora_r", "2"], marks=pytest.mark.supports(trainer="lora")),
     pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
+    pytest.param(["--lora_r", "2", "--memory_off"]),
 ]
 
 
@@ -235,6 +236,35 @@ def test_a_run_can_go_on_from_a_saved_hippocampus(folder: Path, capsys: pytest.C
     assert "does not fit" in capsys.readouterr().err
 
 
+def test_with_the_memory_off_the_base_learns_alone(folder: Path) -> None:
+    """Its loss is the base's own; the hippocampus, its anchors and its options are carried along to the last bit."""
+    assert main([*arguments(folder, "first", "--max_steps", "4"), "decay_rate=0.7"]) == 0
+    short = ["--max_steps", "30", "--lora_r", "4", "--learning_rate", "0.05", "--logging_steps", "1"]
+    sizes = ["--window", "12", "--buffer_size", "16"]  # what was given stays given
+    words = arguments(folder, "alone", "--hippocampus", str(folder / "first"), "--memory_off", *short, *sizes)
+    assert main(words[: words.index("--set")]) == 0
+    first, alone = (load_file(folder / name / "hippocampus.safetensors") for name in ("first", "alone"))
+    assert [name for name in first if not torch.equal(first[name], alone[name])] == []
+    assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
+    trained = HippoFormer.from_pretrained(folder / "alone")
+    assert trained.config.use_lora and trained.config.decay_rate == 0.7 and trained.config.segment_len == SEGMENT
+    history = json.loads((folder / "alone" / "training_log.json").read_text())["history"]
+    assert all(entry["perplexity"] == pytest.approx(entry["base_perplexity"]) for entry in history)
+    assert history[-1]["perplexity"] < 0.9 * history[0]["perplexity"]
+    assert history[-1]["drift"] > 0 and "salience_mean" not in history[0]
+    ids = torch.tensor(load_tokenizer(str(folder / "base"))((folder / "text.txt").read_text()).input_ids)
+    with trained.memory_off():
+        after = trained.score(ids.unsqueeze(0)).mean()
+    untrained = HippoFormer(small_config(), small_base())
+    with untrained.memory_off():
+        assert after > untrained.score(ids.unsqueeze(0)).mean() + 0.1
+
+
+def test_memory_off_over_a_frozen_base_has_nothing_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nothing to train"):
+        Trainer(model(), TrainingOptions(tmp_path, rows=1, memory_off=True), texts(20))
+
+
 def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +317,7 @@ def test_flags_are_accepted_with_either_dash() -> None:
         (["--text", "a", "--max_steps", "3", "--num_epochs", "1"], "one of them"),
         (["--text", "a", "--lora_r", "4", "--train_base"], "choose"),
         (["--text", "a", "--gradient_checkpointing"], "frozen"),
+        (["--text", "a", "--memory_off"], "only the base"),
     ],
 )
 def test_contradicting_flags_are_refused(argv: list[str], message: str) -> None:

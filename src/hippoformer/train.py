@@ -104,11 +104,13 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         "freeze_base": not arguments.train_base,
         "use_lora": lora,
         "lora_alpha": arguments.lora_alpha,
-        "window": arguments.window,
-        "buffer_size": arguments.buffer_size,
         "learning_rate": rate,
-        "seed": arguments.seed,
     }
+    carried = arguments.hippocampus if arguments.memory_off else None
+    if carried is None:
+        options |= {"window": 512, "buffer_size": 2048, "seed": arguments.seed}
+    sizes = {"window": arguments.window, "buffer_size": arguments.buffer_size}
+    options |= {name: value for name, value in sizes.items() if value is not None}
     if lora:
         options["lora_r"] = arguments.lora_r
     torch.manual_seed(arguments.seed)  # the hippocampus' initial weights
@@ -120,7 +122,11 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         raise ConfigurationError(f"--set: HippoFormerConfig has no option {', '.join(unknown)}")
     dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
     base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
-    model = HippoFormer(HippoFormerConfig(**(options | extra)), base)  # type: ignore[arg-type]
+    if carried is not None:
+        config = HippoFormerConfig.from_pretrained(carried, **(options | extra))  # type: ignore[arg-type]
+    else:
+        config = HippoFormerConfig(**(options | extra))  # type: ignore[arg-type]
+    model = HippoFormer(config, base)
     if arguments.hippocampus is not None:
         load_hippocampus(model, arguments.hippocampus)
     return model
@@ -174,6 +180,7 @@ def _options(arguments: TrainArguments) -> TrainingOptions:
         max_steps=arguments.max_steps or 400,
         recall_share=arguments.recall_share,
         rows=arguments.batch_size,
+        memory_off=arguments.memory_off,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         warmup_ratio=arguments.warmup_ratio,
         credit_documents=arguments.credit_documents,

@@ -128,8 +128,8 @@ class MemoryState:
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape
-        nothing = torch.zeros_like(self.episodes.recalled)
-        episodes = replace(self.episodes, recalled=nothing, matched=nothing)
+        recalled, matched = torch.zeros_like(self.episodes.recalled), torch.zeros_like(self.episodes.matched)
+        episodes = replace(self.episodes, recalled=recalled, matched=matched)
         vote = Vote.none(rows, slots, last_hidden.device)
         return replace(self, episodes=episodes, vote=vote, last_hidden=last_hidden)
 

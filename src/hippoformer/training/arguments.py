@@ -54,8 +54,16 @@ class TrainArguments:
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the base; 0 keeps it frozen"})
     lora_alpha: int = 32
     train_base: bool = field(default=False, metadata={"help": "train the base's own weights"})
-    window: int = 512
-    buffer_size: int = 2048
+    memory_off: bool = field(
+        default=False,
+        metadata={"help": "train LoRA or the base alone, by its own loss; --hippocampus is carried along untouched"},
+    )
+    window: int | None = field(
+        default=None, metadata={"help": "default 512; with --memory_off as --hippocampus has it"}
+    )
+    buffer_size: int | None = field(
+        default=None, metadata={"help": "default 2048; with --memory_off as --hippocampus has it"}
+    )
     set: list[str] = field(
         default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"}
     )
@@ -114,6 +122,8 @@ def parse(argv: list[str]) -> TrainArguments:
             "--streaming without --max_samples reads a stream of unknown length: give --max_steps instead of "
             "--num_epochs, and leave --planted_documents out"
         )
+    if arguments.memory_off and not (arguments.lora_r > 0 or arguments.train_base):
+        raise ConfigurationError("--memory_off leaves only the base to train: give --lora_r RANK or --train_base")
     live = arguments.lora_r > 0 or arguments.train_base or arguments.read_on_the_way
     if (arguments.gradient_checkpointing or arguments.torch_compile) and not live:
         raise ConfigurationError(

@@ -167,7 +167,8 @@ def of_all_rows(reading: Reading, accelerator: Accelerator, width: int) -> Readi
     """
     if accelerator.num_processes == 1:
         return reading
-    fields = [getattr(reading, name) for name in _READ] + [getattr(reading.found, name) for name in _FOUND]
+    names = _FOUND if reading.found is not None else ()
+    fields = [getattr(reading, name) for name in _READ] + [getattr(reading.found, name) for name in names]
     own = torch.stack([pad(field.float(), (0, width - field.shape[1])) for field in fields], dim=-1)
     everyone = accelerator.gather(own.detach())
     assert isinstance(everyone, Tensor)
@@ -175,8 +176,10 @@ def of_all_rows(reading: Reading, accelerator: Accelerator, width: int) -> Readi
     parts = torch.cat((everyone[:first], own, everyone[first + own.shape[0] :])).unbind(-1)
     read = dict(zip(_READ, parts, strict=False))
     read["counted"] = read["counted"] > 0
-    found = replace(reading.found, **dict(zip(_FOUND, parts[len(_READ) :], strict=True)))  # type: ignore[arg-type]
-    return replace(reading, found=found, **read)
+    if reading.found is not None:
+        found = dict(zip(names, parts[len(_READ) :], strict=True))
+        reading = replace(reading, found=replace(reading.found, **found))  # type: ignore[arg-type]
+    return replace(reading, **read)  # type: ignore[arg-type]
 
 
 def scaled(loss: Tensor, accelerator: Accelerator) -> Tensor:

@@ -28,13 +28,13 @@ class Reading:
     """A piece as the model read it; N is the longest row, padding on the right.
 
     Attributes:
-        found: what the hippocampus found.
+        found: what the hippocampus found; None with the memory off.
         target_log_prob, base_log_prob: (R, N) fused and base log p of the tokens.
         counted: (R, N) bool, tokens with a prediction.
         tokens: (R, N).
     """
 
-    found: StepOutput
+    found: StepOutput | None
     target_log_prob: Tensor
     base_log_prob: Tensor
     counted: Tensor
@@ -172,7 +172,6 @@ class LiveReader:
         tokens = torch.nn.utils.rnn.pad_sequence([self.documents[d][s : s + n].long() for d, s, n in spans], True)
         tokens = tokens.to(self.model.device)
         (step,) = self.model.stream(tokens, piece.length, self.cache)  # a piece is one step
-        assert step.found is not None
         counted = _counted(piece, tokens)
         return Reading(step.found, torch.where(counted, step.target_log_prob, 0.0), step.base_log_prob, counted, tokens)
 

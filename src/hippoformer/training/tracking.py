@@ -49,12 +49,11 @@ def means(window: Sequence[dict[str, float]]) -> dict[str, float]:
     total = {name: sum(step.get(name, 0.0) for step in window) for name in window[-1]}
     tokens = max(total["tokens"], 1.0)
     numbers = {name: total[name] / total["pieces"] for name in total if name.startswith("loss_")}
+    of_memory = {"salience_mean": "salience", "tagged_share": "tagged", "recall_use": "mixture"}
+    numbers |= {shown: total[name] / tokens for shown, name in of_memory.items() if name in total}
     return numbers | {
         "perplexity": math.exp(total["nll"] / tokens),
         "base_perplexity": math.exp(total["base_nll"] / tokens),
-        "salience_mean": total["salience"] / tokens,
-        "tagged_share": total["tagged"] / tokens,
-        "recall_use": total["mixture"] / tokens,
         "grad_norm": total["grad_norm"] / max(len(window) - total["skipped"], 1.0),
         "skipped_steps": total["skipped"],
     }

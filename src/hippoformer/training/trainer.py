@@ -58,6 +58,7 @@ class TrainingOptions:
         credit_documents: documents whose credit is measured; 0 skips the credit target.
         foresight_passes: over the measured documents, in which the gate alone learns to foresee credit.
         save_steps, logging_steps, eval_steps: 0 for never. keep_checkpoints: complete ones to keep.
+        memory_off: the base alone learns, by its own loss; the hippocampus stays as it is.
         seed: of order, initial weights' dropout and replay.
         mixed_precision: "bf16" or "fp16" for autocast, "no", or None for what `accelerate launch` says.
         gradient_checkpointing: compute the live base's layers again on the way back, instead of keeping them.
@@ -78,6 +79,7 @@ class TrainingOptions:
     logging_steps: int = 10
     eval_steps: int = 0
     keep_checkpoints: int = 2
+    memory_off: bool = False
     seed: int = 42
     mixed_precision: str | None = None
     gradient_checkpointing: bool = False
@@ -105,7 +107,7 @@ class Trainer:
 
     Raises:
         ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes; rows
-            that the processes cannot divide.
+            that the processes cannot divide; memory off over a frozen base.
     """
 
     def __init__(
@@ -124,13 +126,18 @@ class Trainer:
                 f"what a residual at layer {config.memory_layer} does to the layers above it cannot be cached: set "
                 "residual_readout=False, or memory_layer=-1"
             )
+        if options.memory_off and config.freeze_base and not config.use_lora:
+            raise ConfigurationError("with the memory off a frozen base leaves nothing to train: set use_lora=True")
         torch.manual_seed(options.seed)
         self.model, self.options, self.documents, self.evaluation = model, options, documents, evaluation
         self.accelerator = accelerator or options.accelerator()
         self.own = processes.own_rows(options.rows, self.accelerator)
         model.to(self.accelerator.device)
-        model.hippocampus.fusion.open()
-        self._choose_anchors()
+        if options.memory_off:
+            model.hippocampus.requires_grad_(False)
+        else:
+            model.hippocampus.fusion.open()
+            self._choose_anchors()
         if not isinstance(documents, HiddenStateCache):
             if options.torch_compile:
                 layers.compile_layers(model, options.torch_compile)
@@ -258,6 +265,8 @@ class Trainer:
         return torch.stack(losses).mean(), sums
 
     def _phase(self):  # type: ignore[no-untyped-def]
+        if self.options.memory_off:
+            return self.model.memory_off()
         if self.step < self.recall_steps:
             return reconfigured(self.model.hippocampus, selection="fifo")
         # All priorities together act like the null slot's opposite, and the next-token loss would rather lower that: it
@@ -266,6 +275,15 @@ class Trainer:
 
     def _loss(self, piece: Piece, reading: Reading) -> tuple[Tensor, dict[str, float]]:
         found, counted = reading.found, reading.counted
+        n = int(counted.sum())
+        numbers = {
+            "tokens": n,
+            "nll": -float(reading.target_log_prob.detach().sum()),
+            "base_nll": -float(reading.base_log_prob.detach()[counted].sum()),
+        }
+        if found is None:
+            loss = -reading.target_log_prob.sum() / max(n, 1)
+            return loss, numbers | {"loss_lm": float(loss.detach())}
         target = self._useful(piece, counted)
         parts = self.loss(
             reading.target_log_prob,
@@ -279,11 +297,7 @@ class Trainer:
         if target is not None:
             self.r_score.update(found.salience, target, counted & ~target.isnan())
         total = parts.total if self.step >= self.recall_steps else parts.lm
-        n = int(counted.sum())
-        return total, {
-            "tokens": n,
-            "nll": -float(reading.target_log_prob.detach().sum()),
-            "base_nll": -float(reading.base_log_prob.detach()[counted].sum()),
+        return total, numbers | {
             "salience": float(found.salience.detach()[counted].sum()),
             "tagged": float((found.salience.detach()[counted] > 0.5).sum()),
             "mixture": float((found.prior_mixture * (1 - found.prior_nothing)).detach()[counted].sum()),
