@@ -14,6 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hippoformer.data import Document
+from hippoformer.errors import TextError
+
+PIECE = 512  # tokens read between two looks at what is due
 KINDS = ("pass key", "home", "one of three")
 # fmt: off
 _SYLLABLES = (
@@ -64,6 +68,72 @@ def draw_needle(kind: str, tokenizer: Any, draw: random.Random) -> Needle:
     tail = "".join(f" {a}{b}." for a, b in sentences[asked + 1 :])
     question = f"What is the special magic number for {names[asked]}?"
     return _encoded(kind, sentences[asked][0], sentences[asked][1], f".{tail}", question, tokenizer, head)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fact in a stream: its statement begins at `start`."""
+
+    haystack: int
+    start: int
+    needle: Needle
+
+    @property
+    def answer(self) -> range:
+        """Where the answer stands in the stream."""
+        first = self.start + self.needle.answer_offset
+        return range(first, first + len(self.needle.answer))
+
+    @property
+    def end(self) -> int:
+        """Tokens of the stream up to the end of the statement."""
+        return self.start + len(self.needle.statement)
+
+
+def haystack(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    number: int,
+    facts: int,
+    kinds: Sequence[str],
+    spacing: int,
+    farthest: int,
+    seed: int,
+) -> tuple[list[int], list[Planted]]:
+    """The token ids of one stream, long enough for every question, and the facts in it.
+
+    Args:
+        documents: the stream begins with the one of this number and goes on with those after it, round and round.
+        facts: of each kind. kinds: some of `KINDS`.
+        spacing: tokens of the documents before the first fact and between two facts.
+        farthest: tokens after the last fact, at least.
+        seed: of the facts.
+
+    Raises:
+        TextError: no text.
+    """
+    draw = random.Random(f"{seed}/{number}")
+    needles = [draw_needle(kind, tokenizer, draw) for _ in range(facts) for kind in kinds]
+    ids: list[int] = []
+    planted = []
+    text = _endless(tokenizer, documents, number)
+    for needle in needles:
+        ids += [next(text) for _ in range(spacing)]
+        planted.append(Planted(number, len(ids), needle))
+        ids += needle.statement
+    # Streams are cut to the shortest, and facts differ by a few tokens.
+    ids += [next(text) for _ in range(farthest + 2 * PIECE + 16 * len(needles))]
+    return ids, planted
+
+
+def _endless(tokenizer: Any, documents: Sequence[Document], first: int):  # type: ignore[no-untyped-def]
+    """Tokens of the documents from the first on, round and round."""
+    if not any(document.text.strip() for document in documents):
+        raise TextError("there is no text to hide facts in: name a longer one")
+    while True:
+        document = documents[first % len(documents)]
+        yield from tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        first += 1
 
 
 def _encoded(kind: str, prompt: str, answer: str, tail: str, question: str, tokenizer: Any, head: str = "") -> Needle:

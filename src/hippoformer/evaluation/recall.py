@@ -7,7 +7,6 @@ question is put to a copy of the state, so that asking leaves the stream as it w
 counts if every token of it is right. The same question is put to the same copy with the memory off.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,15 +17,14 @@ from rich.text import Text
 from scipy.stats import binomtest
 
 from hippoformer.data import Document
-from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.generation import left_padded
-from hippoformer.evaluation.needles import KINDS, Needle, draw_needle
+from hippoformer.evaluation.needles import KINDS, PIECE, Needle, Planted, haystack
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.statistics import LEVEL
 
-_PIECE = 512  # tokens read between two looks at what is due
 SPACING = 384  # tokens of the document before the first fact and between two facts
 
 
@@ -125,24 +123,6 @@ class RecallReport(Report):
         return table
 
 
-@dataclass(frozen=True)
-class _Planted:
-    """A fact in a stream: its statement begins at `start`."""
-
-    haystack: int
-    start: int
-    needle: Needle
-
-    @property
-    def answer(self) -> range:
-        first = self.start + self.needle.answer_offset
-        return range(first, first + len(self.needle.answer))
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.needle.statement)
-
-
 def evaluate_recall(
     model: Any,
     tokenizer: Any,
@@ -188,7 +168,7 @@ def evaluate_recall(
         )
     streams, planted = zip(
         *(
-            _haystack(tokenizer, documents, number, facts, kinds, spacing, max(distances), seed)
+            haystack(tokenizer, documents, number, facts, kinds, spacing, max(distances), seed)
             for number in range(haystacks or len(documents))
         ),
         strict=True,
@@ -202,8 +182,8 @@ def evaluate_recall(
     asked: list[Asked] = []
     cache = model.new_cache(len(streams))
     with reading(model):
-        for start in range(0, length, _PIECE):
-            piece = ids[:, start : start + _PIECE]
+        for start in range(0, length, PIECE):
+            piece = ids[:, start : start + PIECE]
             model.score(piece, past_key_values=cache)
             read = start + piece.shape[1]
             ready = [(distance, p) for when, distance, p in due if when <= read]
@@ -229,48 +209,13 @@ def evaluate_recall(
     )
 
 
-def _haystack(
-    tokenizer: Any,
-    documents: Sequence[Document],
-    number: int,
-    facts: int,
-    kinds: Sequence[str],
-    spacing: int,
-    farthest: int,
-    seed: int,
-) -> tuple[list[int], list[_Planted]]:
-    """The token ids of one stream, long enough for every question, and the facts in it."""
-    draw = random.Random(f"{seed}/{number}")
-    needles = [draw_needle(kind, tokenizer, draw) for _ in range(facts) for kind in kinds]
-    ids: list[int] = []
-    planted = []
-    text = _endless(tokenizer, documents, number)
-    for needle in needles:
-        ids += [next(text) for _ in range(spacing)]
-        planted.append(_Planted(number, len(ids), needle))
-        ids += needle.statement
-    # Streams are cut to the shortest, and facts differ by a few tokens.
-    ids += [next(text) for _ in range(farthest + 2 * _PIECE + 16 * len(needles))]
-    return ids, planted
-
-
-def _endless(tokenizer: Any, documents: Sequence[Document], first: int):  # type: ignore[no-untyped-def]
-    """Tokens of the documents from the first on, round and round."""
-    if not any(document.text.strip() for document in documents):
-        raise TextError("there is no text to hide facts in: name a longer one")
-    while True:
-        document = documents[first % len(documents)]
-        yield from tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
-        first += 1
-
-
-def _ask(model: Any, cache: Any, ready: list[tuple[int, _Planted]], read: int) -> list[Asked]:
+def _ask(model: Any, cache: Any, ready: list[tuple[int, Planted]], read: int) -> list[Asked]:
     """Puts all questions that are due to copies of the state, side by side."""
     rows = torch.tensor([p.haystack for _, p in ready])
     needles = [p.needle for _, p in ready]
-    with_memory = _answers(model, cache.select_rows(rows), needles)
+    with_memory = answers(model, cache.select_rows(rows), needles)
     with model.memory_off():
-        without = _answers(model, cache.select_rows(rows), needles)
+        without = answers(model, cache.select_rows(rows), needles)
     remembered = {row: {e.position for e in cache.episodes(row)} for row in set(rows.tolist())}
     return [
         Asked(
@@ -290,7 +235,7 @@ def _ask(model: Any, cache: Any, ready: list[tuple[int, _Planted]], read: int) -
     ]
 
 
-def _answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[list[int], float]]:
+def answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[list[int], float]]:
     """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
     judged = cache.copy()
     decoded: list[list[int]] = [[] for _ in needles]
