@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hippoformer import cli
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import recall
+from hippoformer.evaluation import examination, recall
 from hippoformer.evaluation.needles import KINDS, draw_needle, haystack
 from hippoformer.evaluation.recall import evaluate_recall
 from tiny_texts import documents, tiny_load, tiny_tokenizer
@@ -70,7 +70,7 @@ def test_an_answer_counts_when_every_token_is_right(monkeypatch: pytest.MonkeyPa
         wrong = 0 if of._memory_on else 1
         return [([*n.answer[:-1], n.answer[-1] + wrong], 1.0 + wrong) for n in needles]
 
-    monkeypatch.setattr(recall, "answers", knows)
+    monkeypatch.setattr(examination, "answers", knows)
     cells = evaluate_recall(model, tokenizer, documents(2000), **FAST).cells()
     assert {(c["right"], c["right_off"], c["nats"], c["nats_off"]) for c in cells} == {(1.0, 0.0, 1.0, 2.0)}
     assert all(0 < c["low"] < c["high"] == 1.0 for c in cells)
@@ -85,7 +85,7 @@ def test_answers_are_those_of_generate_and_the_stream_stays_as_it_was() -> None:
     cache = model.new_cache(3)
     model.score(ids, past_key_values=cache)
     before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
-    answers = recall.answers(model, cache.copy(), needles)
+    answers = examination.answers(model, cache.copy(), needles)
     assert all(torch.equal(tensor, before[name]) for name, tensor in cache.tensors().items())
     for needle, (said, nats) in zip(needles, answers, strict=True):
         prompt = torch.cat((ids[:1], torch.tensor([needle.question])), dim=1)

@@ -14,11 +14,11 @@ from hippoformer.cli.options import (
     LimitOption,
     ModelOptions,
     OutputOption,
+    PlantedOptions,
     ResamplesOption,
     SeedOption,
     TextOptions,
     comma_separated,
-    numbers,
     with_groups,
 )
 from hippoformer.cli.terminal import reading, show
@@ -103,35 +103,17 @@ def eval_long_range(
 def eval_recall(
     model: ModelOptions,
     texts: TextOptions,
-    distances: Annotated[str, typer.Option(help="Comma-separated: tokens read before a fact is asked for.")] = (
-        "2000,8000,32000"
-    ),
-    facts: Annotated[int, typer.Option(help="Facts of each kind in each stream.")] = 9,
-    kinds: Annotated[str | None, typer.Option(help="Comma-separated: pass key, home, one of three.")] = None,
-    streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None,
-    spacing: Annotated[int, typer.Option(help="Tokens of text before the first fact and between two facts.")] = 384,
+    planted: PlantedOptions,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws and of the facts.")] = 0,
 ) -> None:
     """Hide facts in long texts, ask for them thousands of tokens later, and count exact answers."""
-    from hippoformer.evaluation.needles import KINDS
     from hippoformer.evaluation.recall import evaluate_recall
 
-    found, gaps = texts.read(), numbers(distances, "--distances")
+    found, asked = texts.read(), planted.arguments()
     loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
-        report = evaluate_recall(
-            loaded,
-            tokenizer,
-            found,
-            distances=gaps,
-            facts=facts,
-            kinds=KINDS if kinds is None else comma_separated(kinds),
-            haystacks=streams,
-            spacing=spacing,
-            seed=seed,
-            progress=progress,
-        )
+        report = evaluate_recall(loaded, tokenizer, found, **asked, seed=seed, progress=progress)
     show(report, output)
 
 

@@ -14,6 +14,7 @@ from hippoformer.cli.options import (
     LimitOption,
     ModelOptions,
     OutputOption,
+    PlantedOptions,
     ResamplesOption,
     SeedOption,
     SplitOption,
@@ -23,15 +24,16 @@ from hippoformer.cli.options import (
 from hippoformer.cli.terminal import reading, show
 from hippoformer.errors import TextError
 
+VariantOption = Annotated[
+    list[str], typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to.")
+]
+
 
 @eval_app.command("variants")
 @with_groups
 def eval_variants(
     model: ModelOptions,
-    variant: Annotated[
-        list[str],
-        typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to."),
-    ],
+    variant: VariantOption,
     texts: TextOptions,
     cache_dir: CacheOption = Path("hidden_states"),
     limit_tokens: LimitOption = None,
@@ -41,11 +43,30 @@ def eval_variants(
     seed: SeedOption = 0,
 ) -> None:
     """Compare selection rules, buffers and replay settings of one hippocampus, the base's reading done once."""
-    from hippoformer.training.arguments import config_options
+    _compare(_named(variant), model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
 
-    named = [part.partition(":") for part in variant]
-    variants = {name: config_options([pair for pair in options.split(",") if pair]) for name, _, options in named}
-    _compare(variants, model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
+
+@eval_app.command("recall-variants")
+@with_groups
+def eval_recall_variants(
+    model: ModelOptions,
+    variant: VariantOption,
+    texts: TextOptions,
+    planted: PlantedOptions,
+    output: OutputOption = None,
+    resamples: ResamplesOption = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the replay draws, of the facts, and of the bootstrap.")] = 0,
+) -> None:
+    """`eval recall` of one hippocampus under several options, in one reading of the base."""
+    from hippoformer.evaluation.recall_variants import evaluate_recall_variants
+
+    found, asked = texts.read(), planted.arguments()
+    loaded, tokenizer = model.load(seed=seed)
+    with reading() as progress:
+        report = evaluate_recall_variants(
+            loaded, tokenizer, found, _named(variant), **asked, seed=seed, resamples=resamples, progress=progress
+        )
+    show(report, output)
 
 
 @eval_app.command("ablations")
@@ -64,6 +85,14 @@ def eval_ablations(
     from hippoformer.evaluation.variants import ABLATIONS
 
     _compare(ABLATIONS, model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
+
+
+def _named(variants: list[str]) -> dict[str, dict[str, Any]]:
+    """NAME:option=value,… as name -> options."""
+    from hippoformer.training.arguments import config_options
+
+    named = [part.partition(":") for part in variants]
+    return {name: config_options([pair for pair in options.split(",") if pair]) for name, _, options in named}
 
 
 def _compare(

@@ -110,6 +110,35 @@ class TextOptions:
         return found
 
 
+@dataclass(frozen=True)
+class PlantedOptions:
+    """Facts hidden in text, and when they are asked for."""
+
+    distances: Annotated[str, typer.Option(help="Comma-separated: tokens read before a fact is asked for.")] = (
+        "2000,8000,32000"
+    )
+    facts: Annotated[int, typer.Option(help="Facts of each kind in each stream.")] = 9
+    kinds: Annotated[str | None, typer.Option(help="Comma-separated: pass key, home, one of three.")] = None
+    streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None
+    spacing: Annotated[int, typer.Option(help="Tokens of text before the first fact and between two facts.")] = 384
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `evaluate_recall`.
+
+        Raises:
+            ConfigurationError: distances that are no numbers.
+        """
+        from hippoformer.evaluation.needles import KINDS
+
+        return {
+            "distances": numbers(self.distances, "--distances"),
+            "facts": self.facts,
+            "kinds": KINDS if self.kinds is None else comma_separated(self.kinds),
+            "haystacks": self.streams,
+            "spacing": self.spacing,
+        }
+
+
 def with_groups(function: Callable[..., None]) -> Callable[..., None]:
     """The command as typer should see it: for each parameter that is a group, the group's own fields."""
     shown: list[inspect.Parameter] = []

@@ -242,18 +242,26 @@ def score_batches(
                 progress(done, total)
 
 
-def hidden_states(model: Any, documents: Sequence[EncodedDocument], folder: Path) -> HiddenStateCache:
-    """The documents as the base reads them, kept on disk: for what is read many times under other options.
+def check_untouched(config: Any) -> None:
+    """Whether the base's states are the same whatever is recalled.
 
     Raises:
-        ConfigurationError: a model in which recall changes the base's own layers, so that there is nothing to keep.
+        ConfigurationError: recall changes the base's own layers.
     """
-    config = model.config
     if config.memory_layers != (-1,) and config.residual_readout:
         raise ConfigurationError(
             f"a residual at layer {config.memory_layer} changes the base's layers above it, so its states cannot be "
             "read once for all: evaluate this model by perplexity, long-range, dynamics, quality and recall"
         )
+
+
+def hidden_states(model: Any, documents: Sequence[EncodedDocument], folder: Path) -> HiddenStateCache:
+    """The documents as the base reads them, kept on disk: for what is read many times under other options.
+
+    Raises:
+        ConfigurationError: as `check_untouched`.
+    """
+    check_untouched(model.config)
     return HiddenStateCache(model, [document.input_ids for document in documents], folder)
 
 

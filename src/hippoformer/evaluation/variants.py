@@ -5,8 +5,7 @@ What the base computes does not depend on the memory: its hidden states are read
 The numbers are those of `evaluate_perplexity`, which runs everything together.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +21,6 @@ from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
-from hippoformer.hippocampus.fusion import Fusion
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.readers import score_cached
@@ -151,16 +149,7 @@ def evaluate_variants(
     Raises:
         ConfigurationError: no variant, an unknown option, or one that needs other hidden states or other weights.
     """
-    known = model.config.to_dict()
-    for name, options in variants.items():
-        wrong = sorted(option for option in options if option in _FIXED or option not in known)
-        if wrong:
-            raise ConfigurationError(
-                f"variant {name}: {', '.join(wrong)} cannot differ between variants of one trained hippocampus; "
-                "expected options of memory, replay and selection."
-            )
-    if not variants:
-        raise ConfigurationError("no variant to evaluate: name at least one")
+    check_variants(variants, model.config)
     encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
     kept = [document for document in encoded if document.tokens_scored > 0]
     with reading(model):
@@ -169,7 +158,7 @@ def evaluate_variants(
         for name, options in variants.items():
             if progress is not None:
                 progress(name)
-            with reconfigured(model.hippocampus, **options) as config, _readout(model.hippocampus.fusion, config):
+            with reconfigured(model.hippocampus, **options):
                 scores[name] = list(score_cached(model, cache))
     first = next(iter(variants))
     tokens, base = [s.tokens for s in scores[first]], [s.base_nll for s in scores[first]]
@@ -201,14 +190,22 @@ def evaluate_variants(
     )
 
 
-@contextmanager
-def _readout(fusion: Fusion, config: HippoFormerConfig) -> Iterator[None]:
-    """Lets the recall distribution speak or not, which the module was told when it was made."""
-    before, fusion.has_distribution = fusion.has_distribution, config.distribution_readout
-    try:
-        yield
-    finally:
-        fusion.has_distribution = before
+def check_variants(variants: Mapping[str, Mapping[str, Any]], config: HippoFormerConfig) -> None:
+    """Whether one trained hippocampus can be all of them.
+
+    Raises:
+        ConfigurationError: no variant, an unknown option, or one that needs other hidden states or other weights.
+    """
+    known = config.to_dict()
+    for name, options in variants.items():
+        wrong = sorted(option for option in options if option in _FIXED or option not in known)
+        if wrong:
+            raise ConfigurationError(
+                f"variant {name}: {', '.join(wrong)} cannot differ between variants of one trained hippocampus; "
+                "expected options of memory, replay and selection."
+            )
+    if not variants:
+        raise ConfigurationError("no variant to evaluate: name at least one")
 
 
 def _change(ratio: Interval) -> str:

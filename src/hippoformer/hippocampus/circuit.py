@@ -174,12 +174,18 @@ class Hippocampus(nn.Module):
 
     def __init__(self, hidden_size: int, vocab_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
-        self.config = config
         self.hidden_size, self.width = hidden_size, hidden_size * len(config.memory_layers)
         self.salience_gate = SalienceGate(self.width, config)
         self.recall = Recall(self.width, vocab_size, config)
         self.fusion = Fusion(self.width, config)
         self.drift_calibrator = EmbeddingDriftCalibrator(vocab_size, config)
+        self.configure(config)
+
+    def configure(self, config: HippoFormerConfig) -> None:
+        """Takes other options; those that shape parameters must be as they were."""
+        self.config = config
+        self.recall.configure(config)
+        self.fusion.configure(config)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., n D) with each layer's part normalised: inner layers have a few very large components."""

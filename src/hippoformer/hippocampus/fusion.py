@@ -28,7 +28,8 @@ class Fusion(nn.Module):
 
     def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
-        self.has_residual, self.has_distribution = config.residual_readout, config.distribution_readout
+        self.has_residual = config.residual_readout
+        self.configure(config)
         self.gate_in = nn.Linear(hidden_size + 2, _GATE_WIDTH)
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
         # Straight from the evidence, beside what the query makes of it: nothing, peak, followed.
@@ -39,6 +40,10 @@ class Fusion(nn.Module):
             self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(config.fusion_dropout)
+
+    def configure(self, config: HippoFormerConfig) -> None:
+        """Takes the options that no parameter depends on."""
+        self.has_distribution = config.distribution_readout
 
     def open(self) -> None:
         """Lets recall speak, if it never has: called once when training starts."""

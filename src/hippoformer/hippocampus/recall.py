@@ -77,8 +77,8 @@ class Recall(nn.Module):
         super().__init__()
         heads = config.recall_n_heads
         self.with_content = config.residual_readout
-        self.n_heads, self.head_dim, self.top_k = heads, config.recall_head_dim, config.recall_top_k
-        self.match_power = config.match_power
+        self.n_heads, self.head_dim = heads, config.recall_head_dim
+        self.configure(config)
         self.register_buffer("word_of_token", torch.arange(vocab_size, dtype=torch.int32))
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
@@ -99,6 +99,10 @@ class Recall(nn.Module):
             nn.init.zeros_(self.head_mixture.weight)
             nn.init.zeros_(self.follow_gate.weight)
             nn.init.constant_(self.follow_gate.bias, _FIRST_MATCH)
+
+    def configure(self, config: HippoFormerConfig) -> None:
+        """Takes the options that no parameter depends on."""
+        self.top_k, self.match_power = config.recall_top_k, config.match_power
 
     def set_words(self, word_of_token: Tensor) -> None:
         """Tells which tokens are the same word.

@@ -22,11 +22,11 @@ from hippoformer.training.hidden_states import ReadDocument
 def reconfigured(hippocampus: Hippocampus, **options: object) -> Iterator[HippoFormerConfig]:
     """Runs the hippocampus under other options; those that shape parameters must stay as they are."""
     before = hippocampus.config
-    hippocampus.config = HippoFormerConfig(**(before.to_dict() | options))
+    hippocampus.configure(HippoFormerConfig(**(before.to_dict() | options)))
     try:
         yield hippocampus.config
     finally:
-        hippocampus.config = before
+        hippocampus.configure(before)
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+"""Facts asked of several variants in one reading: each answers as it would alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hippoformer import cli
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation.recall import evaluate_recall
+from hippoformer.evaluation.recall_variants import evaluate_recall_variants
+from tiny_texts import documents, tiny_load
+
+FAST = {"distances": (600, 1200), "facts": 1}
+VARIANTS = {
+    "as it is": {},
+    "fifo": {"selection": "fifo"},
+    "no replay, few": {"max_replay_rounds": 0, "buffer_size": 16},
+}
+
+
+def test_each_variant_answers_as_it_would_alone() -> None:
+    model, tokenizer = tiny_load(priority_threshold=0.0)
+    texts = documents(1500, 900)
+    together = evaluate_recall_variants(model, tokenizer, texts, VARIANTS, **FAST)
+    kept = []
+    for variant in together.variants:
+        alone_model, _ = tiny_load(priority_threshold=0.0, **variant.options)
+        alone = evaluate_recall(alone_model, tokenizer, texts, **FAST)
+        assert len(alone.asked) == len(variant.asked) == 2 * 3 * 2
+        for one, other in zip(alone.asked, variant.asked, strict=True):
+            assert one.nats == pytest.approx(other.nats, abs=1e-3) and one.nats_off == pytest.approx(other.nats_off)
+            assert (one.right, one.kept, one.position) == (other.right, other.kept, other.position)
+        kept.append(sum(question.kept for question in variant.asked))
+    assert len({round(question.nats, 3) for v in together.variants for question in v.asked[:1]}) == 3
+    assert together.reference == "as it is" and together.variants[0].against is None
+    assert together.variants[1].against is not None and set(together.variants[1].against) == {600, 1200}
+
+
+def test_differences_are_of_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One variant that knows every answer, and one that knows none."""
+    from hippoformer.evaluation import examination
+
+    model, tokenizer = tiny_load()
+
+    def knows(of, cache, needles):  # type: ignore[no-untyped-def]
+        right = of._memory_on and cache.config.selection == "fifo"
+        return [(n.answer if right else [-1], 0.0) for n in needles]
+
+    monkeypatch.setattr(examination, "answers", knows)
+    report = evaluate_recall_variants(
+        model, tokenizer, documents(1500, 900), {"none": {}, "all": {"selection": "fifo"}}, **FAST
+    )
+    none, everything = report.variants
+    assert {i.estimate for i in none.right.values()} == {0.0}
+    assert everything.against is not None and {i.estimate for i in everything.against.values()} == {1.0}
+    assert everything.test is not None and everything.test.p is not None and everything.test.p < 0.01
+
+
+def test_bad_variants_are_refused() -> None:
+    model, tokenizer = tiny_load()
+    for variants in ({}, {"a": {"window": 12}}, {"a": {"colour": "red"}}):
+        with pytest.raises(ConfigurationError):
+            evaluate_recall_variants(model, tokenizer, documents(900), variants, **FAST)
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hippoformer
+
+    monkeypatch.setattr(hippoformer, "load", tiny_load)
+    (tmp_path / "text.txt").write_text(documents(1500)[0].text)
+    output = tmp_path / "recall.json"
+    arguments = ["eval", "recall-variants", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--facts", "1"]
+    arguments += ["--distances", "600", "--variant", "as it is", "--variant", "fifo:selection=fifo"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(output.read_text())
+    assert [v["name"] for v in written["variants"]] == ["as it is", "fifo"] and "600 tokens ago" in result.output
+    assert written["variants"][1]["options"] == {"selection": "fifo"}
