@@ -3,9 +3,9 @@
     python scripts/readme_results.py            # rewrite the blocks
     python scripts/readme_results.py --check    # exit 1 if one is not what the files say
 
-Five kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
-`eval variants` and `eval bytes` with --output, and of `benchmarks/speed.py`. Others are left alone. No
-figure in a block is typed by hand.
+Six kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
+`eval variants`, `eval recall-variants` and `eval bytes` with --output, and of `benchmarks/speed.py`. Others are left
+alone. No figure in a block is typed by hand.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PERPLEXITY, RECALL = "hippoformer.perplexity/1", "hippoformer.recall/1"
-VARIANTS, COMPARISON, SPEED = "hippoformer.variants/1", "hippoformer.comparison/1", "hippoformer.speed/1"
+VARIANTS, RECALL_VARIANTS = "hippoformer.variants/1", "hippoformer.recall_variants/1"
+COMPARISON, SPEED = "hippoformer.comparison/1", "hippoformer.speed/1"
 # Which kinds a file's block holds, and where the results lie, seen from there.
 BLOCKS = {
     "README.md": ((PERPLEXITY, RECALL, SPEED), "results"),
-    "docs/results.md": ((VARIANTS, COMPARISON), "../results"),
+    "docs/results.md": ((VARIANTS, RECALL_VARIANTS, COMPARISON), "../results"),
     "src/hippoformer/pretrained/smollm2-135m/README.md": ((PERPLEXITY, RECALL), "../../../../results"),
 }
 EMPTY = "No results are stored yet: `results/` holds no report."
@@ -41,6 +42,7 @@ def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:
         PERPLEXITY: (PERPLEXITY_HEADINGS, _perplexity_rows),
         RECALL: (RECALL_HEADINGS, _recall_rows),
         VARIANTS: (VARIANTS_HEADINGS, _variant_rows),
+        RECALL_VARIANTS: (RECALL_VARIANTS_HEADINGS, _recall_variant_rows),
         COMPARISON: (COMPARISON_HEADINGS, _comparison_rows),
         SPEED: (SPEED_HEADINGS, _speed_rows),
     }
@@ -62,6 +64,7 @@ PERPLEXITY_HEADINGS = (
 )  # fmt: skip
 RECALL_HEADINGS = ("report", "fact", "tokens ago", "cases", "right", "right, memory off", "answer still stored")
 VARIANTS_HEADINGS = ("report", "variant", "token perplexity", "against the base", "against the first", "memory")
+RECALL_VARIANTS_HEADINGS = ("report", "variant", "tokens ago", "cases", "right", "against the first, points")
 COMPARISON_HEADINGS = ("report", "who", "state per row", "token perplexity", "bits/byte", "bits against the first")
 SPEED_HEADINGS = ("report", "measured", "value", "reference", "ratio", "tokens")
 
@@ -118,6 +121,21 @@ def _variant_rows(name: str, report: Content) -> list[list[str]]:
     ]
 
 
+def _recall_variant_rows(name: str, report: Content) -> list[list[str]]:
+    return [
+        [
+            _link(name),
+            variant["name"],
+            f"{int(distance):,}",
+            str(sum(cell["cases"] for cell in variant["cells"] if cell["distance"] == int(distance))),
+            _interval(right, lambda x: f"{100 * x:.0f} %"),
+            "" if variant["against"] is None else _interval(variant["against"][distance], lambda x: f"{100 * x:+.0f}"),
+        ]
+        for variant in report["variants"]
+        for distance, right in variant["right"].items()
+    ]
+
+
 def _comparison_rows(name: str, report: Content) -> list[list[str]]:
     rows = []
     for contestant in report["contestants"]:
@@ -169,8 +187,9 @@ def _origins(reports: dict[str, Content]) -> str:
         rows.append([_link(name), f"`{origin['command']}`", model, hardware, commit, origin["date"][:10]])
     table = _table(("report", "command", "model", "hardware", "commit", "date"), rows)
     return (
-        "Brackets: 95 % intervals; of perplexities by bootstrap over documents, of shares by Wilson's formula. State: "
-        "window + memory. Speed: medians of alternating runs.\n\n" + table
+        "Brackets: 95 % intervals; of perplexities by bootstrap over documents, of shares by Wilson's formula, of shares "
+        "of all facts together and their differences by bootstrap over questions. State: window + memory. Speed: medians "
+        "of alternating runs.\n\n" + table
     )
 
 

@@ -33,6 +33,11 @@ VARIANTS = (
     "one-round:max_replay_rounds=1",
     "three-rounds:max_replay_rounds=3",
 )
+RECALL_VARIANTS = (
+    *VARIANTS[:5],
+    "no-forgetting:decay_rate=1.0",
+    "no-forgetting-no-replay:decay_rate=1.0,max_replay_rounds=0",
+)
 BUFFERS = (0, 1024, 2048, 4096, 8192)
 # How much is replayed, and how fast what is not fades.
 REPLAY = tuple(
@@ -112,6 +117,14 @@ PIECES = (
         "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
     ),
     Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
+    Piece(
+        "recall_variants_test.json",
+        (
+            *("eval", "recall-variants", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
+            *(part for option in RECALL_VARIANTS for part in ("--variant", option)),
+        ),
+        15,
+    ),
     Piece(
         "recall_far_test.json",
         ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9", "--distances", "128000"),

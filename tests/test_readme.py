@@ -206,6 +206,7 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
     from hippoformer.evaluation.baselines import contestants
     from hippoformer.evaluation.comparison import compare
     from hippoformer.evaluation.recall import evaluate_recall
+    from hippoformer.evaluation.recall_variants import evaluate_recall_variants
     from hippoformer.evaluation.scoring import describe
     from hippoformer.evaluation.variants import evaluate_variants
 
@@ -222,11 +223,16 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
     everybody = contestants(model, tokenizer, windows=[20], buffers=[], selections=[])
     compared = compare(everybody, documents, describe(model), limit_characters=200, seed=0, resamples=20)
     compared.save(tmp_path / "bytes.json")
-    kinds = (script.PERPLEXITY, script.RECALL, script.VARIANTS, script.COMPARISON)
+    two = {"gate": {}, "fifo": {"selection": "fifo"}}
+    evaluate_recall_variants(model, tokenizer, documents, two, distances=(100,), facts=1, resamples=20).save(
+        tmp_path / "asked.json"
+    )
+    kinds = (script.PERPLEXITY, script.RECALL, script.VARIANTS, script.RECALL_VARIANTS, script.COMPARISON)
     block = script.render(script.read_results(tmp_path), kinds)
     for who in compared.contestants:
         assert f"| {who.name} | {who.state_nbytes / 1e6:.1f} MB | {who.token_perplexity:.2f} | " in block
     assert "| [recall](results/recall.json) | home | 100 | 2 |" in block
     assert f"| fifo | {variants.variants[1].perplexity:.2f} | " in block
+    assert "| [asked](results/asked.json) | gate | 100 | 6 | 0 % [0 %, 0 %] |  |" in block
     assert f"| {report['memory'].tokens_scored:,} | {report['memory'].token_perplexity.estimate:.2f} [" in block
     assert f"{100 * (report['memory'].against_off.ratio.estimate - 1):+.1f} %" in block
