@@ -187,9 +187,9 @@ def _origins(reports: dict[str, Content]) -> str:
         rows.append([_link(name), f"`{origin['command']}`", model, hardware, commit, origin["date"][:10]])
     table = _table(("report", "command", "model", "hardware", "commit", "date"), rows)
     return (
-        "Brackets: 95 % intervals; of perplexities by bootstrap over documents, of shares by Wilson's formula, of shares "
-        "of all facts together and their differences by bootstrap over questions. State: window + memory. Speed: medians "
-        "of alternating runs.\n\n" + table
+        "Brackets: 95 % intervals; of perplexities by bootstrap over documents, of shares by Wilson's formula, of "
+        "shares of all facts together and their differences by bootstrap over questions. State: window + memory. "
+        "Speed: medians of alternating runs.\n\n" + table
     )
 
 
