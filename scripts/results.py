@@ -156,6 +156,14 @@ PIECES = (
         compared(REPLAY, "data/public-domain-novels/validation", "--limit-tokens", "12288"),
         8,
     ),
+    Piece(
+        "drift_3_bits_validation.json",
+        (
+            *("eval", "drift", *MODEL, "--quantise-bits", "3"),
+            *("--text", "data/public-domain-novels/validation", "--streams", "4"),
+        ),
+        6,
+    ),
     Piece("trace.json", ("eval", "trace", *MODEL, "--text", TRACED, "--limit-tokens", "3000"), 1, True),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),

@@ -336,6 +336,7 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
         weight.copy_(torch.block_diag(*[turn] * 4) @ weight)
     loaded = HippoCache.load(path, new)
     assert loaded.drift["keys"] > 0.1 and loaded.drift["calibrated"] is True
+    assert loaded.drift["keys_calibrated"] < loaded.drift["keys"]
     truth = keys_by_position(read_some(new, rows=1, length=60))
     unmapped, mapped = error_to(truth, keys_by_position(cache)), error_to(truth, keys_by_position(loaded))
     assert mapped < (0.95 if moved == "adapters" else 0.05) * unmapped

@@ -22,10 +22,14 @@ _FOLDS = 4
 
 @dataclass
 class AffineMap:
-    """x -> x + x @ change + shift, in float32; change (K, K), shift (K,)."""
+    """x -> x + x @ change + shift, in float32; change (K, K), shift (K,).
+
+    `left` is the drift that remains after it, on anchors that it was not fitted to.
+    """
 
     change: Tensor
     shift: Tensor
+    left: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in the dtype of x."""
@@ -65,7 +69,8 @@ def fit_affine(old: Tensor, new: Tensor) -> AffineMap:
         The map; with few anchors it tends to the identity plus a shift, never to something wild.
     """
     old, new = old.double(), new.double()
-    fold = torch.arange(old.shape[0], device=old.device) % _FOLDS
+    # In one piece each: the tokens of one probe are too alike to judge each other.
+    fold = torch.arange(old.shape[0], device=old.device) * _FOLDS // old.shape[0]
 
     def held_out_error(ridge: float) -> float:
         error = 0.0
@@ -75,8 +80,11 @@ def fit_affine(old: Tensor, new: Tensor) -> AffineMap:
             error += (old[test] + old[test] @ change + shift - new[test]).square().sum().item()
         return error
 
-    change, shift = _ridge(old, new, min(_RIDGES, key=held_out_error))
-    return AffineMap(change.float(), shift.float())
+    errors = {ridge: held_out_error(ridge) for ridge in _RIDGES}
+    best = min(errors, key=errors.__getitem__)
+    change, shift = _ridge(old, new, best)
+    spread = (old - old.mean(0)).square().sum().clamp_min(1e-12).item()
+    return AffineMap(change.float(), shift.float(), left=(errors[best] / spread) ** 0.5)
 
 
 def _ridge(old: Tensor, new: Tensor, strength: float) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ def shipped_hippocampus(name: str) -> Path | None:
     return folder if (folder / checkpoint.WEIGHTS).is_file() else None
 
 
+def saved_hippocampus(name: str | Path) -> str | Path | None:
+    """Where the trained hippocampus that a name stands for is: shipped, or a saved model; None for a bare base."""
+    return shipped_hippocampus(str(name)) or (name if _holds(str(name), checkpoint.WEIGHTS) else None)
+
+
 def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerBase]:
     """A model ready to read, and its tokenizer.
 
@@ -37,7 +42,7 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         BaseModelNotFoundError, CheckpointError, UnsupportedArchitectureError, ConfigurationError.
     """
     device = options.pop("device", None)
-    saved = shipped_hippocampus(str(name)) or (name if _holds(str(name), checkpoint.WEIGHTS) else None)
+    saved = saved_hippocampus(name)
     if saved is not None:
         model = HippoFormer.from_pretrained(saved, **options)
     else:

@@ -180,6 +180,8 @@ def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoForme
         memory.episodes.value = torch.where(filled, value_map(memory.episodes.value), 0.0).to(
             memory.episodes.value.dtype
         )
+    for name, fitted in (("keys", key_map), ("values", value_map)):
+        drift[f"{name}_calibrated"] = drift[name] if fitted is None else fitted.left
     cache.drift = drift | {"calibrated": key_map is not None or value_map is not None}
 
     fill = [window_fill(done, model.config) for done in cache.lengths]
