@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 import hippoformer
 from hippoformer import HippoFormer, cli
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.evaluation.drift import CONDITIONS, DriftReport, evaluate_drift, over_another_base, round_weights
+from hippoformer.evaluation.drift import evaluate_drift
+from hippoformer.evaluation.drift_report import CONDITIONS, DriftReport
+from hippoformer.evaluation.other_weights import over_another_base, round_weights
 from tiny import fresh, tiny_base
 from tiny_texts import documents, tiny_load
 

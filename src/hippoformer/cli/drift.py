@@ -34,7 +34,8 @@ def eval_drift(
     seed: Annotated[int, typer.Option(help="Of the replay draws, the facts and the bootstrap.")] = 0,
 ) -> None:
     """Read a memory with other weights than it was written with: what drift costs, what calibration regains."""
-    from hippoformer.evaluation.drift import evaluate_drift, over_another_base, round_weights
+    from hippoformer.evaluation.drift import evaluate_drift
+    from hippoformer.evaluation.other_weights import over_another_base, round_weights
     from hippoformer.model.base_models import load_base_model
     from hippoformer.model.loading import saved_hippocampus
 
