@@ -38,6 +38,15 @@ def test_each_variant_answers_as_it_would_alone() -> None:
     assert together.variants[1].against is not None and set(together.variants[1].against) == {600, 1200}
 
 
+def test_options_without_parameters_differ_too() -> None:
+    model, tokenizer = tiny_load(priority_threshold=0.0)
+    variants = {"all": {}, "one": {"recall_top_k": 1}, "longest": {"match_power": 0.0}}
+    found = evaluate_recall_variants(model, tokenizer, documents(900), variants, distances=(600,), facts=1)
+    nats = [[question.nats for question in variant.asked] for variant in found.variants]
+    assert nats[0] != nats[1] != nats[2] != nats[0]
+    assert model.hippocampus.recall.top_k == 0 and model.hippocampus.recall.match_power == 8.0
+
+
 def test_differences_are_of_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """One variant that knows every answer, and one that knows none."""
     from hippoformer.evaluation import examination
