@@ -80,15 +80,21 @@ def compared(options: Iterable[str], text: str, *more: str) -> tuple[str, ...]:
     return ("eval", "variants", *MODEL, "--text", text, *more, *chosen)
 
 
+def at_buffer(options: Iterable[str], buffer: int) -> tuple[str, ...]:
+    """The variants with a buffer of that size."""
+    return tuple(f"{v}{',' if ':' in v else ':'}buffer_size={buffer}" for v in options)
+
+
 def variants(text: str, limit: int, buffer: int, options: tuple[str, ...] = VARIANTS) -> tuple[str, ...]:
     """The command that compares variants at one buffer size."""
-    named = (f"{v}{',' if ':' in v else ':'}buffer_size={buffer}" for v in options)
-    return compared(named, text, "--limit-tokens", str(limit))
+    return compared(at_buffer(options, buffer), text, "--limit-tokens", str(limit))
 
 
-def validation(text: str, *more: str) -> tuple[str, ...]:
-    """The command that compares selection and replay at the shipped buffer, on text that training decisions used."""
-    options = ("shipped", "fifo:selection=fifo", "surprise:selection=surprise", "no-replay:max_replay_rounds=0")
+def validation(text: str, *more: str, buffer: int | None = None) -> tuple[str, ...]:
+    """The command that compares selection and replay, on text that training decisions used."""
+    options: tuple[str, ...] = (*VARIANTS[:3], VARIANTS[4])
+    if buffer is not None:
+        options = at_buffer(VARIANTS[:5], buffer)
     return compared(options, f"data/{text}", *more)
 
 
@@ -117,6 +123,22 @@ PIECES = (
         "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
     ),
     Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
+    *(
+        piece
+        for buffer in (256, 1024)
+        for piece in (
+            Piece(
+                f"variants_novels_validation_{buffer}.json",
+                validation("public-domain-novels/validation", "--limit-tokens", "12288", buffer=buffer),
+                2,
+            ),
+            Piece(
+                f"variants_wikitext2_validation_{buffer}.json",
+                validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16", buffer=buffer),
+                2,
+            ),
+        )
+    ),
     Piece(
         "recall_variants_test.json",
         (
