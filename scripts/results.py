@@ -145,7 +145,7 @@ PIECES = (
             *("eval", "recall-variants", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
             *(part for option in RECALL_VARIANTS for part in ("--variant", option)),
         ),
-        15,
+        30,
     ),
     Piece(
         "recall_far_test.json",
@@ -166,7 +166,7 @@ PIECES = (
             *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
             *("--windows", WINDOWS, "--buffers", EPISODES, "--kv", SELECTED),
         ),
-        25,
+        50,
     ),
     Piece(
         "replay_wikitext2_validation.json",
