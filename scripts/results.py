@@ -23,6 +23,12 @@ WIKI, NOVELS = "data/wikitext-2-raw/wiki.test.raw", "data/public-domain-novels/t
 # What the report shows to read along: free to be copied, and nothing that a number is measured on.
 TRACED = "data/public-domain-novels/validation/Bennet_Babylon_1902.txt"
 
+# Texts that training decisions used, and how much of each is read.
+VALIDATION = {
+    "novels": ("data/public-domain-novels/validation", "--limit-tokens", "12288"),
+    "wikitext2": ("data/wikitext-2-raw/wiki.valid.raw", "--documents", "16"),
+}
+
 # What each mechanism is worth. The first is what is shipped; the others differ from it in what they name.
 VARIANTS = (
     "shipped",
@@ -90,14 +96,6 @@ def variants(text: str, limit: int, buffer: int, options: tuple[str, ...] = VARI
     return compared(at_buffer(options, buffer), text, "--limit-tokens", str(limit))
 
 
-def validation(text: str, *more: str, buffer: int | None = None) -> tuple[str, ...]:
-    """The command that compares selection and replay, on text that training decisions used."""
-    options: tuple[str, ...] = (*VARIANTS[:3], VARIANTS[4])
-    if buffer is not None:
-        options = at_buffer(VARIANTS[:5], buffer)
-    return compared(options, f"data/{text}", *more)
-
-
 def buffers(text: str, limit: int) -> tuple[str, ...]:
     """The command that compares buffer sizes, the shipped one first."""
     sizes = sorted(BUFFERS, key=lambda size: size != 2048)
@@ -119,25 +117,14 @@ PIECES = (
         6,
         True,
     ),
-    Piece(
-        "variants_novels_validation.json", validation("public-domain-novels/validation", "--limit-tokens", "12288"), 4
-    ),
-    Piece("variants_wikitext2_validation.json", validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16"), 4),
     *(
-        piece
+        Piece(f"variants_{name}_validation.json", compared((*VARIANTS[:3], VARIANTS[4]), *text), 4)
+        for name, text in VALIDATION.items()
+    ),
+    *(
+        Piece(f"variants_{name}_validation_{buffer}.json", compared(at_buffer(VARIANTS[:5], buffer), *text), 2)
         for buffer in (256, 1024)
-        for piece in (
-            Piece(
-                f"variants_novels_validation_{buffer}.json",
-                validation("public-domain-novels/validation", "--limit-tokens", "12288", buffer=buffer),
-                2,
-            ),
-            Piece(
-                f"variants_wikitext2_validation_{buffer}.json",
-                validation("wikitext-2-raw/wiki.valid.raw", "--documents", "16", buffer=buffer),
-                2,
-            ),
-        )
+        for name, text in VALIDATION.items()
     ),
     Piece(
         "recall_variants_test.json",
@@ -168,16 +155,7 @@ PIECES = (
         ),
         50,
     ),
-    Piece(
-        "replay_wikitext2_validation.json",
-        compared(REPLAY, "data/wikitext-2-raw/wiki.valid.raw", "--documents", "16"),
-        8,
-    ),
-    Piece(
-        "replay_novels_validation.json",
-        compared(REPLAY, "data/public-domain-novels/validation", "--limit-tokens", "12288"),
-        8,
-    ),
+    *(Piece(f"replay_{name}_validation.json", compared(REPLAY, *text), 8) for name, text in VALIDATION.items()),
     Piece(
         "drift_3_bits_validation.json",
         (

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import VOCAB, awake, text
-from tests.tiny_texts import LETTERS, byte_tokenizer, tiny_load
 
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
 from hippoformer.model.words import words_of_tokens
+from tiny import VOCAB, awake, text
+from tiny_texts import LETTERS, byte_tokenizer, tiny_load
 
 # A space and "a" are one token, and so are two spaces, and a space before an accented letter's first byte.
 MERGES = [("Ġ", "a"), ("Ġ", "Ġ"), ("Ġ", "Ã")]

@@ -108,7 +108,7 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     }
     carried = arguments.hippocampus if arguments.memory_off else None
     if carried is None:
-        options |= {"window": 512, "buffer_size": 2048, "seed": arguments.seed}
+        options["seed"] = arguments.seed
     sizes = {"window": arguments.window, "buffer_size": arguments.buffer_size}
     options |= {name: value for name, value in sizes.items() if value is not None}
     if lora:
