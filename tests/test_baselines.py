@@ -110,16 +110,29 @@ def test_all_of_them_look_at_the_past_alone(folders: dict[str, Path]) -> None:
         assert check(foreign(str(folders[name]), **options)).future == 0.0
 
 
-def test_windows_and_buffers_are_views_of_one_model() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 32},
+        {"buffer_size": 16},
+        {"window": 64, "buffer_size": 8},
+        {"match_power": 0.0},
+        {"recall_top_k": 2},
+        {"distribution_readout": False},
+    ],
+    ids=str,
+)
+def test_a_view_is_the_model_as_if_built_with_other_options(options: dict[str, Any]) -> None:
     model, tokenizer = tiny_load(residual_readout=False)
-    for options in ({"window": 32}, {"buffer_size": 16}, {"window": 64, "buffer_size": 8}):
-        view, built = with_options(model, **options), tiny_load(residual_readout=False, **options)[0]
-        built.load_state_dict(model.state_dict())
-        ids = tokenizer(TEXTS[0].text, return_tensors="pt").input_ids
+    ids = tokenizer(TEXTS[0].text, return_tensors="pt").input_ids
+    before = model.score(ids)
+    view, built = with_options(model, **options), tiny_load(residual_readout=False, **options)[0]
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(view.score(ids), built.score(ids)) and not torch.equal(view.score(ids), before)
+    with view.memory_off(), built.memory_off():
         assert torch.equal(view.score(ids), built.score(ids))
-        assert view.hippocampus.recall is model.hippocampus.recall and view.config is not model.config
-        with view.memory_off(), built.memory_off():
-            assert torch.equal(view.score(ids), built.score(ids))
+    assert torch.equal(model.score(ids), before), "the model itself stays as it is"
+    assert all(mine is its for mine, its in zip(view.parameters(), model.parameters(), strict=True))
 
 
 def test_figures_are_those_of_the_text(folders: dict[str, Path]) -> None:

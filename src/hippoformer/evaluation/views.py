@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.model.configuration import HippoFormerConfig
@@ -37,17 +38,22 @@ def with_options(model: Any, **options: Any) -> Any:
     Raises:
         ConfigurationError: options that contradict each other, or a window beyond the base's positions.
     """
-    other, hippocampus = copy.copy(model), copy.copy(model.hippocampus)
-    other._modules = dict(model._modules)
-    other.config = hippocampus.config = HippoFormerConfig(**(model.config.to_dict() | options))
+    hippocampus = model.hippocampus
+    # Recall and fusion keep options of their own, so the view needs its own of both.
+    hippocampus = _view(hippocampus, recall=_view(hippocampus.recall), fusion=_view(hippocampus.fusion))
+    hippocampus.configure(HippoFormerConfig(**(model.config.to_dict() | options)))
+    other = _view(model, hippocampus=hippocampus)
+    other.config = hippocampus.config
     other.window = WindowedBase(model.base, other.config)
-    other._modules["hippocampus"] = hippocampus
     return other
 
 
 def _with_gate(model: Any, gate: SalienceGate) -> Any:
-    other, hippocampus = copy.copy(model), copy.copy(model.hippocampus)
-    other._modules, hippocampus._modules = dict(model._modules), dict(model.hippocampus._modules)
-    hippocampus._modules["salience_gate"] = gate
-    other._modules["hippocampus"] = hippocampus
+    return _view(model, hippocampus=_view(model.hippocampus, salience_gate=gate))
+
+
+def _view(module: Any, **replaced: nn.Module) -> Any:
+    """A copy of a module that shares its weights, some of its modules replaced."""
+    other = copy.copy(module)
+    other._modules = module._modules | replaced
     return other
