@@ -2,10 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -16,7 +16,14 @@ from typer.testing import CliRunner
 import hippoformer
 from hippoformer.cli import app
 from hippoformer.data import Document
-from hippoformer.errors import BaseModelNotFoundError, CausalityError, ConfigurationError, NonFiniteError, TextError
+from hippoformer.errors import (
+    BaseModelNotFoundError,
+    CausalityError,
+    ConfigurationError,
+    HippoFormerError,
+    NonFiniteError,
+    TextError,
+)
 from hippoformer.evaluation import evaluate_perplexity
 from hippoformer.evaluation.baselines import Foreign, Streamed, contestants, foreign
 from hippoformer.evaluation.causality import check
@@ -81,7 +88,8 @@ def test_a_window_that_slides_with_overlap(folders: dict[str, Path], overlap: in
         while reader >= start + 20:
             start += 20 - overlap
         expected.append(alone(baseline.model, ids, start, token))
-    assert scored.log_probs.tolist() == pytest.approx(expected, abs=1e-4)
+    assert baseline.scores(ids).tolist() == pytest.approx(expected, abs=1e-4)
+    assert scored.nll == pytest.approx(-sum(expected), rel=1e-5)
     # Keys and values: 2 layers, 2 heads of 8, 20 tokens, 4 bytes.
     assert (scored.window_nbytes, scored.memory_nbytes) == (2 * 2 * 2 * 8 * 20 * 4, 0)
 
@@ -93,8 +101,9 @@ def test_a_recurrent_state_carries_everything(folders: dict[str, Path], piece: i
     baseline._piece = min(piece, baseline._piece)
     ids = torch.randint(1, 200, (40,), generator=torch.Generator().manual_seed(0))
     expected = [alone(baseline.model, ids, 0, token) for token in range(1, 40)]
+    assert baseline.scores(ids).tolist() == pytest.approx(expected, abs=1e-4)
     scored = baseline.score(ids)
-    assert scored.log_probs.tolist() == pytest.approx(expected, abs=1e-4)
+    assert scored.nll == pytest.approx(-sum(expected), rel=1e-5)
     assert scored.window_nbytes == baseline.score(ids[:10]).window_nbytes > 0
 
 
@@ -102,7 +111,7 @@ def test_an_adapter_is_its_base_and_more(folders: dict[str, Path]) -> None:
     base, adapted = foreign(str(folders["llama"])), foreign(str(folders["adapter"]))
     assert (base.kind, adapted.kind) == ("model", "adapter")
     ids = torch.randint(1, 200, (30,), generator=torch.Generator().manual_seed(0))
-    assert not torch.allclose(base.score(ids).log_probs, adapted.score(ids).log_probs, atol=1e-3)
+    assert not torch.allclose(base.scores(ids), adapted.scores(ids), atol=1e-3)
 
 
 def test_all_of_them_look_at_the_past_alone(folders: dict[str, Path]) -> None:
@@ -187,7 +196,7 @@ def test_whoever_cheats_or_breaks_is_refused(folders: dict[str, Path]) -> None:
 
     class Broken(Streamed):
         def score(self, ids: Tensor) -> Scored:
-            return Scored(torch.full((len(ids) - 1,), np.nan), 0, 0, 1.0)
+            return Scored(math.nan, 0, 0, 1.0)
 
     with pytest.raises(NonFiniteError, match=r"'text 0'.*broken"):
         compare([Broken("broken", "model", {}, tokenizer, model)], TEXTS, {}, resamples=10)
@@ -202,6 +211,94 @@ def test_whoever_cheats_or_breaks_is_refused(folders: dict[str, Path]) -> None:
     (folders["adapter"] / "adapter_model.safetensors").rename(folders["adapter"] / "gone")
     with pytest.raises(BaseModelNotFoundError, match="adapter"):
         foreign(str(folders["adapter"]))
+
+
+class Counted:
+    """A contestant that notes what it reads, takes one second a document, and may be stopped."""
+
+    def __init__(self, inner: Any, readings: list[tuple[str, int]], limit: int | None = None) -> None:
+        self.inner, self.readings, self.limit = inner, readings, limit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def check(self, ids: Tensor) -> None:
+        """Elsewhere; here it would take longer than everything else."""
+
+    def score(self, ids: Tensor) -> Scored:
+        if len(self.readings) == self.limit:
+            raise KeyboardInterrupt
+        self.readings.append((self.inner.name, len(ids)))
+        return replace(self.inner.score(ids), seconds=1.0)
+
+
+def everybody(folders: dict[str, Path], **more: Any) -> list[Any]:
+    model, tokenizer = tiny_load(residual_readout=False)
+    asked = {"buffers": [16], "selections": [("h2o", 8)], "models": [str(folders["mamba"])]} | more
+    return contestants(model, tokenizer, **asked)
+
+
+def test_an_interrupted_comparison_goes_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    bars: list[tuple[int, int]] = []
+
+    def run(keep: Path | None, limit: int | None = None) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        readings: list[tuple[str, int]] = []
+        bars.clear()
+        everyone: list[Any] = [Counted(one, readings, limit) for one in everybody(folders)]
+        try:
+            report = compare(everyone, TEXTS, {}, resamples=20, progress=lambda *at: bars.append(at), keep=keep)
+        except KeyboardInterrupt:
+            return {}, readings
+        return report.to_dict() | {"provenance": None}, readings
+
+    whole, order = run(None)
+    assert [name for name, _ in order[:5]] == [c["name"] for c in whole["contestants"]], "all read the first text first"
+    keep = tmp_path / "finished.jsonl"
+    _, before = run(keep, limit=7)
+    with open(keep, "a") as file:
+        file.write('\n{"key": "cut o')
+    report, after = run(keep, limit=None)
+    assert before + after == order and len(before) == 7
+    assert bars[0] == (sum(n for _, n in before), sum(n for _, n in order)) and bars[-1][0] == bars[-1][1]
+    assert report == whole
+    report, nothing = run(keep)
+    assert nothing == [] and report == whole, "also what came after the line that was cut off"
+
+
+def test_only_what_is_the_same_is_taken_over(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = tmp_path / "finished.jsonl"
+
+    def read(everyone: list[Any], texts: list[Document] = TEXTS, limit: int | None = None) -> set[str]:
+        readings: list[tuple[str, int]] = []
+        compare([Counted(one, readings) for one in everyone], texts, {}, limit, resamples=10, keep=keep)
+        return {name for name, _ in readings}
+
+    names = {one.name for one in everybody(folders)}
+    assert read(everybody(folders)) == names and read(everybody(folders)) == set()
+    assert read(everybody(folders, buffers=[8])) == {"hippoformer, buffer 8"}
+    assert read(everybody(folders, selections=[("h2o", 9)])) == {"base, window 48 + 9 by h2o"}
+    assert read(everybody(folders), limit=100) == names
+    assert read(everybody(folders), [TEXTS[1]]) == set(), "a text by itself"
+
+    def changed(part: str) -> list[Any]:
+        everyone = everybody(folders)
+        model = everyone[-1].model if part == "other" else getattr(everyone[0].model, part)
+        next(iter(model.parameters())).data.add_(1.0)
+        return everyone
+
+    memories = {"hippoformer", "hippoformer, buffer 16"}
+    assert memories <= read(changed("hippocampus")) < names
+    assert read(changed("base")) == names - {str(folders["mamba"])}
+    assert read(changed("other")) == {str(folders["mamba"])}
+    monkeypatch.setattr("hippoformer.evaluation.comparison.code_sha256", lambda: "other code")
+    assert read(everybody(folders)) == names
+
+
+def test_where_nothing_can_be_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(HippoFormerError, match="could not be written"):
+        compare(everybody(folders)[:1], TEXTS, {}, resamples=10, keep=tmp_path / "nowhere" / "finished.jsonl")
 
 
 def test_from_the_command_line(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,5 +316,28 @@ def test_from_the_command_line(folders: dict[str, Path], tmp_path: Path, monkeyp
         content = json.loads((tmp_path / "out.json").read_text())
         assert content["format"] == "hippoformer.comparison/1" and len(content["contestants"]) == number
         assert content["contestants"][0]["utf8_bytes"] == 199
+    assert not list(tmp_path.glob("out.json?*")), "what was kept until the report was there"
     wrong = CliRunner().invoke(app, ["eval", "bytes", *arguments, "--kv", "h2o"])
     assert wrong.exit_code == 2 and "METHOD:BUDGET" in wrong.output
+
+
+def test_the_command_goes_on_beside_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hippoformer, "load", lambda name, **options: tiny_load(name, residual_readout=False, **options))
+    (tmp_path / "text.txt").write_text(TEXTS[0].text)
+    arguments = ["eval", "bytes", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--resamples", "10"]
+    arguments += ["--windows", "64", "--buffers", "0", "--kv", "random:8", "--output", str(tmp_path / "out.json")]
+    score, readings = Streamed.score, list[str]()
+
+    def stopped(self: Streamed, ids: Tensor) -> Scored:
+        if len(readings) == 2:
+            raise HippoFormerError("stopped")
+        readings.append(self.name)
+        return score(self, ids)
+
+    monkeypatch.setattr(Streamed, "score", stopped)
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert [path.name for path in tmp_path.glob("out.json*")] == ["out.json.finished.jsonl"]
+    first = readings.copy()
+    readings[:] = ["nobody"] * 3
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert not set(first) & set(readings) and [path.name for path in tmp_path.glob("out.json*")] == ["out.json"]

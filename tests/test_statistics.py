@@ -21,7 +21,7 @@ from hippoformer.evaluation import (
     token_perplexity,
     write_json,
 )
-from hippoformer.evaluation.provenance import _commit
+from hippoformer.evaluation.provenance import _commit, code_sha256
 
 
 def sample(documents: int = 40, seed: int = 0) -> tuple[list[float], list[float], list[int]]:
@@ -150,6 +150,16 @@ def test_the_commit_is_that_of_our_own_checkout(tmp_path: Path) -> None:
     installed = tmp_path / ".venv" / "site-packages" / "hippoformer"
     installed.mkdir(parents=True)
     assert _commit(installed) == (None, None)
+
+
+def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "module.py").write_text("one")
+    first = code_sha256(tmp_path)
+    (tmp_path / "notes.txt").write_text("no code")
+    assert code_sha256(tmp_path) == first != code_sha256()
+    (tmp_path / "inner" / "module.py").write_text("two")
+    assert code_sha256(tmp_path) != first
 
 
 def test_provenance_names_what_a_figure_depends_on(tmp_path: Path) -> None:

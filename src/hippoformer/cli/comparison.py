@@ -121,6 +121,10 @@ def _compare(
     found = texts.read()[:documents]
     loaded, tokenizer = model.load(seed=seed)
     everybody = contestants(loaded, tokenizer, **asked)
+    # Hours of reading: what is finished is kept until the report is written.
+    keep = None if output is None else output.with_name(f"{output.name}.finished.jsonl")
     with reading() as progress:
-        report = compare(everybody, found, describe(loaded), limit_characters, seed, resamples, progress)
+        report = compare(everybody, found, describe(loaded), limit_characters, seed, resamples, progress, keep=keep)
     show(report, output)
+    if keep is not None:
+        keep.unlink(missing_ok=True)

@@ -25,9 +25,10 @@ from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
 from hippoformer.evaluation.causality import check
 from hippoformer.evaluation.comparison import Contestant, Scored
 from hippoformer.evaluation.kv_selection import Method, SelectedKeys
-from hippoformer.evaluation.scoring import reading
+from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.views import with_options
 from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.memory_file import base_fingerprint, fingerprint
 
 _RECURRENT_PIECE = 512
 _LONGEST_WINDOW = 1_024
@@ -54,14 +55,18 @@ class Streamed:
         """See `Contestant`."""
         with self._reading():
             cache, began = self.model.new_cache(1), time.perf_counter()
-            log_probs = self.model.score(ids.unsqueeze(0).to(self.model.device), past_key_values=cache)[0].cpu()
+            nll = _nll(self.model.score(ids.unsqueeze(0).to(self.model.device), past_key_values=cache)[0])
             seconds = time.perf_counter() - began
-        return Scored(log_probs, cache.window_nbytes, cache.memory_nbytes if self.memory else 0, seconds)
+        return Scored(nll, cache.window_nbytes, cache.memory_nbytes if self.memory else 0, seconds)
 
     def check(self, ids: Tensor) -> None:
         """See `Contestant`."""
         with self._reading():
             check(self.model, ids)
+
+    def depends_on(self) -> dict[str, Any]:
+        """See `Contestant`."""
+        return fingerprint(self.model) | describe(self.model) | {"memory": self.memory}
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -82,12 +87,18 @@ class Selecting:
     def score(self, ids: Tensor) -> Scored:
         """See `Contestant`."""
         began = time.perf_counter()
-        log_probs = self.selected.scores(ids).cpu()
-        return Scored(log_probs, *self.selected.nbytes, time.perf_counter() - began)
+        nll = _nll(self.selected.scores(ids))
+        return Scored(nll, *self.selected.nbytes, time.perf_counter() - began)
 
     def check(self, ids: Tensor) -> None:
         """See `Contestant`."""
         check(self.selected, ids)
+
+    def depends_on(self) -> dict[str, Any]:
+        """See `Contestant`."""
+        of = self.selected
+        choice = {"method": of.method, "budget": of.budget, "seed": of.seed, "config": of.config.to_dict()}
+        return choice | _weights(of.base)
 
 
 @dataclass
@@ -119,12 +130,16 @@ class Foreign:
     def score(self, ids: Tensor) -> Scored:
         """See `Contestant`."""
         began = time.perf_counter()
-        log_probs = self.scores(ids).cpu()
-        return Scored(log_probs, self._nbytes, 0, time.perf_counter() - began)
+        nll = _nll(self.scores(ids))
+        return Scored(nll, self._nbytes, 0, time.perf_counter() - began)
 
     def check(self, ids: Tensor) -> None:
         """See `Contestant`."""
         check(self, ids)
+
+    def depends_on(self) -> dict[str, Any]:
+        """See `Contestant`."""
+        return self.options | _weights(self.model)
 
     @torch.no_grad()
     def scores(self, ids: Tensor) -> Tensor:
@@ -270,6 +285,16 @@ def contestants(
         found.append(Selecting(name, own | {"method": method, "budget": budget}, tokenizer, selected))
     found += [foreign(name, model_window, dtype=dtype, device=model.device) for name in models]
     return found
+
+
+def _nll(log_probs: Tensor) -> float:
+    """Sum of -log p; on the way to the CPU it waits for the device."""
+    return -float(log_probs.cpu().double().sum())
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """What a model of transformers computes with."""
+    return {"weights": base_fingerprint(model), "of": model.config.to_dict(), "device": str(model.device)}
 
 
 def _adapted(folder: str, dtype: Any) -> tuple[Any, Any]:

@@ -3,15 +3,18 @@
 Perplexity a token compares nothing between tokenizers. Every contestant reads each document from its beginning with its
 own tokenizer, scores every token but the first once, and is measured on the text that its scored tokens cover. Whoever
 looks ahead is refused. Documents are cut by characters, so that all read the same text.
+
+Everybody reads a document before the next begins: whoever fails, fails on the first, and the time that is left can be
+told from the time that has passed. What was read is kept in a file until the end, see `Finished`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
-from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.finished import Finished
+from hippoformer.evaluation.provenance import code_sha256, digest, provenance
 from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import EncodedDocument, encode
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
@@ -37,13 +41,13 @@ class Scored:
     """One document as a contestant read it.
 
     Attributes:
-        log_probs: (T - 1,) of its tokens but the first.
+        nll: sum of -log p over its tokens but the first, in nats.
         window_nbytes, memory_nbytes: bytes of state that reading needed: keys and values (or what stands for them), and
             a memory beside them.
         seconds: wall time.
     """
 
-    log_probs: Tensor
+    nll: float
     window_nbytes: int
     memory_nbytes: int
     seconds: float
@@ -62,6 +66,9 @@ class Contestant(Protocol):
 
     def check(self, ids: Tensor) -> None:
         """Raises CausalityError if predictions depend on what comes after them; see `causality.check`."""
+
+    def depends_on(self) -> dict[str, Any]:
+        """All that its scores depend on beside the tokens: weights, options, device."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,7 @@ def compare(
     resamples: int = RESAMPLES,
     progress: Callable[[int, int], None] | None = None,
     command: str | None = None,
+    keep: Path | None = None,
 ) -> ComparisonReport:
     """Lets everybody read the same documents.
 
@@ -175,12 +183,14 @@ def compare(
         model: what is being evaluated, for the report.
         limit_characters: read only the first so many characters of each document.
         seed, resamples: of the bootstrap over documents.
-        progress: called with (documents read, in all), contestants counted each. command: recorded in the report.
+        progress: called with (tokens read, in all), contestants counted each. command: recorded in the report.
+        keep: file for what each contestant has read. Another call takes from it what it would read in just the same
+            way; it is the caller's to remove.
 
     Raises:
         ConfigurationError: nobody, two of one name, or a limit below 1.
         CausalityError: a contestant looks ahead. TextError: no document of two tokens.
-        NonFiniteError: a scored token has probability zero or NaN.
+        NonFiniteError: a scored token has probability zero or NaN. HippoFormerError: `keep` cannot be written.
     """
     names = [contestant.name for contestant in contestants]
     if not names or len(set(names)) < len(names) or (limit_characters is not None and limit_characters < 1):
@@ -192,19 +202,9 @@ def compare(
     kept = [i for i in range(len(cut)) if all(of[i].tokens_scored and of[i].utf8_bytes for of in encoded.values())]
     if not kept:
         raise TextError(f"none of {len(cut)} documents has two tokens for everybody; name a longer text")
-    for contestant in contestants:
-        contestant.check(encoded[contestant.name][kept[0]].input_ids)
-    scored: dict[str, list[Scored]] = {name: [] for name in names}
-    for number, i in enumerate(kept):
-        for place, contestant in enumerate(contestants):
-            found = contestant.score(encoded[contestant.name][i].input_ids)
-            if not torch.isfinite(found.log_probs).all():
-                raise NonFiniteError(f"a token of {cut[i].title!r} has probability zero or NaN under {contestant.name}")
-            scored[contestant.name].append(found)
-            if progress is not None:
-                progress(number * len(names) + place + 1, len(kept) * len(names))
     read = {name: [of[i] for i in kept] for name, of in encoded.items()}
-    nll = {n: np.array([-float(s.log_probs.double().sum()) for s in of]) for n, of in scored.items()}
+    scored = _scored(contestants, read, Finished(keep), progress)
+    nll = {name: np.array([s.nll for s in of]) for name, of in scored.items()}
     nbytes = {name: np.array([d.utf8_bytes for d in of], dtype=np.float64) for name, of in read.items()}
     bits = {name: nll[name] / math.log(2) / nbytes[name] for name in names}
     tests = dict(zip(names[1:], corrected([paired_test(bits[n], bits[names[0]]) for n in names[1:]]), strict=True))
@@ -232,6 +232,42 @@ def compare(
         ),
         provenance=provenance(seed=seed, documents=cut, command=command),
     )
+
+
+def _scored(
+    contestants: Sequence[Contestant],
+    read: Mapping[str, Sequence[EncodedDocument]],
+    finished: Finished,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, list[Scored]]:
+    """Every document by every contestant; what is finished is not read again."""
+    code, keys = code_sha256(), dict[tuple[str, int], str]()
+    for c in contestants:
+        depends = digest([code, c.name, c.kind, c.options, c.depends_on()])
+        for i, document in enumerate(read[c.name]):
+            keys[c.name, i] = digest([depends, document.input_ids.tolist()])
+    scored = {place: Scored(**kept) for place, key in keys.items() if (kept := finished.get(key)) is not None}
+    for contestant in contestants:
+        if (contestant.name, 0) not in scored:  # before it was scored, it was checked
+            contestant.check(read[contestant.name][0].input_ids)
+    total = sum(document.tokens_read for of in read.values() for document in of)
+    done = sum(read[name][i].tokens_read for name, i in scored)
+    if progress is not None:
+        progress(done, total)
+    for i in range(len(read[contestants[0].name])):
+        for contestant in contestants:
+            name, document = contestant.name, read[contestant.name][i]
+            if (name, i) in scored:
+                continue
+            found = contestant.score(document.input_ids)
+            if not math.isfinite(found.nll):
+                raise NonFiniteError(f"a token of {document.document.title!r} has probability zero or NaN under {name}")
+            finished.add(keys[name, i], asdict(found))
+            scored[name, i] = found
+            done += document.tokens_read
+            if progress is not None:
+                progress(done, total)
+    return {name: [scored[name, i] for i in range(len(of))] for name, of in read.items()}
 
 
 def _result(

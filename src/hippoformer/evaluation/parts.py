@@ -4,7 +4,6 @@ The base reads most texts once: perplexity hands its token scores to the gain by
 hidden states on disk.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from hippoformer.evaluation.brain import evaluate_brain
 from hippoformer.evaluation.dynamics import evaluate_dynamics
 from hippoformer.evaluation.long_range import evaluate_long_range
 from hippoformer.evaluation.perplexity import evaluate_perplexity
-from hippoformer.evaluation.provenance import documents_sha256
+from hippoformer.evaluation.provenance import digest, documents_sha256
 from hippoformer.evaluation.quality import evaluate_quality
 from hippoformer.evaluation.recall import evaluate_recall
 from hippoformer.evaluation.report import Report
@@ -92,14 +91,14 @@ class Suite:
     @property
     def scores_file(self) -> Path:
         """Where perplexity leaves what every token was given."""
-        return self.cache_dir / f"token_scores_{_digest(self.request(PARTS['perplexity']))[:16]}.safetensors"
+        return self.cache_dir / f"token_scores_{digest(self.request(PARTS['perplexity']))[:16]}.safetensors"
 
     def request(self, part: "Part") -> dict[str, Any]:
         """What a part's file must answer: digests of model and texts, and the settings that it uses."""
         settings = json.loads(json.dumps(asdict(self.settings)))
         return {
             "part": part.name,
-            "model": _digest(fingerprint(self.model) | {"config": describe(self.model)["config"]}),
+            "model": digest(fingerprint(self.model) | {"config": describe(self.model)["config"]}),
             "texts": documents_sha256(self.long_documents if part.long else self.documents),
             "settings": {name: settings[name] for name in (*part.uses, "seed", "resamples")},
         }
@@ -309,7 +308,3 @@ PARTS: dict[str, Part] = {
         ),
     )
 }
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -25,6 +25,7 @@ from hippoformer.data import Document
 from hippoformer.errors import HippoFormerError
 
 PACKAGES = ("hippoformer", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets", "numpy", "scipy")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def provenance(
@@ -41,7 +42,7 @@ def provenance(
         date (UTC), command, seed, commit (None outside a checkout), dirty (the package has uncommitted changes),
         python, packages (None: not installed), platform, cpu, cpus, torch_threads, gpu (None without one), data.
     """
-    commit, dirty = _commit(Path(__file__).resolve().parents[1])
+    commit, dirty = _commit(_PACKAGE)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": _command() if command is None else command,
@@ -65,6 +66,17 @@ def documents_sha256(documents: Iterable[Document]) -> str:
     for document in documents:
         digest.update(document.text.encode("utf-8"))
     return digest.hexdigest()
+
+
+def digest(content: Any) -> str:
+    """sha256 of anything that JSON can hold; what it has no word for goes by its name."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_sha256(package: Path = _PACKAGE) -> str:
+    """sha256 of the package's own code, as it is and not as it was committed, and of the versions it runs with."""
+    code = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
+    return digest([code, {name: _version(name) for name in PACKAGES}])
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -112,9 +124,8 @@ def _data(documents: list[Document]) -> dict[str, Any]:
 def _command() -> str:
     """The command line, with the program as a user would call it instead of where it lies on this machine."""
     program, arguments = Path(sys.argv[0]), sys.argv[1:]
-    package = Path(__file__).resolve().parents[1]
-    if program.stem == package.name or program.resolve().parent == package / "cli":
-        return shlex.join([package.name, *arguments])
+    if program.stem == _PACKAGE.name or program.resolve().parent == _PACKAGE / "cli":
+        return shlex.join([_PACKAGE.name, *arguments])
     if program.is_absolute() and program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     return shlex.join([program.name if program.is_absolute() else str(program), *arguments])
