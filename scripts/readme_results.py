@@ -3,9 +3,9 @@
     python scripts/readme_results.py            # rewrite the blocks
     python scripts/readme_results.py --check    # exit 1 if one is not what the files say
 
-Six kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
-`eval variants`, `eval recall-variants` and `eval bytes` with --output, and of `benchmarks/speed.py`. Others are left
-alone. No figure in a block is typed by hand.
+Seven kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
+`eval variants`, `eval recall-variants`, `eval babilong` and `eval bytes` with --output, and of `benchmarks/speed.py`.
+Others are left alone. No figure in a block is typed by hand.
 """
 
 import argparse
@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PERPLEXITY, RECALL = "hippoformer.perplexity/1", "hippoformer.recall/1"
 VARIANTS, RECALL_VARIANTS = "hippoformer.variants/1", "hippoformer.recall_variants/1"
-COMPARISON, SPEED = "hippoformer.comparison/1", "hippoformer.speed/1"
+COMPARISON, SPEED, BABILONG = "hippoformer.comparison/1", "hippoformer.speed/1", "hippoformer.babilong/1"
 # Which kinds a file's block holds, and where the results lie, seen from there.
 BLOCKS = {
     "README.md": ((PERPLEXITY, RECALL, SPEED), "results"),
-    "docs/results.md": ((VARIANTS, RECALL_VARIANTS, COMPARISON), "../results"),
+    "docs/results.md": ((VARIANTS, RECALL_VARIANTS, BABILONG, COMPARISON), "../results"),
     "src/hippoformer/pretrained/smollm2-135m/README.md": ((PERPLEXITY, RECALL), "../../../../results"),
 }
 EMPTY = "No results are stored yet: `results/` holds no report."
@@ -43,6 +43,7 @@ def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:
         RECALL: (RECALL_HEADINGS, _recall_rows),
         VARIANTS: (VARIANTS_HEADINGS, _variant_rows),
         RECALL_VARIANTS: (RECALL_VARIANTS_HEADINGS, _recall_variant_rows),
+        BABILONG: (BABILONG_HEADINGS, _babilong_rows),
         COMPARISON: (COMPARISON_HEADINGS, _comparison_rows),
         SPEED: (SPEED_HEADINGS, _speed_rows),
     }
@@ -65,6 +66,7 @@ PERPLEXITY_HEADINGS = (
 RECALL_HEADINGS = ("report", "fact", "tokens ago", "cases", "right", "right, memory off", "answer still stored")
 VARIANTS_HEADINGS = ("report", "variant", "token perplexity", "against the base", "against the first", "memory")
 RECALL_VARIANTS_HEADINGS = ("report", "variant", "tokens ago", "cases", "right", "against the first, points")
+BABILONG_HEADINGS = ("report", "task", "tokens", "reading", "cases", "right", "nats")
 COMPARISON_HEADINGS = ("report", "who", "state per row", "token perplexity", "bits/byte", "bits against the first")
 SPEED_HEADINGS = ("report", "measured", "value", "reference", "ratio", "tokens")
 
@@ -133,6 +135,21 @@ def _recall_variant_rows(name: str, report: Content) -> list[list[str]]:
         ]
         for variant in report["variants"]
         for distance, right in variant["right"].items()
+    ]
+
+
+def _babilong_rows(name: str, report: Content) -> list[list[str]]:
+    return [
+        [
+            _link(name),
+            cell["task"],
+            f"{cell['length']:,}",
+            cell["condition"],
+            str(cell["cases"]),
+            f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]",
+            f"{cell['nats']:.2f}",
+        ]
+        for cell in report["cells"]
     ]
 
 

@@ -4,11 +4,25 @@ Each command is a thin layer over a function of the package, imported only when 
 file a group of commands; importing it registers them.
 """
 
-from hippoformer.cli import chat, comparison, drift, evaluate, harness, mechanisms, memory, original, report, run, suite
+from hippoformer.cli import (
+    babilong,
+    chat,
+    comparison,
+    drift,
+    evaluate,
+    harness,
+    mechanisms,
+    memory,
+    original,
+    report,
+    run,
+    suite,
+)
 from hippoformer.cli.app import app
 
 __all__ = [
     "app",
+    "babilong",
     "chat",
     "comparison",
     "drift",

@@ -4,7 +4,8 @@
     scrolls-TASK             qasper, quality, narrative_qa, summ_screen_fd, gov_report, qmsum, contract_nli
                              (Shaham et al. 2022, arXiv:2201.03533); only train and validation have answers
     babilong-LENGTH-TASK     0k, 1k … 1M and qa1 … qa10 (Kuratov et al. 2024, arXiv:2406.10149), as babilong-4k-qa1
-    babi-TASK                qa1 … qa5 from a local copy, the short stories that BABILong hides in books
+    babi-TASK                qa1 … qa5 from a local copy, the short stories that BABILong hides in books (as does
+                             `data.babilong`); babi-10k-TASK from the larger set of it, in the folder en-10k
     FILE.jsonl               a line a question: {"context", "question", "answers"}
 
 A local copy `DATA_DIR/NAME/SPLIT.jsonl` of any of them comes first. What is nowhere is an error.
@@ -92,11 +93,13 @@ def _from_file(path: Path) -> Iterator[Question]:
 def _from_babi(task: str, split: str, data_dir: Path) -> Iterator[Question]:
     """Stories whose lines are numbered from 1; a question ends in a tab (a bar in some copies) and the answer."""
     part = {"validation": "train"}.get(split, split)  # bAbI has no validation split
-    places = sorted((data_dir / "babi").rglob(f"{_BABI_TASKS.get(task, task)}_{part}.txt"))
+    larger, plain = task.startswith("10k-"), task.removeprefix("10k-")
+    file, folder = f"{_BABI_TASKS.get(plain, plain)}_{part}.txt", "babi/**/en-10k" if larger else "babi/**"
+    places = sorted(data_dir.glob(f"{folder}/{file}"))
     if not places:
         raise TextError(
-            f"babi-{task} ({split}) is not at hand: no file {_BABI_TASKS.get(task, task)}_{part}.txt in "
-            f"{data_dir / 'babi'}; put the bAbI tasks there, or choose one of babi-{', babi-'.join(_BABI_TASKS)}"
+            f"babi-{task} ({split}) is not at hand: no file {file} in {data_dir / folder}; put the bAbI tasks there, "
+            f"or choose one of babi-{', babi-'.join(_BABI_TASKS)}"
         )
     story: list[str] = []
     for number, line in enumerate(places[0].read_text(encoding="utf-8").splitlines(), start=1):

@@ -6,7 +6,7 @@ counts if every token of it is right. The same question is put to the same copy 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,22 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.generation import left_padded
-from hippoformer.evaluation.needles import KINDS, PIECE, Needle, Planted, haystack
+from hippoformer.evaluation.needles import KINDS, PIECE, Planted, haystack
 
 # What was said, and -log p of what should have been.
 Answer = tuple[list[int], float]
+
+
+class Posed(Protocol):
+    """A question and its answer as token ids."""
+
+    @property
+    def question(self) -> list[int]:
+        """What is read; the answer continues it."""
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that must come next."""
 
 
 @dataclass(frozen=True)
@@ -160,21 +172,21 @@ def unaided(model: Any, cache: Any, ready: list[tuple[int, Planted]]) -> list[An
         return answers(model, cache.select_rows(rows), [p.needle for _, p in ready])
 
 
-def answers(model: Any, cache: Any, needles: Sequence[Needle]) -> list[Answer]:
+def answers(model: Any, cache: Any, posed: Sequence[Posed]) -> list[Answer]:
     """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
     judged = cache.copy()
-    decoded: list[list[int]] = [[] for _ in needles]
-    tokens, mask = left_padded([needle.question for needle in needles], model.device)
-    for _ in range(max(len(needle.answer) for needle in needles)):
+    decoded: list[list[int]] = [[] for _ in posed]
+    tokens, mask = left_padded([one.question for one in posed], model.device)
+    for _ in range(max(len(one.answer) for one in posed)):
         logits = model(tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         tokens = logits.argmax(-1, keepdim=True)
         mask = torch.ones_like(tokens)
         for row, token in enumerate(tokens.flatten().tolist()):
             decoded[row].append(token)
-    together = [[*needle.question, *needle.answer] for needle in needles]
+    together = [[*one.question, *one.answer] for one in posed]
     tokens, mask = left_padded(together, model.device)
     log_probs = model.score(tokens, attention_mask=mask, past_key_values=judged)
     return [
-        (said[: len(needle.answer)], -float(row[-len(needle.answer) :].double().sum()))
-        for said, needle, row in zip(decoded, needles, log_probs, strict=True)
+        (said[: len(one.answer)], -float(row[-len(one.answer) :].double().sum()))
+        for said, one, row in zip(decoded, posed, log_probs, strict=True)
     ]

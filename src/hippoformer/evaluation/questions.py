@@ -23,7 +23,8 @@ from hippoformer.evaluation.statistics import RESAMPLES, Interval
 from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
 
 CONDITIONS = ("memory", "off")
-_ASKED = "\n\nQuestion: {question}\nAnswer:"
+# How a question is put after its text.
+ASKED = "\n\nQuestion: {question}\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def evaluate_questions(
     for asked in questions:
         text, tail = (
             tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-            for part in (asked.context, _ASKED.format(question=asked.question))
+            for part in (asked.context, ASKED.format(question=asked.question))
         )
         prompts.append([*start, *text[:limit_tokens], *tail])
     # Side by side go prompts of like length, so that few rows idle.

@@ -95,6 +95,21 @@ def _recall(result: Result) -> list[Row]:
     ]
 
 
+def _babilong(result: Result) -> list[Row]:
+    return [
+        [
+            result.title,
+            cell["task"],
+            f"{cell['length']:,}",
+            cell["condition"],
+            str(cell["cases"]),
+            f"{100 * cell['right']:.0f} %" + _ends(cell["low"], cell["high"], lambda x: f"{100 * x:.0f}"),
+            f"{cell['nats']:.1f}",
+        ]
+        for cell in result.content["cells"]
+    ]
+
+
 def _brain(result: Result) -> list[Row]:
     return [
         [
@@ -174,6 +189,15 @@ _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
         "intervals by Wilson's formula.",
         ("fact", "tokens ago", "cases", "right", "right, off", "−log p", "−log p, off", "still stored"),
         _recall,
+    ),
+    (
+        "hippoformer.babilong/1",
+        "Stories hidden in books",
+        "Questions about stories of bAbI whose sentences are hidden in a book, by the least number of tokens read. "
+        "Right: every token of the answer. “window”: the base alone, which reads only so many. Brackets: 95 % intervals "
+        "by Wilson's formula.",
+        ("report", "task", "tokens", "reading", "cases", "right", "−log p"),
+        _babilong,
     ),
     (
         "hippoformer.brain/1",

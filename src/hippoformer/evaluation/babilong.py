@@ -1,0 +1,253 @@
+"""Questions about stories hidden in books, at several lengths: with the memory, without, and with longer windows.
+
+Each text is read from an empty memory; then the question is put to a copy of the state, once with the memory and once
+with it off. What the base has read is the same for both. A `window` is the base alone with attention over as many
+tokens: it reads the start token, where there is one, and the last tokens before the question, as many as it holds.
+An answer is decoded greedily and counts if every token of it is right.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import binomtest
+
+from hippoformer.data.babilong import hidden_questions
+from hippoformer.data.documents import Document
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation.examination import Answer, answers
+from hippoformer.evaluation.generation import left_padded
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.questions import ASKED
+from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens
+from hippoformer.evaluation.statistics import LEVEL
+from hippoformer.evaluation.views import with_options
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question as token ids; `text` begins with the start token, where the tokenizer has one."""
+
+    name: str
+    task: str
+    length: int
+    text: list[int]
+    question: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One question and what was answered.
+
+    Attributes:
+        name: of the question. task, length: the cell it belongs to. tokens_read: before the question.
+        right: condition -> every token decoded is that of the answer. nats: condition -> -log p of the whole answer.
+    """
+
+    name: str
+    task: str
+    length: int
+    tokens_read: int
+    right: dict[str, bool]
+    nats: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BabilongReport(Report):
+    """Every question, and where the numbers came from.
+
+    Attributes:
+        model: what was measured. settings: options. conditions: names, in the order asked. asked: every question.
+    """
+
+    FORMAT: ClassVar[str] = "hippoformer.babilong/1"
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    conditions: tuple[str, ...]
+    asked: tuple[Told, ...]
+    provenance: dict[str, Any]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Per task, length and condition: cases, tokens read on average, share right with its interval, nats."""
+        found = []
+        for task in self.settings["tasks"]:
+            for length in self.settings["lengths"]:
+                of = [told for told in self.asked if (told.task, told.length) == (task, length)]
+                shared = {"task": task, "length": length, "cases": len(of)}
+                shared["tokens_read"] = sum(told.tokens_read for told in of) / len(of)
+                for condition in self.conditions:
+                    right = sum(told.right[condition] for told in of)
+                    interval = binomtest(right, len(of)).proportion_ci(LEVEL, "wilson")
+                    found.append(
+                        shared
+                        | {
+                            "condition": condition,
+                            "right": right / len(of),
+                            "low": float(interval.low),
+                            "high": float(interval.high),
+                            "nats": sum(told.nats[condition] for told in of) / len(of),
+                        }
+                    )
+        return found
+
+    def content(self) -> dict[str, Any]:
+        """With the cells."""
+        return super().content() | {"cells": self.cells()}
+
+    def to_table(self) -> Table:
+        """One line a task and length, for a terminal."""
+        caption = f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; windows: the base alone"
+        table = Table(title=Text(f"Hidden stories, {self.model['base_model_name']}"), caption=Text(caption))
+        table.add_column("task")
+        for heading in ("tokens", "cases", *self.conditions):
+            table.add_column(heading, justify="right")
+        cells = self.cells()
+        for first in range(0, len(cells), len(self.conditions)):
+            row = cells[first : first + len(self.conditions)]
+            shown = [Text(with_range("{:.0%}", cell["right"], cell["low"], cell["high"])) for cell in row]
+            table.add_row(row[0]["task"], f"{row[0]['length']:,}", str(row[0]["cases"]), *shown)
+        return table
+
+
+def evaluate_babilong(
+    model: Any,
+    tokenizer: Any,
+    books: Sequence[Document],
+    tasks: Sequence[str] = ("qa1", "qa2", "qa3"),
+    lengths: Sequence[int] = (0, 1_000, 4_000, 16_000, 64_000),
+    cases: int | Sequence[int] | Mapping[int, int] = 25,
+    windows: Sequence[int] = (),
+    split: str = "test",
+    data_dir: str | Path = "data",
+    batch_size: int = 5,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    command: str | None = None,
+) -> BabilongReport:
+    """Asks questions about stories hidden in books.
+
+    Args:
+        model: a HippoFormer whose base never hears the memory. tokenizer: its tokenizer.
+        books: where stories are hidden. tasks: of bAbI, as `hidden_questions` takes them.
+        lengths: tokens of a text, at least; 0: the story alone. The stories are the same at every length.
+        cases: questions of each task and length; one number, one for each length, or length -> number.
+        windows: tokens that the base alone attends to, for comparison. split, data_dir: of bAbI.
+        batch_size: texts read side by side. seed: of stories, books and places.
+        progress: called with (tokens read, tokens in all). command: recorded in the report.
+
+    Raises:
+        ConfigurationError: a number out of range, or a residual at an inner layer.
+        TextError: a task that is not at hand, or books without sentences.
+    """
+    counts = _per_length(cases, lengths)
+    if not tasks or len(set(tasks)) < len(tasks) or batch_size < 1 or min(windows, default=1) < 1:
+        raise ConfigurationError(
+            f"tasks={list(tasks)}, batch_size={batch_size}, windows={list(windows)}; expected tasks, each once, and "
+            "positive numbers"
+        )
+    check_untouched(model.config)
+    views = {f"window {window}": with_options(model, window=window) for window in windows}
+    start, asked = start_tokens(tokenizer), {}
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return found
+
+    for length, number in counts.items():
+        for task in tasks:
+            found = hidden_questions(task, split, books, length, number, lambda text: len(ids(text)), seed, data_dir)
+            asked[length, task] = [
+                Case(
+                    name=one.name,
+                    task=task,
+                    length=length,
+                    text=[*start, *ids(one.context)],
+                    question=ids(ASKED.format(question=one.question)),
+                    answer=ids(f" {one.answers[0]}"),
+                )
+                for one in found
+            ]
+    told: list[Told] = []
+    total, done = sum(len(case.text) for of in asked.values() for case in of), 0
+    with reading(model):
+        for batch in _batches(asked, batch_size):
+            told += _asked(model, views, batch, len(start))
+            done += sum(len(case.text) for case in batch)
+            if progress is not None:
+                progress(done, total)
+    return BabilongReport(
+        model=describe(model),
+        settings={
+            "tasks": list(tasks),
+            "lengths": list(counts),
+            "cases": list(counts.values()),
+            "windows": list(windows),
+            "split": split,
+            "batch_size": batch_size,
+            "seed": seed,
+        },
+        conditions=("memory", "off", *views),
+        asked=tuple(told),
+        provenance=provenance(seed=seed, documents=list(books), command=command),
+    )
+
+
+def _per_length(cases: int | Sequence[int] | Mapping[int, int], lengths: Sequence[int]) -> dict[int, int]:
+    """Length -> cases."""
+    if isinstance(cases, Mapping):
+        counts = dict(cases)
+    else:
+        numbers = [cases] * len(lengths) if isinstance(cases, int) else list(cases)
+        counts = dict(zip(lengths, numbers, strict=True)) if len(numbers) == len(lengths) else {}
+    if not counts or sorted(counts) != sorted(lengths) or min(counts) < 0 or min(counts.values()) < 1:
+        raise ConfigurationError(
+            f"lengths={list(lengths)}, cases={cases}; expected different lengths from 0 on, and a number of cases for "
+            "all of them or for each"
+        )
+    return {length: counts[length] for length in lengths}
+
+
+def _batches(asked: Mapping[tuple[int, str], list[Case]], batch_size: int) -> Iterator[list[Case]]:
+    """Texts of one length side by side, the longest first: want of memory shows at once."""
+    for length in sorted({length for length, _ in asked}, reverse=True):
+        together = [case for (of, _), found in asked.items() if of == length for case in found]
+        together.sort(key=lambda case: -len(case.text))
+        for low in range(0, len(together), batch_size):
+            yield together[low : low + batch_size]
+
+
+def _asked(model: Any, views: Mapping[str, Any], batch: Sequence[Case], start: int) -> list[Told]:
+    """Reads the texts of a batch and asks their questions under every condition; `start` tokens begin each text."""
+    cache = _read(model, [case.text for case in batch])
+    said: dict[str, list[Answer]] = {"memory": answers(model, cache.copy(), batch)}
+    with model.memory_off():
+        said["off"] = answers(model, cache, batch)
+    for name, view in views.items():
+        held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
+        with view.memory_off():
+            said[name] = answers(view, _read(view, held), batch)
+    return [
+        Told(
+            name=case.name,
+            task=case.task,
+            length=case.length,
+            tokens_read=len(case.text),
+            right={name: of[row][0] == case.answer for name, of in said.items()},
+            nats={name: of[row][1] for name, of in said.items()},
+        )
+        for row, case in enumerate(batch)
+    ]
+
+
+def _read(model: Any, texts: Sequence[Sequence[int]]) -> Any:
+    """The state after the texts, each read from nothing."""
+    ids, mask = left_padded(texts, model.device)
+    cache = model.new_cache(len(texts))
+    model.score(ids, attention_mask=mask, past_key_values=cache)
+    return cache
