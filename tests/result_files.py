@@ -75,6 +75,8 @@ def contents() -> dict[str, Content]:
         "long_range": {"format": "hippoformer.long_range/1"} | _long_range() | shared,
         "brain": {"format": "hippoformer.brain/1", "measures": _measures()} | shared,
         "bytes": {"format": "hippoformer.comparison/1", "contestants": _contestants()} | shared,
+        "babilong": {"format": "hippoformer.babilong/1", "cells": [_cell("memory", 0.4321), _cell("off", 0.1234)]}
+        | shared,
         "salience": {"format": "hippoformer.salience/1", "rules": [_rule()]} | shared,
         "quality": {"format": "hippoformer.quality/1"} | _quality() | shared,
         "overall": {"format": "hippoformer.evaluation/1", "headline": [_headline()]} | shared,
@@ -182,6 +184,11 @@ def _contestants() -> list[Content]:
             "against": against,
         },
     ]
+
+
+def _cell(condition: str, right: float) -> Content:
+    cell = {"task": "qa1", "length": 4000, "condition": condition, "cases": 25, "tokens_read": 4010.5}
+    return cell | {"right": right, "low": right / 2, "high": 2 * right, "nats": 1.2345}
 
 
 def _rule() -> Content:

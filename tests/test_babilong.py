@@ -19,7 +19,7 @@ from hippoformer.evaluation import babilong
 from hippoformer.evaluation.babilong import BabilongReport, Told, evaluate_babilong
 from hippoformer.evaluation.questions import ASKED
 from hippoformer.model import base_models
-from tiny_texts import tiny_load, tiny_tokenizer
+from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
 
 PLACES = ("bathroom", "hallway", "garden", "office", "kitchen")
 BOOKS = [
@@ -212,6 +212,15 @@ def test_a_window_reads_nothing_from_before_it(tmp_path: Path, monkeypatch: pyte
     given(monkeypatch, [shared, shared[:-1] + "?"])
     one, other = (told.nats for told in by_name(evaluated(tmp_path, lengths=(0,), batch_size=1)))
     assert one["window 64"] != other["window 64"]
+
+
+def test_a_window_begins_with_the_start_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = byte_tokenizer(["<end>"], start="<end>", bos_token="<end>", eos_token="<end>", pad_token="<end>")
+    given(monkeypatch, [BOOKS[0].text[:500], BOOKS[0].text[500 - 63 : 500], BOOKS[0].text[500 - 64 : 500]])
+    report = evaluate_babilong(loud(), started, BOOKS, ("qa1",), (0,), 3, (64,), data_dir=babi(tmp_path), batch_size=1)
+    long, full, one_more = by_name(report)
+    assert (long.tokens_read, full.tokens_read, one_more.tokens_read) == (501, 64, 65)
+    assert long.nats["window 64"] == full.nats["window 64"] == one_more.nats["window 64"]
 
 
 def test_rows_side_by_side_answer_as_they_do_alone(tmp_path: Path) -> None:

@@ -203,6 +203,7 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
     """The files as `hippoformer eval` writes them, not as this test imagines them."""
     from hippoformer.data import Document
     from hippoformer.evaluation import evaluate_perplexity
+    from hippoformer.evaluation.babilong import BabilongReport, Told
     from hippoformer.evaluation.baselines import contestants
     from hippoformer.evaluation.comparison import compare
     from hippoformer.evaluation.recall import evaluate_recall
@@ -227,12 +228,22 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
     evaluate_recall_variants(model, tokenizer, documents, two, distances=(100,), facts=1, resamples=20).save(
         tmp_path / "asked.json"
     )
+    told = [
+        Told(f"q{i}", "qa1", 4000, 4010, {"memory": i < 3, "off": False}, {"memory": 0.5, "off": 2.0}) for i in range(4)
+    ]
+    settings = {"tasks": ["qa1"], "lengths": [4000]}
+    BabilongReport(describe(model), settings, ("memory", "off"), tuple(told), report.provenance).save(
+        tmp_path / "hidden.json"
+    )
     kinds = (script.PERPLEXITY, script.RECALL, script.VARIANTS, script.RECALL_VARIANTS, script.COMPARISON)
+    kinds += (script.BABILONG,)
     block = script.render(script.read_results(tmp_path), kinds)
     for who in compared.contestants:
         assert f"| {who.name} | {who.state_nbytes / 1e6:.1f} MB | {who.token_perplexity:.2f} | " in block
     assert "| [recall](results/recall.json) | home | 100 | 2 |" in block
     assert f"| fifo | {variants.variants[1].perplexity:.2f} | " in block
     assert "| [asked](results/asked.json) | gate | 100 | 6 | 0 % [0 %, 0 %] |  |" in block
+    assert "| [hidden](results/hidden.json) | qa1 | 4,000 | memory | 4 | 75 % [30, 95] | 0.50 |" in block
+    assert "| [hidden](results/hidden.json) | qa1 | 4,000 | off | 4 | 0 % [0, 49] | 2.00 |" in block
     assert f"| {report['memory'].tokens_scored:,} | {report['memory'].token_perplexity.estimate:.2f} [" in block
     assert f"{100 * (report['memory'].against_off.ratio.estimate - 1):+.1f} %" in block

@@ -96,7 +96,7 @@ def test_the_page_asks_for_nothing(page: Page) -> None:
 def test_every_figure_and_table_says_where_it_is_from(page: Page) -> None:
     assert len(page.all("figure")) == len(FIGURES) == len(page.all("figcaption"))
     shown = page.all("figure") + page.all("article")[:-1]  # the last one is the table of sources
-    assert len(shown) == len(FIGURES) + 7
+    assert len(shown) == len(FIGURES) + 8
     for _, text in shown:
         assert "hippoformer eval" in text and re.search(r"commit (0123456789ab|[0-9a-f]{12}|not recorded)", text)
     (training,) = [text for attributes, text in page.all("figure") if attributes["id"] == "figure-training"]
@@ -169,6 +169,7 @@ def test_tables_hold_the_numbers_of_the_files(page: Page) -> None:
     assert {"2.345 [2.1, 2.6]", "2.11", "1.0123 [1.0000, 1.0300]", "−4.0 % [−5.0, −3.0]", "33.0"} <= set(cells)
     assert {"-17 [-18.1, -15.8]", "-8.9 (window-only)"} <= set(cells)
     assert {"0.491", "0.262 [0.200, 0.300]", "0.024 [0.01, 0.06]", "0.0312"} <= set(cells)
+    assert {"43 % [22, 86]", "1.2"} <= set(cells)
     cards = [text for _, text in page.all("li")]
     assert any(change in card and "better in" in card and "of 2 documents" in card for card in cards)
 

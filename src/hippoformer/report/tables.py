@@ -194,8 +194,8 @@ _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
         "hippoformer.babilong/1",
         "Stories hidden in books",
         "Questions about stories of bAbI whose sentences are hidden in a book, by the least number of tokens read. "
-        "Right: every token of the answer. “window”: the base alone, which reads only so many. Brackets: 95 % intervals "
-        "by Wilson's formula.",
+        "Right: every token of the answer. “window”: the base alone, which reads only so many. Brackets: 95 % "
+        "intervals by Wilson's formula.",
         ("report", "task", "tokens", "reading", "cases", "right", "−log p"),
         _babilong,
     ),
