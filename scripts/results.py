@@ -35,20 +35,18 @@ VARIANTS = (
     "fifo:selection=fifo",
     "surprise:selection=surprise",
     "random:selection=random",
-    "no-replay:max_replay_rounds=0",
-    "one-round:max_replay_rounds=1",
-    "three-rounds:max_replay_rounds=3",
+    "replay:max_replay_rounds=10",
+    "replay-decay-0.99:max_replay_rounds=10,decay_rate=0.99",
 )
 RECALL_VARIANTS = (
-    *VARIANTS[:5],
+    *VARIANTS,
     "no-forgetting:decay_rate=1.0",
-    "no-forgetting-no-replay:decay_rate=1.0,max_replay_rounds=0",
 )
 BUFFERS = (0, 1024, 2048, 4096, 8192)
 # How much is replayed, and how fast what is not fades.
 REPLAY = tuple(
     f"rounds-{rounds}-decay-{decay}:max_replay_rounds={rounds},decay_rate={decay}"
-    for decay in (0.99, 0.95, 0.9, 0.8)
+    for decay in (0.998, 0.99, 0.95, 0.9, 0.8)
     for rounds in (0, 1, 3, 10)
 )
 # Of the same bytes: a window longer by 43 tokens a megabyte, so many selected keys, so many episodes.
@@ -135,17 +133,12 @@ PIECES = (
         30,
     ),
     Piece(
-        "recall_far_test.json",
-        ("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9", "--distances", "128000"),
-        18,
-    ),
-    Piece(
         "recall_million_test.json",
         (
             *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "1", "--facts", "100", "--spacing", "3200"),
-            *("--distances", "2000,8000,32000"),
+            *("--distances", "2000,8000,32000,128000"),
         ),
-        24,
+        35,
     ),
     Piece(
         "bytes_novels.json",
