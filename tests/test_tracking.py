@@ -62,12 +62,28 @@ def test_the_numbers_mean_what_they_say(folder: Path) -> None:
     assert entries[-1]["buffer_use"] > 0.5 and entries[-1]["recall_use"] > 0
 
 
-def test_numbers_of_several_steps_are_weighted_by_tokens_and_pieces() -> None:
+def test_numbers_of_several_steps_are_weighted_by_what_they_are_of() -> None:
     common = {"base_nll": 0.0, "salience": 0.0, "tagged": 0.0, "skipped": 0.0}
-    one = {"tokens": 30.0, "nll": 60.0, "mixture": 3.0, "pieces": 4.0, "loss_lm": 8.0, "grad_norm": 2.0} | common
-    other = {"tokens": 10.0, "nll": 0.0, "mixture": 5.0, "pieces": 4.0, "loss_lm": 4.0, "grad_norm": 0.0} | common
+    one = {
+        "tokens": 30.0,
+        "learned": 15.0,
+        "nll": 60.0,
+        "mixture": 3.0,
+        "pieces": 4.0,
+        "loss_lm": 8.0,
+        "grad_norm": 2.0,
+    } | common
+    other = {
+        "tokens": 10.0,
+        "learned": 5.0,
+        "nll": 0.0,
+        "mixture": 5.0,
+        "pieces": 4.0,
+        "loss_lm": 4.0,
+        "grad_norm": 0.0,
+    } | common
     got = means([one, other | {"skipped": 1.0}])
-    assert got["perplexity"] == pytest.approx(math.exp(1.5)) and got["recall_use"] == pytest.approx(0.2)
+    assert got["perplexity"] == pytest.approx(math.exp(3.0)) and got["recall_use"] == pytest.approx(0.2)
     assert got["loss_lm"] == pytest.approx(1.5) and got["grad_norm"] == 2.0 and got["skipped_steps"] == 1.0
 
 

@@ -326,7 +326,7 @@ def memories_table(cache: HippoCache, texts: Sequence[EncodedDocument], tokenize
     headings = ("position", "salience", "priority", "age", "effective", "strength", "credit")
     table = _table("What it holds on to most, of what has left the window", "in the text", *headings)
     table.caption = (
-        "salience: the gate's verdict · priority: importance, raised by replay · age: segments since replayed\n"
+        "salience: the gate's verdict · priority: importance · age: segments since written or replayed\n"
         "effective: priority after ageing · strength: experiences merged · credit: later predictions owed to it"
     )
     for row, text in enumerate(texts):

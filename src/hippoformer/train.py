@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hippoformer.data import Document, dataset_documents, read_documents
 from hippoformer.data.planted import plant_facts
+from hippoformer.data.questions import Question, read_questions
 from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
+from hippoformer.evaluation.scoring import start_tokens
 from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
@@ -48,6 +50,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     accelerator = options.accelerator()
     documents = [] if arguments.read_on_the_way else _documents(arguments)
     documents += _with_facts(documents, arguments)
+    questions = _questions(arguments)
     model = _model(arguments)
     model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
@@ -56,13 +59,16 @@ def run(arguments: TrainArguments) -> HippoFormer:
     _check_segments(arguments, model.config)
     options.segments_per_step = arguments.max_seq_length // model.config.segment_len
 
-    def ready(documents: list[Document]) -> list[Tensor] | HiddenStateCache:
-        texts = [ids for d in documents if len(ids := _encode(d.text, tokenizer, arguments.max_document_tokens)) >= 2]
+    def encoded(documents: list[Document]) -> list[Tensor]:
+        return [ids for d in documents if len(ids := _encode(d.text, tokenizer, arguments.max_document_tokens)) >= 2]
+
+    def ready(texts: list[Tensor]) -> list[Tensor] | HiddenStateCache:
         if not frozen or arguments.read_on_the_way:
             return texts
         folder = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
         return HiddenStateCache(model, texts, folder, processes=accelerator.state)
 
+    answers: dict[int, int] = {}
     texts: list[Tensor] | HiddenStateCache | StreamedTexts
     if arguments.read_on_the_way:
         assert arguments.dataset is not None
@@ -72,16 +78,20 @@ def run(arguments: TrainArguments) -> HippoFormer:
         encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
         texts = StreamedTexts(stream, encode, rows, model.config.segment_len)
     else:
-        texts = ready(documents)
+        read = encoded(documents)
+        asked = [_encode_question(question, tokenizer, arguments.max_document_tokens) for question in questions]
+        answers = {number: answer for number, (_, answer) in enumerate(asked, start=len(read))}
+        texts = ready([*read, *(ids for ids, _ in asked)])
         if arguments.num_epochs is not None:
             lengths = texts.lengths if isinstance(texts, HiddenStateCache) else [len(ids) for ids in texts]
             options.max_steps = _steps(arguments, options, lengths, model.config.segment_len)
-    held_out = ready(read_documents(arguments.eval_text)) if arguments.eval_text else None
-    trainer = Trainer(model, options, texts, held_out, accelerator)
+    held_out = ready(encoded(read_documents(arguments.eval_text))) if arguments.eval_text else None
+    trainer = Trainer(model, options, texts, held_out, accelerator, answers)
     history = trainer.train(_resume_from(arguments))
     trainer.save_model(options.output_dir)
     if accelerator.is_main_process:
-        facts = provenance(seed=arguments.seed, documents=documents or None)
+        told = [Document(q.name, f"{q.context}{q.prompt} {q.answers[0]}", q.name) for q in questions]
+        facts = provenance(seed=arguments.seed, documents=[*documents, *told] or None)
         write_json(
             options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts}
         )
@@ -132,9 +142,17 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     return model
 
 
+def _questions(arguments: TrainArguments) -> list[Question]:
+    sets = (
+        read_questions(name, arguments.questions_split, arguments.data_dir, arguments.max_samples)
+        for name in arguments.questions
+    )
+    return [question for questions in sets for question in questions]
+
+
 def _documents(arguments: TrainArguments) -> list[Document]:
     if arguments.dataset is None:
-        return read_documents(arguments.text)[: arguments.max_samples]
+        return read_documents(arguments.text)[: arguments.max_samples] if arguments.text else []
     return list(
         dataset_documents(
             arguments.dataset,
@@ -155,6 +173,24 @@ def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Do
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
     return torch.tensor(tokenizer(text, truncation=True, max_length=limit)["input_ids"], dtype=torch.int64)
+
+
+def _encode_question(question: Question, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:
+    """A text, its question and the first of its answers, (T,), and where the answer begins; the text's end is cut."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    tail, answer = ids(question.prompt), ids(f" {question.answers[0]}\n")
+    start = start_tokens(tokenizer)
+    room = limit - len(start) - len(tail) - len(answer)
+    if room < 1:
+        raise ConfigurationError(
+            f"--max_document_tokens {limit} leaves no room for the text of {question.name}: its question and answer "
+            f"need {limit - room}"
+        )
+    told = [*start, *ids(question.context)[:room], *tail]
+    return torch.tensor([*told, *answer], dtype=torch.int64), len(told)
 
 
 def _check_segments(arguments: TrainArguments, config: HippoFormerConfig) -> None:

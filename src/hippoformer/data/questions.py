@@ -43,6 +43,11 @@ class Question:
     question: str
     answers: tuple[str, ...]
 
+    @property
+    def prompt(self) -> str:
+        """How it is put after its context; a blank and the answer follow."""
+        return f"\n\nQuestion: {self.question}\nAnswer:"
+
 
 def read_questions(
     name: str, split: str = "validation", data_dir: str | Path = "data", max_samples: int | None = None

@@ -21,7 +21,6 @@ from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.examination import Answer, answers
 from hippoformer.evaluation.generation import left_padded
 from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.questions import ASKED
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens
 from hippoformer.evaluation.statistics import LEVEL
@@ -168,7 +167,7 @@ def evaluate_babilong(
                     task=task,
                     length=length,
                     text=[*start, *ids(one.context)],
-                    question=ids(ASKED.format(question=one.question)),
+                    question=ids(one.prompt),
                     answer=ids(f" {one.answers[0]}"),
                 )
                 for one in found

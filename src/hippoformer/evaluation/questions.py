@@ -23,8 +23,6 @@ from hippoformer.evaluation.statistics import RESAMPLES, Interval
 from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
 
 CONDITIONS = ("memory", "off")
-# How a question is put after its text.
-ASKED = "\n\nQuestion: {question}\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ def evaluate_questions(
     prompts = []
     for asked in questions:
         text, tail = (
-            tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-            for part in (asked.context, ASKED.format(question=asked.question))
+            tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in (asked.context, asked.prompt)
         )
         prompts.append([*start, *text[:limit_tokens], *tail])
     # Side by side go prompts of like length, so that few rows idle.

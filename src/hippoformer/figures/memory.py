@@ -66,7 +66,7 @@ def draw_dynamics(results: Sequence[Result]) -> Figure:
 def draw_replay(results: Sequence[Result]) -> Figure:
     """What replay did to the store at the end of the last stream, and what it is worth where that was measured."""
     stream = _longest([result for result in results if "segments" in result.content])
-    worth = [variant for result in results for variant in _without_replay(result)]
+    worth = [variant for result in results for variant in _with_other_replay(result)]
     figure = canvas(10.5 if worth else 7.6, 3.9)
     panels = figure.subplots(1, 3 if worth else 2).tolist()
     _ages(panels[0], stream)
@@ -74,7 +74,7 @@ def draw_replay(results: Sequence[Result]) -> Figure:
     if worth:
         forest(panels[2], [w[0] for w in worth], [percent_change(w[1]) for w in worth], [GREEN] * len(worth))
         panels[2].axvline(0, color=MUTED, linewidth=1)
-        panels[2].set(title="Without replay", xlabel="change of perplexity (%)")
+        panels[2].set(title="Other rounds of replay", xlabel="change of perplexity (%)")
     return figure
 
 
@@ -110,9 +110,9 @@ def _ages(axes: Axes, stream: dict[str, Any]) -> None:
     entered = _admitted_at(np.array(store["position"]), model["window"], model["segment_len"])
     alone = ((last - entered) / model["segment_len"] + 1).tolist()
     bins = [edge - 0.5 for edge in range(int(max([*alone, *store["age"], 1])) + 2)]
-    axes.hist(store["age"], bins=bins, color=GREEN, alpha=0.8, label="with replay")
+    axes.hist(store["age"], bins=bins, color=GREEN, alpha=0.8, label="as it is")
     axes.hist(alone, bins=bins, histtype="step", color=GREY, linewidth=2, label="if nothing were replayed")
-    axes.set(title="Young again", xlabel="age (segments since replayed)", ylabel="episodes stored")
+    axes.set(title="Age", xlabel="segments since written or replayed", ylabel="episodes stored")
     axes.legend()
 
 
@@ -134,10 +134,17 @@ def _priorities(axes: Axes, stream: dict[str, Any]) -> None:
     axes.legend(loc="lower right")
 
 
-def _without_replay(result: Result) -> list[tuple[str, dict[str, Any]]]:
-    """(label, ratio to the same model with replay) of every variant without replay."""
+def _with_other_replay(result: Result) -> list[tuple[str, dict[str, Any]]]:
+    """(label, ratio to the reference) of every variant that differs from it in replay alone."""
+    options = [variant["options"] for variant in result.content.get("variants", [])]
     return [
-        (result.name.removeprefix("variants_").replace("_", "\n"), variant["against"]["ratio"])
+        (f"{result.name.removeprefix('variants_').replace('_', ' ')}\n{variant['name']}", variant["against"]["ratio"])
         for variant in result.content.get("variants", [])
-        if variant["options"].get("max_replay_rounds") == 0 and variant["against"] is not None
+        if variant["against"] is not None
+        and "max_replay_rounds" in variant["options"]
+        and _but_replay(variant["options"]) == _but_replay(options[0])
     ]
+
+
+def _but_replay(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "max_replay_rounds"}

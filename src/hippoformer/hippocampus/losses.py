@@ -57,6 +57,7 @@ class HippoFormerLoss(nn.Module):
         importance: Tensor,
         nothing: Tensor,
         useful: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> LossParts:
         """All terms over the counted tokens.
 
@@ -67,17 +68,19 @@ class HippoFormerLoss(nn.Module):
             nothing: (R, N) null mass of the query that predicted the token.
             useful: (R, N) in [0, 1], how useful each episode turned out to be, NaN where it is not known; None for
                 nowhere.
+            learned: (R, N) bool, the counted tokens that are to be predicted; None for all of them.
 
         Returns:
             The parts; means over counted tokens, 0 when none is counted.
         """
         share = counted.float() / counted.sum().clamp_min(1)
         # Nothing that is not counted may reach a sum, or a gradient: 0 * NaN is NaN.
-        nll = torch.where(counted, -target_log_prob, 0.0)
-        weight = torch.where(counted, importance.detach(), 0.0) * share
+        learned = counted if learned is None else counted & learned
+        nll = torch.where(learned, -target_log_prob, 0.0)
+        weight = torch.where(learned, importance.detach(), 0.0)
         excess = (torch.where(counted, salience, 0.0) * share).sum() - self.target_tagged_share * share.sum()
         parts = {
-            "lm": (nll * share).sum(),
+            "lm": nll.sum() / learned.sum().clamp_min(1),
             "salience_weighted": (nll * weight).sum() / weight.sum().clamp_min(1e-12),
             "sparsity": excess.clamp_min(0.0) ** 2,
             "memory_util": (torch.where(counted, nothing, 0.0) * share).sum(),

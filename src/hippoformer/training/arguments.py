@@ -17,6 +17,12 @@ class TrainArguments:
     )
     text: list[str] = field(default_factory=list, metadata={"help": "files or folders of text to train on"})
     eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
+    questions: list[str] = field(
+        default_factory=list,
+        metadata={"help": ".jsonl files, or names as babi-qa1: texts with a question, of which the answer is learned"},
+    )
+    questions_split: str = field(default="train", metadata={"help": "which part of --questions that have parts"})
+    data_dir: str = field(default="data", metadata={"help": "where local copies of --questions lie"})
     dataset: str | None = field(default=None, metadata={"help": "a Hugging Face dataset instead of --text"})
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
     streaming: bool = field(
@@ -109,18 +115,23 @@ def parse(argv: list[str]) -> TrainArguments:
         ConfigurationError: options that contradict each other.
     """
     (arguments,) = HfArgumentParser(TrainArguments, prog="hippoformer train").parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-    if bool(arguments.text) == bool(arguments.dataset):
-        raise ConfigurationError("say what to train on: either --text FILE_OR_FOLDER... or --dataset NAME")
+    if (arguments.text and arguments.dataset) or not (arguments.text or arguments.dataset or arguments.questions):
+        raise ConfigurationError(
+            "say what to train on: either --text FILE_OR_FOLDER... or --dataset NAME; beside them or alone --questions "
+            "NAME..."
+        )
     if arguments.max_steps is not None and arguments.num_epochs is not None:
         raise ConfigurationError("--max_steps and --num_epochs both set the length of the run: give one of them")
     if arguments.lora_r > 0 and arguments.train_base:
         raise ConfigurationError("--lora_r trains adapters beside the base's weights, --train_base the weights: choose")
     if arguments.streaming and arguments.dataset is None:
         raise ConfigurationError("--streaming is for --dataset; texts of --text are read as they are")
-    if arguments.read_on_the_way and (arguments.num_epochs is not None or arguments.planted_documents):
+    if arguments.read_on_the_way and (
+        arguments.num_epochs is not None or arguments.planted_documents or arguments.questions
+    ):
         raise ConfigurationError(
             "--streaming without --max_samples reads a stream of unknown length: give --max_steps instead of "
-            "--num_epochs, and leave --planted_documents out"
+            "--num_epochs, and leave --planted_documents and --questions out"
         )
     if arguments.memory_off and not (arguments.lora_r > 0 or arguments.train_base):
         raise ConfigurationError("--memory_off leaves only the base to train: give --lora_r RANK or --train_base")

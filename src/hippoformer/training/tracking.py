@@ -43,17 +43,19 @@ def start(accelerator: Accelerator, project: str, run_name: str | None, config: 
 def means(window: Sequence[dict[str, float]]) -> dict[str, float]:
     """The numbers of several optimizer steps in one: means over their tokens, losses over their pieces.
 
+    The perplexities are those of the tokens that were to be learned, 1 where there was none.
+
     Args:
         window: sums of each step, as the trainer counts them.
     """
     total = {name: sum(step.get(name, 0.0) for step in window) for name in window[-1]}
-    tokens = max(total["tokens"], 1.0)
+    tokens, learned = (max(total[name], 1.0) for name in ("tokens", "learned"))
     numbers = {name: total[name] / total["pieces"] for name in total if name.startswith("loss_")}
     of_memory = {"salience_mean": "salience", "tagged_share": "tagged", "recall_use": "mixture"}
     numbers |= {shown: total[name] / tokens for shown, name in of_memory.items() if name in total}
     return numbers | {
-        "perplexity": math.exp(total["nll"] / tokens),
-        "base_perplexity": math.exp(total["base_nll"] / tokens),
+        "perplexity": math.exp(total["nll"] / learned),
+        "base_perplexity": math.exp(total["base_nll"] / learned),
         "grad_norm": total["grad_norm"] / max(len(window) - total["skipped"], 1.0),
         "skipped_steps": total["skipped"],
     }

@@ -16,7 +16,7 @@ continues bit for bit.
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class Trainer:
             base itself.
         evaluation: held-out documents, cached or token ids, or None.
         accelerator: of the process, made of the options where it is None.
+        answers: number of a document -> where its answer begins, for those of which no more than that is to be learned.
 
     Raises:
         ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes; rows
@@ -117,6 +118,7 @@ class Trainer:
         documents: HiddenStateCache | Sequence[Tensor] | StreamedTexts,
         evaluation: HiddenStateCache | Sequence[Tensor] | None = None,
         accelerator: Accelerator | None = None,
+        answers: Mapping[int, int] | None = None,
     ) -> None:
         config = model.config
         if isinstance(documents, HiddenStateCache) and (config.use_lora or not config.freeze_base):
@@ -130,6 +132,7 @@ class Trainer:
             raise ConfigurationError("with the memory off a frozen base leaves nothing to train: set use_lora=True")
         torch.manual_seed(options.seed)
         self.model, self.options, self.documents, self.evaluation = model, options, documents, evaluation
+        self.answers = answers or {}
         self.accelerator = accelerator or options.accelerator()
         self.own = processes.own_rows(options.rows, self.accelerator)
         model.to(self.accelerator.device)
@@ -275,14 +278,16 @@ class Trainer:
 
     def _loss(self, piece: Piece, reading: Reading) -> tuple[Tensor, dict[str, float]]:
         found, counted = reading.found, reading.counted
-        n = int(counted.sum())
+        learned = counted & self._learned(piece, counted)
+        n = int(learned.sum())
         numbers = {
-            "tokens": n,
-            "nll": -float(reading.target_log_prob.detach().sum()),
-            "base_nll": -float(reading.base_log_prob.detach()[counted].sum()),
+            "tokens": int(counted.sum()),
+            "learned": n,
+            "nll": -float(reading.target_log_prob.detach()[learned].sum()),
+            "base_nll": -float(reading.base_log_prob.detach()[learned].sum()),
         }
         if found is None:
-            loss = -reading.target_log_prob.sum() / max(n, 1)
+            loss = -torch.where(learned, reading.target_log_prob, 0.0).sum() / max(n, 1)
             return loss, numbers | {"loss_lm": float(loss.detach())}
         target = self._useful(piece, counted)
         parts = self.loss(
@@ -293,6 +298,7 @@ class Trainer:
             found.importance,
             found.prior_nothing,
             target,
+            learned,
         )
         if target is not None:
             self.r_score.update(found.salience, target, counted & ~target.isnan())
@@ -302,6 +308,12 @@ class Trainer:
             "tagged": float((found.salience.detach()[counted] > 0.5).sum()),
             "mixture": float((found.prior_mixture * (1 - found.prior_nothing)).detach()[counted].sum()),
         } | {f"loss_{name}": value for name, value in parts.scalars().items()}
+
+    def _learned(self, piece: Piece, counted: Tensor) -> Tensor:
+        """(R, N) bool, all tokens but those before an answer."""
+        first = [self.answers.get(document, 0) for document in piece.documents]
+        before = torch.tensor([a - s for a, s in zip(first, piece.start, strict=True)], device=counted.device)
+        return torch.arange(counted.shape[1], device=counted.device) >= before.unsqueeze(-1)
 
     def _useful(self, piece: Piece, counted: Tensor) -> Tensor | None:
         if not self.useful:
