@@ -86,8 +86,8 @@ FIGURES: dict[str, Drawing] = {
     ),
     "replay": Drawing(
         "Replay at work",
-        "Replay keeps memories young and raises those that have earned credit. Where variants with other rounds of replay "
-        "were measured: their perplexity against the reference, with 95 % intervals.",
+        "Replay keeps memories young and raises those that have earned credit. Where variants with other rounds of "
+        "replay were measured: their perplexity against the reference, with 95 % intervals.",
         "a trace or dynamics (`hippoformer eval trace --output`, `hippoformer eval dynamics --output`)",
         lambda result: result.format in _STREAMED and bool(result.content["segments"]),
         memory.draw_replay,

@@ -11,9 +11,10 @@ Where cue and companion vote for the same token, their keys agree and the older 
 strengths and credits add, the newer key stays. What was not reactivated has aged by one segment, and what falls under
 `priority_threshold` is forgotten.
 
-Under fast forgetting replay is all that keeps old memories. But what is kept young leaves no room for what comes later:
-in a long stream slow forgetting without replay remembers more (docs/lab-notebook.md, 2026-11-24), and the shipped memory
-has `max_replay_rounds` 0. The draws depend on position and segment alone, so a row replays the same in any batch.
+Under fast forgetting replay is all that keeps old memories. But what is kept young leaves no room for what comes
+later: in a long stream slow forgetting without replay remembers more (docs/lab-notebook.md, 2026-11-24), and the
+shipped memory has `max_replay_rounds` 0. The draws depend on position and segment alone, so a row replays the same in
+any batch.
 """
 
 from dataclasses import dataclass
