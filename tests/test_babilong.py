@@ -17,7 +17,6 @@ from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import babilong
 from hippoformer.evaluation.babilong import BabilongReport, Told, evaluate_babilong
-from hippoformer.evaluation.questions import ASKED
 from hippoformer.model import base_models
 from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
 
@@ -187,7 +186,7 @@ def test_every_condition_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     given(monkeypatch, contexts)
     report = evaluated(tmp_path, lengths=(0,), windows=(64, 800))
     model, tokenizer = loud(), tiny_tokenizer()
-    tail = tokenizer(ASKED.format(question="Where?") + " here").input_ids
+    tail = tokenizer("\n\nQuestion: Where?\nAnswer: here").input_ids
     for told, context in zip(by_name(report), contexts, strict=True):
         ids = torch.tensor([tokenizer(context).input_ids + tail])
         assert told.tokens_read == len(context)
