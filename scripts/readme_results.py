@@ -98,12 +98,16 @@ def _recall_rows(name: str, report: Content) -> list[list[str]]:
             cell["kind"],
             f"{cell['distance']:,}",
             str(cell["cases"]),
-            f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]",
+            _right(cell),
             f"{100 * cell['right_off']:.0f} %",
             f"{100 * cell['kept']:.0f} %",
         ]
         for cell in report["cells"]
     ]
+
+
+def _right(cell: Content) -> str:
+    return f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
 def _variant_rows(name: str, report: Content) -> list[list[str]]:
@@ -146,7 +150,7 @@ def _babilong_rows(name: str, report: Content) -> list[list[str]]:
             f"{cell['length']:,}",
             cell["condition"],
             str(cell["cases"]),
-            f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]",
+            _right(cell),
             f"{cell['nats']:.2f}",
         ]
         for cell in report["cells"]

@@ -25,6 +25,7 @@ BOOKS = [
     Document(name, " ".join(f"The {name} had day {i},\nand it rained." for i in range(200)), "made up")
     for name in ("captain", "widow")
 ]
+TOLD = [sentences(book.text) for book in BOOKS]
 STORY = Question("babi-qa1:3", "Mary went to the garden.\nJohn slept.\nMary left.", "Where is Mary?", ("garden",))
 
 
@@ -92,7 +93,7 @@ def test_a_count_that_is_not_a_sum_is_met_too() -> None:
 
 def test_a_seed_is_a_draw_and_lengths_share_their_stories(tmp_path: Path) -> None:
     def drawn(tokens: int, samples: int = 8, seed: int = 0, name: str = "qa1") -> list[Question]:
-        return hidden_questions(name, "test", BOOKS, tokens, samples, words, seed, babi(tmp_path))
+        return hidden_questions(name, "test", TOLD, tokens, samples, words, seed, babi(tmp_path))
 
     assert drawn(100) == drawn(100)
     assert {q.context for q in drawn(100)}.isdisjoint(q.context for q in drawn(100, seed=1))
@@ -117,7 +118,7 @@ def test_what_cannot_be_hidden_is_refused(tmp_path: Path) -> None:
     babi(tmp_path)
 
     def drawn(task: str = "qa1", tokens: int = 50, samples: int = 2, books: Any = BOOKS) -> None:
-        hidden_questions(task, "test", books, tokens, samples, words, 0, tmp_path)
+        hidden_questions(task, "test", [sentences(book.text) for book in books], tokens, samples, words, 0, tmp_path)
 
     with pytest.raises(TextError, match=r"babi-qa9 \(test\) is not at hand"):
         drawn("qa9")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 import hippoformer
 from hippoformer.data import Document, read_documents
 from hippoformer.errors import TextError
-from hippoformer.evaluation.scoring import EncodedDocument, encode
+from hippoformer.evaluation.scoring import EncodedDocument, encode, token_ids
 from hippoformer.model.cache import Episode, HippoCache
 from hippoformer.model.modeling import HippoFormer
 
@@ -192,9 +193,7 @@ def plant(tokenizer: Any, documents: Sequence[Document], tokens_after: int) -> l
         tokens_after: wanted after the answer; all texts are equally long, fewer where there is not enough text.
     """
 
-    def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
+    ids_of = partial(token_ids, tokenizer)
     starts = []
     for document, (prompt, answer) in zip(documents, FACTS, strict=False):
         cut = max(document.text.find("\n", _PLANT_AFTER, _PARAGRAPH), min(_PLANT_AFTER, len(document.text) // 2))

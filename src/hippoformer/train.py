@@ -15,7 +15,7 @@ from hippoformer.data.questions import Question, read_questions
 from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
-from hippoformer.evaluation.scoring import start_tokens
+from hippoformer.evaluation.scoring import start_tokens, token_ids
 from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
@@ -177,12 +177,8 @@ def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor
 
 def _encode_question(question: Question, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:
     """A text, its question and the first of its answers, (T,), and where the answer begins; the text's end is cut."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    tail, answer = ids(question.prompt), ids(f" {question.answers[0]}\n")
-    start = start_tokens(tokenizer)
+    ids = partial(token_ids, tokenizer)
+    start, tail, answer = start_tokens(tokenizer), ids(question.prompt), ids(f" {question.answers[0]}\n")
     room = limit - len(start) - len(tail) - len(answer)
     if room < 1:
         raise ConfigurationError(

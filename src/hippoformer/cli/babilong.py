@@ -76,13 +76,14 @@ def hide_stories(
 ) -> None:
     """Write questions about bAbI's stories hidden in books, to train on or to ask with `eval questions`."""
     from hippoformer.data import read_documents
-    from hippoformer.data.babilong import hidden_questions, write_questions
+    from hippoformer.data.babilong import hidden_questions, sentences, write_questions
+    from hippoformer.evaluation.scoring import token_ids
     from hippoformer.model.base_models import load_tokenizer
 
-    books, tokenizer = read_documents(text), load_tokenizer(model)
+    books, tokenizer = [sentences(book.text) for book in read_documents(text)], load_tokenizer(model)
 
     def count(part: str) -> int:
-        return len(tokenizer(part, add_special_tokens=False, verbose=False).input_ids)
+        return len(token_ids(tokenizer, part))
 
     found = []
     for place, length in enumerate(numbers(lengths, "--lengths")):

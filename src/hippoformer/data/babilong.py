@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from hippoformer.data.documents import Document
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
 
@@ -65,7 +64,7 @@ def hide(
 def hidden_questions(
     task: str,
     split: str,
-    books: Sequence[Document],
+    books: Sequence[Sequence[str]],
     tokens: int,
     samples: int,
     count: Callable[[str], int],
@@ -78,7 +77,7 @@ def hidden_questions(
 
     Args:
         task: qa1 … qa5, or 10k-qa1 and its like for the larger set. split: of bAbI.
-        books: where stories are hidden; for 0 tokens there need be none.
+        books: where stories are hidden, each as its sentences; for 0 tokens there need be none.
         tokens, count: as for `hide`. samples: how many questions. seed: of stories, books and places.
         data_dir: where bAbI lies.
 
@@ -96,17 +95,11 @@ def hidden_questions(
             f"{samples} questions of babi-{task} ({split}) were asked for, and it has {len(found)}: ask for fewer"
         )
     random.Random(f"{seed}/{task}").shuffle(found)
-    of_book: dict[int, list[str]] = {}
     hidden = []
     for question in found[:samples]:
         number = question.name.rpartition(":")[2]
         draw = random.Random(f"{seed}/{task}/{number}/{tokens}")
-        background: list[str] = []
-        if tokens > 0:
-            book = draw.randrange(len(books))
-            if book not in of_book:
-                of_book[book] = sentences(books[book].text)
-            background = of_book[book]
+        background = books[draw.randrange(len(books))] if tokens > 0 else ()
         named = replace(question, name=f"babilong-{_length(tokens)}-{task}:{number}")
         hidden.append(hide(named, background, tokens, count, draw))
     return hidden

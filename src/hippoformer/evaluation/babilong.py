@@ -8,22 +8,22 @@ An answer is decoded greedily and counts if every token of it is right.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import binomtest
 
-from hippoformer.data.babilong import hidden_questions
+from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.examination import Answer, answers
 from hippoformer.evaluation.generation import left_padded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens
-from hippoformer.evaluation.statistics import LEVEL
+from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
+from hippoformer.evaluation.statistics import LEVEL, share
 from hippoformer.evaluation.views import with_options
 
 
@@ -81,17 +81,10 @@ class BabilongReport(Report):
                 shared = {"task": task, "length": length, "cases": len(of)}
                 shared["tokens_read"] = sum(told.tokens_read for told in of) / len(of)
                 for condition in self.conditions:
-                    right = sum(told.right[condition] for told in of)
-                    interval = binomtest(right, len(of)).proportion_ci(LEVEL, "wilson")
+                    right, low, high = share([told.right[condition] for told in of])
+                    nats = sum(told.nats[condition] for told in of) / len(of)
                     found.append(
-                        shared
-                        | {
-                            "condition": condition,
-                            "right": right / len(of),
-                            "low": float(interval.low),
-                            "high": float(interval.high),
-                            "nats": sum(told.nats[condition] for told in of) / len(of),
-                        }
+                        shared | {"condition": condition, "right": right, "low": low, "high": high, "nats": nats}
                     )
         return found
 
@@ -152,15 +145,11 @@ def evaluate_babilong(
         )
     check_untouched(model.config)
     views = {f"window {window}": with_options(model, window=window) for window in windows}
-    start, asked = start_tokens(tokenizer), {}
-
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return found
-
+    start, ids, asked = start_tokens(tokenizer), partial(token_ids, tokenizer), {}
+    told_in = [sentences(book.text) for book in books]
     for length, number in counts.items():
         for task in tasks:
-            found = hidden_questions(task, split, books, length, number, lambda text: len(ids(text)), seed, data_dir)
+            found = hidden_questions(task, split, told_in, length, number, lambda text: len(ids(text)), seed, data_dir)
             asked[length, task] = [
                 Case(
                     name=one.name,

@@ -203,7 +203,7 @@ def compare(
     if not kept:
         raise TextError(f"none of {len(cut)} documents has two tokens for everybody; name a longer text")
     read = {name: [of[i] for i in kept] for name, of in encoded.items()}
-    scored = _scored(contestants, read, Finished(keep), progress)
+    scored = _scored(contestants, read, None if keep is None else Finished(keep), progress)
     nll = {name: np.array([s.nll for s in of]) for name, of in scored.items()}
     nbytes = {name: np.array([d.utf8_bytes for d in of], dtype=np.float64) for name, of in read.items()}
     bits = {name: nll[name] / math.log(2) / nbytes[name] for name in names}
@@ -237,16 +237,15 @@ def compare(
 def _scored(
     contestants: Sequence[Contestant],
     read: Mapping[str, Sequence[EncodedDocument]],
-    finished: Finished,
+    finished: Finished | None,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, list[Scored]]:
     """Every document by every contestant; what is finished is not read again."""
-    code, keys = code_sha256(), dict[tuple[str, int], str]()
-    for c in contestants:
-        depends = digest([code, c.name, c.kind, c.options, c.depends_on()])
-        for i, document in enumerate(read[c.name]):
-            keys[c.name, i] = digest([depends, document.input_ids.tolist()])
-    scored = {place: Scored(**kept) for place, key in keys.items() if (kept := finished.get(key)) is not None}
+    keys: dict[tuple[str, int], str] = {}
+    scored: dict[tuple[str, int], Scored] = {}
+    if finished is not None:
+        keys = _keys(contestants, read)
+        scored = {place: Scored(**kept) for place, key in keys.items() if (kept := finished.get(key)) is not None}
     for contestant in contestants:
         if (contestant.name, 0) not in scored:  # before it was scored, it was checked
             contestant.check(read[contestant.name][0].input_ids)
@@ -262,12 +261,25 @@ def _scored(
             found = contestant.score(document.input_ids)
             if not math.isfinite(found.nll):
                 raise NonFiniteError(f"a token of {document.document.title!r} has probability zero or NaN under {name}")
-            finished.add(keys[name, i], asdict(found))
+            if finished is not None:
+                finished.add(keys[name, i], asdict(found))
             scored[name, i] = found
             done += document.tokens_read
             if progress is not None:
                 progress(done, total)
     return {name: [scored[name, i] for i in range(len(of))] for name, of in read.items()}
+
+
+def _keys(
+    contestants: Sequence[Contestant], read: Mapping[str, Sequence[EncodedDocument]]
+) -> dict[tuple[str, int], str]:
+    """(contestant, document) -> digest of all that the score depends on."""
+    code, keys = code_sha256(), dict[tuple[str, int], str]()
+    for c in contestants:
+        depends = digest([code, c.name, c.kind, c.options, c.depends_on()])
+        for i, document in enumerate(read[c.name]):
+            keys[c.name, i] = digest([depends, document.input_ids.tolist()])
+    return keys
 
 
 def _result(

@@ -17,12 +17,12 @@ class Finished:
     """Findings by their digests.
 
     Args:
-        path: of the file; None keeps nothing.
+        path: of the file.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._found = {} if path is None else _read(path)
+        self._found = _read(path)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """What was added under a digest, now or before an interruption."""
@@ -34,8 +34,6 @@ class Finished:
         Raises:
             HippoFormerError: the file cannot be written.
         """
-        if self.path is None:
-            return
         self._found[key] = dict(finding)
         try:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -16,6 +16,7 @@ from typing import Any
 
 from hippoformer.data import Document
 from hippoformer.errors import TextError
+from hippoformer.evaluation.scoring import token_ids
 
 PIECE = 512  # tokens read between two looks at what is due
 KINDS = ("pass key", "home", "one of three")
@@ -132,19 +133,14 @@ def _endless(tokenizer: Any, documents: Sequence[Document], first: int):  # type
         raise TextError("there is no text to hide facts in: name a longer one")
     while True:
         document = documents[first % len(documents)]
-        yield from tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
+        yield from token_ids(tokenizer, document.text)
         first += 1
 
 
 def _encoded(kind: str, prompt: str, answer: str, tail: str, question: str, tokenizer: Any, head: str = "") -> Needle:
-    before, told, after = (_ids(tokenizer, text) for text in (f"\n\n{head}{prompt}", answer, f"{tail}\n\n"))
-    asked = _ids(tokenizer, f"\n\n{question} {prompt}" if question else f"\n\n{prompt}")
+    before, told, after = (token_ids(tokenizer, text) for text in (f"\n\n{head}{prompt}", answer, f"{tail}\n\n"))
+    asked = token_ids(tokenizer, f"\n\n{question} {prompt}" if question else f"\n\n{prompt}")
     return Needle(kind, [*before, *told, *after], asked, told, len(before))
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
 
 
 def _name(draw: random.Random, ends: Sequence[str]) -> str:

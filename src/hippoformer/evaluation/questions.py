@@ -18,7 +18,7 @@ from hippoformer.evaluation.generation import continued
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.quality import Difference, differences, means, shown_test
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import describe, reading, start_tokens
+from hippoformer.evaluation.scoring import describe, reading, start_tokens, token_ids
 from hippoformer.evaluation.statistics import RESAMPLES, Interval
 from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
 
@@ -92,10 +92,8 @@ def evaluate_questions(
     start = start_tokens(tokenizer)
     prompts = []
     for asked in questions:
-        text, tail = (
-            tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in (asked.context, asked.prompt)
-        )
-        prompts.append([*start, *text[:limit_tokens], *tail])
+        text = token_ids(tokenizer, asked.context)[:limit_tokens]
+        prompts.append([*start, *text, *token_ids(tokenizer, asked.prompt)])
     # Side by side go prompts of like length, so that few rows idle.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[str, dict[int, str]] = {condition: {} for condition in CONDITIONS}

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import binomtest
 
 from hippoformer.data import Document
 from hippoformer.evaluation.examination import Asked, ask, plan
@@ -19,7 +18,7 @@ from hippoformer.evaluation.needles import KINDS
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.scoring import describe, reading
-from hippoformer.evaluation.statistics import LEVEL
+from hippoformer.evaluation.statistics import LEVEL, share
 
 SPACING = 384  # tokens of the document before the first fact and between two facts
 
@@ -77,16 +76,15 @@ def cells(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     found = []
     for kind, distance in sorted({(a.kind, a.asked_distance) for a in asked}, key=lambda c: (KINDS.index(c[0]), c[1])):
         cases = [a for a in asked if (a.kind, a.asked_distance) == (kind, distance)]
-        right = sum(a.right for a in cases)
-        interval = binomtest(right, len(cases)).proportion_ci(LEVEL, "wilson")
+        right, low, high = share([a.right for a in cases])
         found.append(
             {
                 "kind": kind,
                 "distance": distance,
                 "cases": len(cases),
-                "right": right / len(cases),
-                "low": float(interval.low),
-                "high": float(interval.high),
+                "right": right,
+                "low": low,
+                "high": high,
                 "right_off": sum(a.right_off for a in cases) / len(cases),
                 "kept": sum(a.kept for a in cases) / sum(a.answer_tokens for a in cases),
                 "nats": sum(a.nats for a in cases) / len(cases),

@@ -126,6 +126,12 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """A piece of text by itself, without a start token, however long it is."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
 def batches(documents: Sequence[EncodedDocument], batch_size: int) -> list[list[EncodedDocument]]:
     """Documents of similar length side by side, the longest first: little padding, and want of memory shows at once."""
     ordered = sorted(documents, key=lambda document: (-document.tokens_read, document.index))

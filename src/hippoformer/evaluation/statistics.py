@@ -134,6 +134,13 @@ def mean_interval(values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, 
     return bootstrap_interval((np.asarray(values, dtype=np.float64),), np.mean, seed, resamples, level)
 
 
+def share(hits: Sequence[bool], level: float = LEVEL) -> tuple[float, float, float]:
+    """How many of the cases hit: the share, and the ends of its interval by Wilson's formula (Wilson 1927)."""
+    found = sum(hits)
+    interval = stats.binomtest(found, len(hits)).proportion_ci(level, "wilson")
+    return found / len(hits), float(interval.low), float(interval.high)
+
+
 def weighted_mean_interval(
     sums: ArrayLike, weights: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
 ) -> Interval:

@@ -136,13 +136,13 @@ def _priorities(axes: Axes, stream: dict[str, Any]) -> None:
 
 def _with_other_replay(result: Result) -> list[tuple[str, dict[str, Any]]]:
     """(label, ratio to the reference) of every variant that differs from it in replay alone."""
-    options = [variant["options"] for variant in result.content.get("variants", [])]
+    variants = result.content.get("variants", [])
     return [
         (f"{result.name.removeprefix('variants_').replace('_', ' ')}\n{variant['name']}", variant["against"]["ratio"])
-        for variant in result.content.get("variants", [])
+        for variant in variants
         if variant["against"] is not None
         and "max_replay_rounds" in variant["options"]
-        and _but_replay(variant["options"]) == _but_replay(options[0])
+        and _but_replay(variant["options"]) == _but_replay(variants[0]["options"])
     ]
 
 

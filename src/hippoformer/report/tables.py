@@ -85,7 +85,7 @@ def _recall(result: Result) -> list[Row]:
             cell["kind"],
             f"{cell['distance']:,}",
             str(cell["cases"]),
-            f"{100 * cell['right']:.0f} %" + _ends(cell["low"], cell["high"], lambda x: f"{100 * x:.0f}"),
+            _right(cell),
             f"{100 * cell['right_off']:.0f} %",
             f"{cell['nats']:.1f}",
             f"{cell['nats_off']:.1f}",
@@ -103,7 +103,7 @@ def _babilong(result: Result) -> list[Row]:
             f"{cell['length']:,}",
             cell["condition"],
             str(cell["cases"]),
-            f"{100 * cell['right']:.0f} %" + _ends(cell["low"], cell["high"], lambda x: f"{100 * x:.0f}"),
+            _right(cell),
             f"{cell['nats']:.1f}",
         ]
         for cell in result.content["cells"]
@@ -234,6 +234,10 @@ _TABLES: tuple[tuple[str, str, str, tuple[str, ...], Make], ...] = (
 
 def _number(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _right(cell: Shown) -> str:
+    return f"{100 * cell['right']:.0f} %" + _ends(cell["low"], cell["high"], lambda x: f"{100 * x:.0f}")
 
 
 def _ends(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
