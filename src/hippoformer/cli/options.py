@@ -58,6 +58,9 @@ class ModelOptions:
     window: WindowOption = None
     sink_tokens: SinkOption = None
     buffer_size: Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")] = None
+    decay_rate: Annotated[
+        float | None, typer.Option("--decay-rate", help="What is left of a priority after a segment.")
+    ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
 
@@ -69,7 +72,8 @@ class ModelOptions:
         """
         import hippoformer
 
-        given = {"window": self.window, "sink_tokens": self.sink_tokens, "buffer_size": self.buffer_size}
+        names = ("window", "sink_tokens", "buffer_size", "decay_rate")
+        given = {name: getattr(self, name) for name in names}
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | more
         if self.dtype is not None:
             options["dtype"] = _dtype(self.dtype)
