@@ -140,6 +140,15 @@ PIECES = (
         ),
         35,
     ),
+    # Eight times the room, and an eighth of the forgetting.
+    Piece(
+        "recall_16384_test.json",
+        (
+            *("eval", "recall", *MODEL, "--buffer-size", "16384", "--decay-rate", "0.99975", "--text", NOVELS),
+            *("--streams", "1", "--facts", "60", "--spacing", "3200", "--distances", "2000,8000,32000,128000"),
+        ),
+        35,
+    ),
     Piece(
         "bytes_novels.json",
         (

@@ -84,11 +84,12 @@ def test_perplexity_with_every_option(calls: Calls, text: Path, tmp_path: Path) 
         *("eval", "perplexity", "--model", "smollm2-135m", "--text", text, "--window", "256", "--sink-tokens", "2"),
         *("--buffer-size", "64", "--conditions", "memory, off", "--limit-tokens", "100", "--skip-tokens", "10"),
         *("--documents", "1", "--batch-size", "3", "--output", output, "--seed", "5", "--device", "cpu"),
-        *("--dtype", "bfloat16", "--split", "headings"),
+        *("--dtype", "bfloat16", "--split", "headings", "--decay-rate", "0.75"),
     )
     assert result.exit_code == 0, result.output
     assert calls["load"] == {
         **{"name": "smollm2-135m", "window": 256, "sink_tokens": 2, "buffer_size": 64, "seed": 5},
+        "decay_rate": 0.75,
         "dtype": torch.bfloat16,
     }
     asked = calls["evaluate"]
