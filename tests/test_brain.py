@@ -69,6 +69,15 @@ def test_figures_are_those_of_the_model_itself(loaded: tuple, report: BrainRepor
     assert priority[UNTRAINED].estimate == pytest.approx(np.mean(untrained), rel=1e-3)
 
 
+def test_where_replay_is_off_its_worth_is_that_of_ten_rounds(tmp_path: Path) -> None:
+    model, tokenizer = tiny_load(residual_readout=False, max_replay_rounds=0)
+    report = evaluate_brain(model, tokenizer, TEXTS[:1], tmp_path, tagger_name="word list", resamples=20)
+    awake, asleep = (read(model, tokenizer, TEXTS[0].text, max_replay_rounds=rounds)[1] for rounds in (10, 0))
+    saved = report["replay_benefit"].values[TRAINED].estimate
+    assert abs(saved) > 1e-5 and saved == pytest.approx(asleep - awake, rel=0.1, abs=1e-6)
+    assert f"{TRAINED}, replay" in report["retained_priority"].values
+
+
 def test_word_classes_are_counted_token_by_token(loaded: tuple, report: BrainReport) -> None:
     model, tokenizer = loaded
     tagged: dict[str, list[bool]] = {"content": [], "function": [], "other": []}

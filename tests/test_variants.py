@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from hippoformer import cli
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import evaluate_perplexity
-from hippoformer.evaluation.variants import ABLATIONS, evaluate_variants
+from hippoformer.evaluation.variants import ablations, evaluate_variants
+from hippoformer.model.configuration import HippoFormerConfig
 from tiny_texts import documents, tiny_load
 
 
@@ -50,7 +51,7 @@ def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
 
 def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -> None:
     model, tokenizer = tiny_load(residual_readout=False)
-    report = evaluate_variants(model, tokenizer, documents(200, 150, 120), ABLATIONS, cache, resamples=20)
+    report = evaluate_variants(model, tokenizer, documents(200, 150, 120), ablations(model.config), cache, resamples=20)
     assert model.hippocampus.fusion.has_distribution
     by_name = {v.name: v for v in report.variants}
     assert by_name["no recall distribution"].nll == pytest.approx(report.base_nll)
@@ -62,6 +63,18 @@ def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -
     nats = {v.name: [n / t for n, t in zip(v.nll, report.tokens, strict=True)] for v in report.variants}
     fifo = stats.wilcoxon(nats["no gate: first in, first out"], nats["as it is"])
     assert by_name["no gate: first in, first out"].test.p == pytest.approx(fifo.pvalue)
+
+
+def test_an_ablation_changes_something() -> None:
+    awake = HippoFormerConfig(max_replay_rounds=0, decay_rate=0.95, priority_threshold=0.0)
+    asleep = HippoFormerConfig(max_replay_rounds=3, decay_rate=0.8, priority_threshold=0.5)
+    found, other = ablations(awake), ablations(asleep)
+    assert found["replay"] == {"max_replay_rounds": 10} and "no replay" not in found
+    assert other["no replay"] == {"max_replay_rounds": 0} and "replay" not in other
+    assert {"decay 0.95", "no forgetting"} & set(found) == set() and "decay 0.8" in found
+    assert {"decay 0.95", "no forgetting"} <= set(other) and "decay 0.8" not in other
+    assert "importance 1 to 3" not in ablations(HippoFormerConfig(importance_weight_range=(1.0, 3.0)))
+    assert next(iter(found)) == next(iter(other)) == "as it is"
 
 
 def test_what_needs_other_states_or_weights_is_refused(cache: Path) -> None:

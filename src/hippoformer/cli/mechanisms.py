@@ -82,9 +82,7 @@ def eval_ablations(
     seed: SeedOption = 0,
 ) -> None:
     """What each mechanism is worth: `eval variants` over the usual set, nothing trained again."""
-    from hippoformer.evaluation.variants import ABLATIONS
-
-    _compare(ABLATIONS, model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
+    _compare(None, model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
 
 
 def _named(variants: list[str]) -> dict[str, dict[str, Any]]:
@@ -96,7 +94,7 @@ def _named(variants: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _compare(
-    variants: Mapping[str, Mapping[str, Any]],
+    variants: Mapping[str, Mapping[str, Any]] | None,
     model: ModelOptions,
     texts: TextOptions,
     cache_dir: Path,
@@ -106,10 +104,12 @@ def _compare(
     resamples: int,
     seed: int,
 ) -> None:
-    from hippoformer.evaluation.variants import evaluate_variants
+    from hippoformer.evaluation.variants import ablations, evaluate_variants
 
     found = texts.read()[:documents]
     loaded, tokenizer = model.load(seed=seed)
+    if variants is None:
+        variants = ablations(loaded.config)
     report = evaluate_variants(
         loaded,
         tokenizer,

@@ -31,6 +31,7 @@ from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading, start_tokens
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
+from hippoformer.evaluation.variants import switched_replay
 from hippoformer.evaluation.views import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.word_classes import TaggerName, WordClass, tagger, token_classes
 from hippoformer.training.credit import reconfigured
@@ -182,11 +183,12 @@ def evaluate_brain(
     labels_of = [labels[1:] for _, _, labels in found]
     reads_of = [reads for reads, _, _ in found]
     classes = {rule: _by_class(salience[rule], labels_of) for rule in _RULES}
+    switched, _ = switched_replay(model.config)
     measures = (
         *_selective(classes, seed, resamples),
         *_coherent(salience, reads_of, seed, resamples),
-        *_retained(reads_of, seed, resamples),
-        _replay(reads_of, seed, resamples),
+        *_retained(reads_of, switched, seed, resamples),
+        _replay(reads_of, switched, seed, resamples),
     )
     return BrainReport(
         model=describe(model),
@@ -203,12 +205,13 @@ def evaluate_brain(
 
 def _ways(model: Any, seed: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> the model with some gate, and the options it reads under."""
+    switched, options = switched_replay(model.config)
     untrained = untrained_gate(model, seed)  # its smoothing is the identity
     ways: dict[str, tuple[Any, dict[str, Any]]] = {"unsmoothed": (unsmoothed_gate(model), {})}
     for name, gated in ((TRAINED, model), (UNTRAINED, untrained)):
         ways[name] = (gated, {})
         ways[f"{name}, random retention"] = (gated, {"selection": "random"})
-        ways[f"{name}, no replay"] = (gated, {"max_replay_rounds": 0})
+        ways[f"{name}, {switched}"] = (gated, options)
     return ways
 
 
@@ -309,11 +312,11 @@ def _coherent(
     )
 
 
-def _retained(reads: Sequence[dict[str, _Read]], seed: int, resamples: int) -> tuple[Measure, Measure]:
+def _retained(reads: Sequence[dict[str, _Read]], switched: str, seed: int, resamples: int) -> tuple[Measure, Measure]:
     def priorities(way: str) -> Array:
         return np.array([read[way].priority for read in reads])
 
-    ways = (TRAINED, UNTRAINED, f"{TRAINED}, random retention", f"{TRAINED}, no replay")
+    ways = (TRAINED, UNTRAINED, f"{TRAINED}, random retention", f"{TRAINED}, {switched}")
     kept: dict[str, Interval | None] = {way: mean_interval(priorities(way), seed, resamples) for way in ways}
     over: dict[str, Interval | None] = {
         gate: mean_interval(priorities(gate) - priorities(f"{gate}, random retention"), seed, resamples)
@@ -325,9 +328,11 @@ def _retained(reads: Sequence[dict[str, _Read]], seed: int, resamples: int) -> t
     )
 
 
-def _replay(reads: Sequence[dict[str, _Read]], seed: int, resamples: int) -> Measure:
+def _replay(reads: Sequence[dict[str, _Read]], switched: str, seed: int, resamples: int) -> Measure:
+    # Positive: better with replay, whichever of the two the model has.
+    sign = 1.0 if switched == "no replay" else -1.0
     saved: dict[str, Interval | None] = {
-        gate: mean_interval([read[f"{gate}, no replay"].nats - read[gate].nats for read in reads], seed, resamples)
+        gate: mean_interval([sign * (r[f"{gate}, {switched}"].nats - r[gate].nats) for r in reads], seed, resamples)
         for gate in (TRAINED, UNTRAINED)
     }
     return Measure("replay_benefit", "what replay saves", "nats a token", None, 0.0, saved)

@@ -23,7 +23,7 @@ from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.salience import evaluate_salience
 from hippoformer.evaluation.scoring import describe
 from hippoformer.evaluation.token_scores import TokenScores
-from hippoformer.evaluation.variants import ABLATIONS, evaluate_variants
+from hippoformer.evaluation.variants import ablations, evaluate_variants
 from hippoformer.model.memory_file import fingerprint
 
 # (done, total); a part's own progress.
@@ -31,6 +31,8 @@ Progress = Callable[[int, int], None]
 
 _CACHED = 0.3  # what reading a token from cached states costs, in tokens read by everything together
 _BRAIN_READS = 7
+# As many as there can be.
+_ABLATIONS = 17
 
 
 @dataclass(frozen=True)
@@ -196,17 +198,17 @@ def _dynamics(suite: Suite, progress: Progress) -> Report:
 
 
 def _ablations(suite: Suite, progress: Progress) -> Report:
-    s, begun = suite.settings, list[str]()
+    s, begun, variants = suite.settings, list[str](), ablations(suite.model.config)
 
     def next_one(name: str) -> None:
-        progress(len(begun), len(ABLATIONS))
+        progress(len(begun), len(variants))
         begun.append(name)
 
     return evaluate_variants(
         suite.model,
         suite.tokenizer,
         suite.few,
-        ABLATIONS,
+        variants,
         suite.cache_dir,
         s.part_tokens,
         s.seed,
@@ -289,7 +291,7 @@ PARTS: dict[str, Part] = {
         Part(
             "ablations",
             ("part_documents", "part_tokens"),
-            lambda suite: _few(suite) * _CACHED * len(ABLATIONS),
+            lambda suite: _few(suite) * _CACHED * _ABLATIONS,
             _ablations,
         ),
         Part("brain", ("part_documents", "part_tokens"), lambda s: _few(s) * _CACHED * _BRAIN_READS, _brain),

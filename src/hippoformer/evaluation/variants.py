@@ -42,13 +42,12 @@ _FIXED = (
 )
 
 # What each mechanism is worth, without training anything again; the first is the model as it is.
-ABLATIONS: dict[str, dict[str, Any]] = {
+_ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "no gate: first in, first out": {"selection": "fifo"},
     "no gate: random": {"selection": "random"},
     "no gate: surprise": {"selection": "surprise"},
     "no gate: all alike": {"importance_weight_range": [5.0, 5.0], "untagged_weight": 5.0},
-    "no replay": {"max_replay_rounds": 0},
     "no forgetting": {"priority_threshold": 0.0},
     "no memory: window only": {"buffer_size": 0},
     "no recall distribution": {"distribution_readout": False},
@@ -61,6 +60,31 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "importance 1 to 3": {"importance_weight_range": [1.0, 3.0]},
     "importance 1 to 10": {"importance_weight_range": [1.0, 10.0]},
 }
+_ROUNDS = 10  # of replay, where it is switched on
+
+
+def ablations(config: HippoFormerConfig) -> dict[str, dict[str, Any]]:
+    """Name -> options: what each mechanism is worth to a model of this configuration, the first the model as it is.
+
+    What would change nothing is left out; where replay is off, it is switched on.
+    """
+    found = {
+        name: options
+        for name, options in _ABLATIONS.items()
+        if not options or any(_plain(getattr(config, option)) != value for option, value in options.items())
+    }
+    return found | dict([switched_replay(config)])
+
+
+def switched_replay(config: HippoFormerConfig) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a model without replay; with it, where this one has none."""
+    if config.max_replay_rounds:
+        return "no replay", {"max_replay_rounds": 0}
+    return "replay", {"max_replay_rounds": _ROUNDS}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

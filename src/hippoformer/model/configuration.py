@@ -39,8 +39,8 @@ class HippoFormerConfig(PreTrainedConfig):
             "random", or "fifo" (first in, first out). The last three are the usual baselines.
     Episodic memory and replay:
         buffer_size: episodes kept per row, beyond the window.
-        decay_rate: factor on the priority per segment since the last reactivation. A larger buffer reaches further back only
-            if it also forgets more slowly.
+        decay_rate: factor on the priority per segment since the last reactivation. A larger buffer reaches
+            further back only if it also forgets more slowly.
         max_replay_rounds: replay rounds at each segment end; 0 switches replay off.
         replay_batch: memories reactivated in a round.
         replay_span: memories on either side that a reactivation takes along, as far as they are of one story.
