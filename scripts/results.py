@@ -155,7 +155,16 @@ PIECES = (
             *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
             *("--windows", WINDOWS, "--buffers", EPISODES, "--kv", SELECTED),
         ),
-        50,
+        60,
+    ),
+    # All at most a megabyte more than the window, and what nearly full attention reaches.
+    Piece(
+        "bytes_novels_1mb.json",
+        (
+            *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
+            *("--windows", "555,7932", "--buffers", "640", "--kv", "h2o:43,snapkv:43"),
+        ),
+        20,
     ),
     *(Piece(f"replay_{name}_validation.json", compared(REPLAY, *text), 8) for name, text in VALIDATION.items()),
     Piece(
