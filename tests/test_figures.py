@@ -322,3 +322,14 @@ def test_what_a_result_is_called(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     titles = {result.name: result.title for result in read_results(tmp_path)}
     assert titles == {"full/perplexity": "wiki.test.raw", "full/two": "full/two", "my_book": "my book"}
+
+
+def test_one_way_with_more_and_more_bytes_is_one_line_with_one_name() -> None:
+    from hippoformer.figures.perplexity import _family
+
+    names = ("hippoformer", "hippoformer, buffer 64", "base, window 8", "base, window 16", "base, window 8 + 4 by h2o")
+    contestants = [{"name": name} for name in names]
+    families = [_family(contestant, contestants) for contestant in contestants]
+    assert families == ["hippoformer"] * 2 + ["base, window …"] * 2 + ["base, window 8 + 4 by h2o"]
+    more = [*contestants, {"name": "base, window 8 + 9 by h2o"}]
+    assert _family(more[-1], more) == _family(more[-2], more) == "base, window … by h2o"

@@ -1,10 +1,12 @@
 """Perplexity by position and by distance, and perplexity over bytes of state."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from hippoformer.figures.results import Result, of_format
@@ -79,6 +81,10 @@ def draw_over_bytes(results: Sequence[Result]) -> Figure:
     figure, axes = grid_of(len(results), 2, 5.2, 3.9)
     for panel, result in zip(axes, results, strict=True):
         points, quantity = _points(result)
+        for family in dict.fromkeys(point[0] for point in points):  # the same way with more and more bytes
+            of = sorted((point[1] / 1e6, point[2]["estimate"], point[3]) for point in points if point[0] == family)
+            panel.plot([x for x, _, _ in of], [y for _, y, _ in of], color=of[0][2], linewidth=1)
+        named = set[str]()
         for number, (name, nbytes, interval, colour, mark) in enumerate(points):
             # Several may need the same bytes: side by side on paper, not in the data.
             same = [i for i, point in enumerate(points) if point[1] == nbytes]
@@ -92,13 +98,18 @@ def draw_over_bytes(results: Sequence[Result]) -> Figure:
                 capsize=3,
                 markersize=7,
                 linewidth=1.4,
-                label=name,
+                label=None if name in named else name,
                 transform=panel.transData + beside,
             )
+            named.add(name)
         panel.set(title=result.title, xlabel="state of a row (MB)", ylabel=quantity)
         sizes = [point[1] for point in points]
         if max(sizes) > 4 * min(sizes):
             panel.set_xscale("log")
+            panel.set_xlim(min(sizes) / 1.2e6, 1.2 * max(sizes) / 1e6)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
         else:
             middle, half = (max(sizes) + min(sizes)) / 2e6, max(max(sizes) - min(sizes), 0.2 * max(sizes)) / 1e6
             panel.set_xlim(middle - half, middle + half)
@@ -112,7 +123,7 @@ def draw_over_bytes(results: Sequence[Result]) -> Figure:
 
 
 def _points(result: Result) -> tuple[list[Point], str]:
-    """(name, bytes of state, interval, colour, mark) of each way to read, and what the interval is of."""
+    """(family, bytes of state, interval, colour, mark) of each way to read, and what the interval is of."""
     content = result.content
     if of_format([result], "hippoformer.perplexity/1"):
         conditions = content["conditions"].items()
@@ -121,7 +132,20 @@ def _points(result: Result) -> tuple[list[Point], str]:
             for name, c in conditions
         ], "token perplexity"
     known = [c for c in content["contestants"] if c["state_nbytes"]]
-    colours = {kind: SERIES[i % len(SERIES)] for i, kind in enumerate(_MARKS)}
+    families = [_family(c, known) for c in known]
+    colours = {family: SERIES[i % len(SERIES)] for i, family in enumerate(dict.fromkeys(families))}
     return [
-        (c["name"], c["state_nbytes"], c["bits_per_byte"], colours[c["kind"]], _MARKS[c["kind"]]) for c in known
+        (family, c["state_nbytes"], c["bits_per_byte"], colours[family], _MARKS[c["kind"]])
+        for family, c in zip(families, known, strict=True)
     ], "bits per byte"
+
+
+def _family(contestant: dict[str, Any], among: Sequence[dict[str, Any]]) -> str:
+    """What a contestant is but for its numbers: "base, keys by h2o" of all its budgets; its name, if it is alone."""
+
+    def without_numbers(name: str) -> str:
+        return re.sub(r"\b\d+( \+ \d+)?\b", "…", name).removesuffix(", buffer …")
+
+    own = without_numbers(contestant["name"])
+    alone = [c["name"] for c in among if without_numbers(c["name"]) == own] == [contestant["name"]]
+    return contestant["name"] if alone else own
