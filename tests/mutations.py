@@ -315,6 +315,22 @@ MUTATIONS = [
     ),
     Mutation(
         "7 references: words",
+        "a name in other tokens is another name",
+        "hippocampus/recall.py",
+        "1.0 / self.match_characters",
+        "0.0",
+        "test_words.py::test_a_name_cut_into_other_tokens_is_recognised_by_its_characters",
+    ),
+    Mutation(
+        "7 references: words",
+        "what stands before a gap counts as what stands before a match",
+        "hippocampus/stories.py",
+        "unbroken = unbroken & pad(joins, (back - 1, 0))[:, :width] & (token != 0)",
+        "unbroken = unbroken & (token != 0)",
+        "test_references.py::test_recall[0-options0-inference]",
+    ),
+    Mutation(
+        "7 references: words",
         "variants of recall take their options from the model",
         "hippocampus/recall.py",
         "self.top_k, self.match_power = config.recall_top_k, config.match_power",

@@ -5,6 +5,7 @@ Plain Python numbers (float64) and lists; nothing is shared with the package but
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -151,6 +152,21 @@ def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) ->
     return kept, {"reactivated": reactivated, "merged": merged, "forgotten": len(alive) - len(kept)}
 
 
+def _letters(ending: int) -> bytes:
+    return ending.to_bytes(8, "big").lstrip(b"\0")
+
+
+def _text_before(slot: int, position: list[int], token: list[int], spelled: list[bytes]) -> bytes:
+    """The last seven letters of the text before a slot: of four tokens at most, up to a gap or an unknown one."""
+    text = b""
+    for place in range(slot, max(slot - 4, 0), -1):
+        joined = position[place - 1] >= 0 and position[place] == position[place - 1] + 1
+        if not joined or not spelled[token[place - 1]]:
+            break
+        text = spelled[token[place - 1]] + text
+    return text[-7:]
+
+
 def recall(
     module: Recall,
     hidden: Tensor,
@@ -160,6 +176,7 @@ def recall(
     episodes: Episodes,
     mass: Tensor,
     visible: Tensor,
+    own_slot: Tensor,
 ) -> dict[str, Tensor]:
     """Weights (R, N, E), null mass (R, N), content (R, N, U), peak (R, N),
     matched (R, N, E) and followed (R, N), one number at a time."""
@@ -167,7 +184,7 @@ def recall(
     rows, n_queries, _ = hidden.shape
     n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
     weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
-    word = module.word_of_token.tolist()
+    word, spelled = module.word_of_token.tolist(), [_letters(e) for e in module.ending_of_token.tolist()]
     result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
     matched = torch.zeros(rows, n_queries, n_episodes, dtype=torch.float64)
     followed = torch.zeros(rows, n_queries, dtype=torch.float64)
@@ -184,6 +201,14 @@ def recall(
                 goes_on = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
                 if goes_on and visible[row, number, slot] and word[token[slot - 1]] == word[int(tokens[row, number])]:
                     lead[slot], in_common[slot] = before[slot - 1], together[slot - 1] + 1.0
+                    if together[slot - 1] == 0 and module.match_characters:
+                        there, here = (
+                            _text_before(at, position, token, spelled)
+                            for at in (slot - 1, min(int(own_slot[row]) + number, n_episodes - 1))
+                        )
+                        pairs = zip(reversed(there), reversed(here), strict=False)
+                        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                        in_common[slot] += same / module.match_characters
             evidence = sum(lead) + nothing * float(own[row, number])
             lead = [value / evidence if evidence > 0 else 0.0 for value in lead]
             together, matched[row, number] = in_common, torch.tensor(in_common, dtype=torch.float64)

@@ -163,6 +163,8 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
     torch.manual_seed(seed)
     module = Recall(32, 100, config)
     module.word_of_token[2] = 1  # two tokens, one word
+    spelled = (b"ab", b"b", b" b", b"", b"aaaabbb", b"bb")
+    module.ending_of_token[: len(spelled)] = torch.tensor([int.from_bytes(letters) for letters in spelled])
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -184,17 +186,18 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
         episodes,
         mass,
         visible,
+        torch.tensor([21, 16]),
     )
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}])
+@pytest.mark.parametrize("options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}, {"match_characters": 0}])
 @pytest.mark.parametrize("seed", range(2))
 def test_recall(options: dict, seed: int, grad: bool) -> None:
     module, asked = random_recall(seed, **options)
     with torch.set_grad_enabled(grad):
         fast = module(*asked)
-    slow, visible = references.recall(module, *asked), asked[-1]
+    slow, visible = references.recall(module, *asked), asked[-2]
     for name, expected in slow.items():
         torch.testing.assert_close(
             getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
@@ -205,11 +208,20 @@ def test_recall(options: dict, seed: int, grad: bool) -> None:
 
 def test_no_gradient_runs_back_along_the_text() -> None:
     """Each surprising token would multiply it by 1 / p, until it is infinite."""
-    module, (hidden, _, _, null, episodes, mass, visible) = random_recall(0, queries=8)
+    module, (hidden, _, _, null, episodes, mass, visible, own_slot) = random_recall(0, queries=8)
     episodes.position[:, :28] = torch.arange(28, dtype=torch.int32)
     episodes.token[:, :28] = 1
     hidden.requires_grad_()
-    asked = (hidden, torch.ones(2, 8, dtype=torch.int64), torch.full((2, 8), 0.01), null, episodes, mass, visible)
+    asked = (
+        hidden,
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.full((2, 8), 0.01),
+        null,
+        episodes,
+        mass,
+        visible,
+        own_slot,
+    )
     module(*asked).weights[:, -1].square().sum().backward()
     assert hidden.grad is not None and hidden.grad[:, -1].any()
     assert not hidden.grad[:, :-1].any()
@@ -233,10 +245,10 @@ def followed_in_all_slots(attention, mixture, kappa, leads, surely, longest, own
 @pytest.mark.parametrize("seed", range(3))
 def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None:
     """Numbers and gradients, from the first query on, over stretches where nothing leads anywhere."""
-    _, (_, tokens, own, null, episodes, _, visible) = random_recall(seed, queries=12)
+    _, (_, tokens, own, null, episodes, _, visible, _) = random_recall(seed, queries=12)
     tokens[:, 5:7] = 99
     tokens[0, 0], visible[0, 0, 9] = episodes.token[0, 8], True
-    leads = find_leads(episodes, episodes.token, tokens.to(episodes.token.dtype), visible)
+    leads = find_leads(episodes, episodes.token, tokens.to(episodes.token.dtype), visible, None)
     assert 0 in leads.queries and 5 not in leads.queries and leads.link.any()
     rows, n_queries, n_slots = visible.shape
     matched = leads.matched_slots(n_queries, n_slots)
@@ -268,13 +280,21 @@ def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None
 @torch.no_grad()
 def test_recall_of_many_queries_is_that_of_few() -> None:
     """Longer than any block the fast path may cut its queries into; what a part needs of the one before is carried."""
-    module, (hidden, tokens, own, null, episodes, mass, visible) = random_recall(0, queries=150)
-    whole = module(hidden, tokens, own, null, episodes, mass, visible)
+    module, (hidden, tokens, own, null, episodes, mass, visible, own_slot) = random_recall(0, queries=150)
+    own_slot[:] = 6
+    whole = module(hidden, tokens, own, null, episodes, mass, visible, own_slot)
     for start in (1, 40, 101, 130):
         few = slice(start, start + 20)
         there = replace(episodes, recalled=whole.weights[:, start - 1], matched=whole.matched[:, start - 1])
         part = module(
-            hidden[:, few], tokens[:, few], own[:, few], whole.nothing[:, start - 1], there, mass, visible[:, few]
+            hidden[:, few],
+            tokens[:, few],
+            own[:, few],
+            whole.nothing[:, start - 1],
+            there,
+            mass,
+            visible[:, few],
+            own_slot + start,
         )
         for name in ("weights", "nothing", "content", "peak", "matched", "followed"):
             torch.testing.assert_close(getattr(whole, name)[:, few], getattr(part, name), rtol=1e-4, atol=1e-6)
@@ -282,10 +302,12 @@ def test_recall_of_many_queries_is_that_of_few() -> None:
 
 @torch.no_grad()
 def test_slots_seen_alike_may_be_said_to_be() -> None:
-    module, (hidden, tokens, own, null, episodes, mass, visible) = random_recall(0)
+    module, (hidden, tokens, own, null, episodes, mass, visible, own_slot) = random_recall(0)
     visible[:, :, :9] = visible[:, :1, :9]
-    expected = module(hidden, tokens, own, null, episodes, mass, visible)
-    torch.testing.assert_close(module(hidden, tokens, own, null, episodes, mass, visible, 9).weights, expected.weights)
+    expected = module(hidden, tokens, own, null, episodes, mass, visible, own_slot)
+    torch.testing.assert_close(
+        module(hidden, tokens, own, null, episodes, mass, visible, own_slot, 9).weights, expected.weights
+    )
 
 
 @pytest.mark.parametrize("loud", [1.0, 60.0, 500.0])
@@ -314,7 +336,9 @@ def test_what_foretold_the_token_leads_to_its_successor() -> None:
     hidden, own = torch.randn(1, 3, 32), torch.full((1, 3), 0.01)
 
     def recalled(tokens: list[int], where: Episodes = episodes) -> Tensor:
-        return module(hidden, torch.tensor([tokens]), own, torch.tensor([0.8]), where, mass, visible).weights[0]
+        return module(
+            hidden, torch.tensor([tokens]), own, torch.tensor([0.8]), where, mass, visible, torch.tensor([0])
+        ).weights[0]
 
     lost = recalled([40, 40, 40])
     led = recalled([21, 22, 23])  # slots 9, 10 and 11 foretold these

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
@@ -17,17 +18,19 @@ MERGES = [("Ġ", "a"), ("Ġ", "Ġ"), ("Ġ", "Ã")]
 
 def test_a_word_is_the_same_with_a_space_before_it_and_without() -> None:
     tokenizer = byte_tokenizer(merges=MERGES)
-    words = words_of_tokens(tokenizer, len(tokenizer) + 3)
+    words, endings = words_of_tokens(tokenizer, len(tokenizer) + 3)
     bare, spaced, spaces = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "Ġa", "ĠĠ"))
     assert words[bare] == words[spaced] == bare
     assert words[spaces] == spaces and words[tokenizer.convert_tokens_to_ids("Ġ")] != spaces
     others = [number for number in range(len(words)) if number not in (spaced, tokenizer.convert_tokens_to_ids("ĠÃ"))]
     assert words[others].tolist() == others  # also the rows of the embedding that no token has
+    assert endings[[bare, spaced, spaces]].tolist() == [98, (33 << 8) + 98, (33 << 8) + 33] and not endings[-3:].any()
+    assert not endings[tokenizer.all_special_ids].any()
 
 
 def test_sentencepiece_writes_spaces_otherwise() -> None:
     tokenizer = byte_tokenizer(last=["▁the", "the"])
-    words = words_of_tokens(tokenizer, len(tokenizer))
+    words, _ = words_of_tokens(tokenizer, len(tokenizer))
     assert words[-1] == words[-2] == len(tokenizer) - 2
 
 
@@ -51,22 +54,52 @@ def test_a_story_is_followed_in_another_dress() -> None:
     model, ids = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0), twin_passages()
     plain = followed(model, ids)
     mirrored = torch.minimum(torch.arange(VOCAB), VOCAB - 1 - torch.arange(VOCAB))
-    model.hippocampus.recall.set_words(mirrored)
+    model.hippocampus.recall.set_words(mirrored, torch.zeros(VOCAB, dtype=torch.int64))
     assert followed(model, ids)[0, 43] >= 10 > plain[0, 43]
 
 
+def test_a_name_cut_into_other_tokens_is_recognised_by_its_characters() -> None:
+    """Two stories go on alike; the one told of the name that was just read counts for more, in whatever pieces."""
+    model = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0, match_characters=2)
+    spelled = {1: " ann", 2: "a", 3: " an", 4: "na", 5: " eva", 6: " lives", 7: " in", 8: ".", 9: " rome", 10: " oslo"}
+    endings = torch.zeros(VOCAB, dtype=torch.int64)
+    for token, letters in spelled.items():
+        endings[token] = int.from_bytes(letters[-7:].encode())
+    model.hippocampus.recall.set_words(torch.arange(VOCAB), endings)
+    told = [8, 1, 2, 6, 7, 9, 8, 5, 6, 7, 10, 8, 8]
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(torch.tensor([told]), past_key_values=cache)
+        for token in (3, 4, 6, 7):
+            model(torch.tensor([[token]]), past_key_values=cache)
+    episodes = cache.memory.episodes
+    rome, oslo = (float(episodes.matched[0, episodes.token[0] == token].max()) for token in (9, 10))
+    assert rome == 2 + 5 / 2 and oslo == 2 + 1 / 2
+
+
 def test_words_of_another_vocabulary_are_refused() -> None:
-    with pytest.raises(InputError, match="words of shape"):
-        awake().hippocampus.recall.set_words(torch.arange(VOCAB - 1))
+    told = torch.arange(VOCAB)
+    for wrong in ((told[1:], told), (told, told[1:])):
+        with pytest.raises(InputError, match="words of shape"):
+            awake().hippocampus.recall.set_words(*wrong)
 
 
 def test_words_are_saved_with_the_weights(tmp_path: Path) -> None:
     model, _ = tiny_load()
     words = torch.arange(len(LETTERS) + 1) // 2
-    model.hippocampus.recall.set_words(words)
+    model.hippocampus.recall.set_words(words, words.flip(0))
     model.save_pretrained(tmp_path)
     loaded = HippoFormer.from_pretrained(tmp_path, base_model=model.base)
     assert torch.equal(loaded.hippocampus.recall.word_of_token.long(), words)
+    assert torch.equal(loaded.hippocampus.recall.ending_of_token, words.flip(0))
+
+
+def test_a_hippocampus_saved_before_tokens_were_spelled_is_loaded(tmp_path: Path) -> None:
+    model, _ = tiny_load()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "hippocampus.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if not name.endswith("ending_of_token")}, file)
+    assert not HippoFormer.from_pretrained(tmp_path, base_model=model.base).hippocampus.recall.ending_of_token.any()
 
 
 def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
@@ -83,7 +116,8 @@ def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
 @pytest.mark.real
 def test_the_shipped_words_are_those_of_its_tokenizer() -> None:
     model, tokenizer = load("smollm2-135m")
-    words = model.hippocampus.recall.word_of_token
-    assert torch.equal(words.cpu(), words_of_tokens(tokenizer, len(words)))
+    recall = model.hippocampus.recall
+    words, endings = words_of_tokens(tokenizer, len(recall.word_of_token))
+    assert torch.equal(recall.word_of_token.cpu(), words) and torch.equal(recall.ending_of_token.cpu(), endings)
     name, spaced = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("London", " London"))
     assert name != spaced and words[name] == words[spaced]

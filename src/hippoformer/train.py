@@ -54,7 +54,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     model = _model(arguments)
     model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
-    model.hippocampus.recall.set_words(words_of_tokens(tokenizer, model.config.vocab_size))
+    model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
     frozen = model.config.freeze_base and not model.config.use_lora
     _check_segments(arguments, model.config)
     options.segments_per_step = arguments.max_seq_length // model.config.segment_len

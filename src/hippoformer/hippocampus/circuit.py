@@ -249,7 +249,9 @@ class Hippocampus(nn.Module):
         mass = known.effective_priority(config.decay_rate) * known.strength
         own = (-surprise).exp()
         n_shared = max(config.buffer_size - low, 0)
-        recollection = self.recall(after, tokens, own, state.vote.nothing, known, mass, visible[:, 1:], n_shared)
+        recollection = self.recall(
+            after, tokens, own, state.vote.nothing, known, mass, visible[:, 1:], first - low, n_shared
+        )
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.

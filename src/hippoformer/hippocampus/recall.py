@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.hippocampus.stories import find_leads, follow
+from hippoformer.hippocampus.stories import Before, find_leads, follow, texts_before
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import in_whole_vectors, project
 
@@ -69,9 +69,11 @@ class Recall(nn.Module):
 
     Attributes:
         word_of_token: (V,) int32, which word a token is: each its own, until `set_words`.
+        ending_of_token: (V,) int64, the last characters of each token (see `model.words`); none, until `set_words`.
     """
 
     word_of_token: Tensor
+    ending_of_token: Tensor
 
     def __init__(self, hidden_size: int, vocab_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
@@ -80,6 +82,7 @@ class Recall(nn.Module):
         self.n_heads, self.head_dim = heads, config.recall_head_dim
         self.configure(config)
         self.register_buffer("word_of_token", torch.arange(vocab_size, dtype=torch.int32))
+        self.register_buffer("ending_of_token", torch.zeros(vocab_size, dtype=torch.int64))
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
@@ -103,20 +106,24 @@ class Recall(nn.Module):
     def configure(self, config: HippoFormerConfig) -> None:
         """Takes the options that no parameter depends on."""
         self.top_k, self.match_power = config.recall_top_k, config.match_power
+        self.match_characters = config.match_characters
 
-    def set_words(self, word_of_token: Tensor) -> None:
-        """Tells which tokens are the same word.
+    def set_words(self, word_of_token: Tensor, ending_of_token: Tensor) -> None:
+        """Tells which tokens are the same word, and how they end.
 
         Args:
             word_of_token: (V,) a number for each token; tokens of one number are one word.
+            ending_of_token: (V,) their last characters (see `model.words`), 0 where none are known.
 
         Raises:
             InputError: another shape.
         """
-        if word_of_token.shape != self.word_of_token.shape:
-            expected = tuple(self.word_of_token.shape)
-            raise InputError(f"expected words of shape {expected}, got {tuple(word_of_token.shape)}")
+        expected = tuple(self.word_of_token.shape)
+        for told in (word_of_token, ending_of_token):
+            if told.shape != expected:
+                raise InputError(f"expected words of shape {expected}, got {tuple(told.shape)}")
         self.word_of_token.copy_(word_of_token)
+        self.ending_of_token.copy_(ending_of_token)
 
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""
@@ -139,6 +146,7 @@ class Recall(nn.Module):
         episodes: Episodes,
         mass: Tensor,
         visible: Tensor,
+        own_slot: Tensor,
         n_shared: int = 0,
     ) -> Recollection:
         """Retrieves for every query.
@@ -150,6 +158,7 @@ class Recall(nn.Module):
             episodes: E slots; `recalled` is the weight that the query before these gave them, `matched` as returned.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
+            own_slot: (R,) int64, where the first query's token is; the others' follow.
             n_shared: so many slots in front are visible to all queries or to none, which saves looking at each.
 
         Returns:
@@ -166,9 +175,8 @@ class Recall(nn.Module):
         null = self.null_proj(hidden).transpose(1, 2).unsqueeze(-1)  # (R, H, N, 1)
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
-        leads = find_leads(
-            episodes, self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()], visible
-        )
+        words, read = self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()]
+        leads = find_leads(episodes, words, read, visible, self._before(episodes, own_slot))
         ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
         length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
@@ -209,6 +217,13 @@ class Recall(nn.Module):
         return Recollection(
             weights, nothing, content, weights.amax(-1), leads.matched_slots(*weights.shape[1:]), followed
         )
+
+    def _before(self, episodes: Episodes, own_slot: Tensor) -> Before | None:
+        """What stands before the matches that begin, unless only tokens count."""
+        if self.match_characters == 0:
+            return None
+        text = texts_before(self.ending_of_token[episodes.token.long()], episodes.position)
+        return Before(text, own_slot, 1.0 / self.match_characters)
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, unseen: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes.

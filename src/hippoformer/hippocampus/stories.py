@@ -14,7 +14,9 @@ partial matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 
 
 One token in common says little, ten leave no doubt, however common each of them is.
 Of many numbers told in the same words, only the one whose name was just read is still led to. Whether a token is what a
-story foretold is asked of words: "Anna" at the beginning of a line is the " Anna" within one (see `model.words`).
+story foretold is asked of words: "Anna" at the beginning of a line is the " Anna" within one (see `model.words`). A
+name cut into other tokens still counts: where m_t(e) begins, the characters that came right before in both texts are
+added to it, `match_characters` of them as one token.
 
 Only a few of the E slots foretold a given token. `find_leads` looks for them once; from query to query only their
 weights have to be known, and those of all other slots are made at the end, for all queries at once.
@@ -26,12 +28,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hippoformer.hippocampus.episodes import Episodes, joined
+from hippoformer.model.words import CHARACTERS
 
 _TINY = 1e-12
 # What matches is not lost for resembling too little.
 _FLOOR = 1e-4
+# The characters before a match are those of so many tokens.
+_TOKENS_BEFORE = 4
 
 
 @dataclass
@@ -78,13 +84,14 @@ class Leads:
 
 
 @torch.no_grad()
-def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor) -> Leads:
+def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor, before: "Before | None") -> Leads:
     """Looks for them; their number is asked of the device, all else stays there.
 
     Args:
         episodes: E slots; `matched` is that of the query before these.
         words: (R, E) what each of them foretells. read: (R, N) words of the queries; both int32.
         visible: (R, N, E) bool, what each query may recall.
+        before: what stands before a match that begins, or None if only tokens count.
     """
     rows, n_queries = read.shape
     foretold = torch.where(joined(episodes.position), words[:, :-1], -1)  # (R, E-1)
@@ -101,6 +108,9 @@ def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor)
     earlier = torch.searchsorted(entry, entry - width - 1).clamp_max(max(entry.numel() - 1, 0))
     linked = (entry[earlier] == entry - width - 1) & (slot > 0) & (query > 0)
     so_far = torch.where(query > 0, 0.0, episodes.matched.float()[row, slot])
+    if before is not None:
+        begins = ~linked & (so_far == 0)
+        so_far = torch.where(begins, before.in_common(row, slot, query), so_far)
     matched = _summed_along(so_far + 1.0, torch.where(linked, earlier, -1), n_queries)
 
     needed = torch.where(most > 0, most + 1, 0)  # (N,) places
@@ -123,6 +133,54 @@ def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor)
         link=packed(torch.where(linked, rank[earlier], 0)),
         matched=packed(matched),
     )
+
+
+@dataclass
+class Before:
+    """What was written before each token, in the texts of R rows: their characters, whatever tokens they were cut into.
+
+    Attributes:
+        text: (R, E) int64, before each of E slots, as `texts_before` gives it.
+        own_slot: (R,) int64, of the token that the first query has read.
+        share: how much of a token one character is.
+    """
+
+    text: Tensor
+    own_slot: Tensor
+    share: float
+
+    def in_common(self, row: Tensor, slot: Tensor, query: Tensor) -> Tensor:
+        """(M,) how much is the same before an episode's token and before a query's, in tokens."""
+        there = self.text[row, slot]
+        differ = there ^ self.text[row, (self.own_slot[row] + query).clamp_max(self.text.shape[1] - 1)]
+        # The lowest bit that differs says after how many characters.
+        bit = (differ & -differ).clamp_min(1).double().log2().round()
+        same = torch.where(differ == 0, _characters(self.text)[row, slot], torch.div(bit, 8, rounding_mode="floor"))
+        return same.float() * self.share
+
+
+def texts_before(ending: Tensor, position: Tensor) -> Tensor:
+    """(R, E) int64, the last `CHARACTERS` characters before each slot's token, the last of them in the lowest byte.
+
+    Args:
+        ending: (R, E) the end of each slot's token; 0 where it is not known, and no text reaches over that.
+        position: (R, E) of the episodes; no text reaches over a gap either.
+    """
+    width = ending.shape[1]
+    joins = pad(joined(position), (1, 0))
+    text, length, unbroken = torch.zeros_like(ending), torch.zeros_like(ending), torch.ones_like(joins)
+    for back in range(1, _TOKENS_BEFORE + 1):
+        token = pad(ending, (back, 0))[:, :width]
+        unbroken = unbroken & pad(joins, (back - 1, 0))[:, :width] & (token != 0)
+        added = torch.where(unbroken & (length < CHARACTERS), token << (8 * length), 0)
+        text = text | (added & ((1 << 8 * CHARACTERS) - 1))
+        length = torch.where(unbroken, (length + _characters(token)).clamp_max(CHARACTERS), length)
+    return text
+
+
+def _characters(text: Tensor) -> Tensor:
+    """How many there are, of a byte each, none of them zero."""
+    return torch.stack([(text >> 8 * place) != 0 for place in range(CHARACTERS)]).sum(0)
 
 
 def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:

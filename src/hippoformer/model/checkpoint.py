@@ -190,6 +190,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
     own = {n.removeprefix("hippocampus."): t for n, t in tensors.items() if n.startswith("hippocampus.")}
+    # One that was saved before tokens were spelled goes on without.
+    spelled = model.hippocampus.recall.ending_of_token
+    own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:

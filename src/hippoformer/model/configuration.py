@@ -59,6 +59,8 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_top_k: episodes a query may recall; 0 for all of them.
         match_power: of several stories that have foretold the last tokens, one counts by this power of how many they
             were.
+        match_characters: where a story begins to match, so many characters that were the same right before it count
+            as one token more, however they were cut into tokens; 0: only tokens count.
         residual_readout, distribution_readout: the two ways recall changes a prediction.
         fusion_dropout: dropout on the residual read-out in training.
     Drift calibrator:
@@ -119,6 +121,7 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_value_dim: int = 64,
         recall_top_k: int = 0,
         match_power: float = 8.0,
+        match_characters: float = 3.0,
         residual_readout: bool = True,
         distribution_readout: bool = True,
         fusion_n_heads: int | None = None,
@@ -182,6 +185,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.recall_value_dim = recall_value_dim
         self.recall_top_k = recall_top_k
         self.match_power = match_power
+        self.match_characters = match_characters
         self.residual_readout = residual_readout
         self.distribution_readout = distribution_readout
         self.fusion_dropout = fusion_dropout
@@ -267,6 +271,7 @@ class HippoFormerConfig(PreTrainedConfig):
             or not self.residual_readout,
             "recall_top_k >= 0": self.recall_top_k >= 0,
             "0 <= match_power <= 10": 0 <= self.match_power <= 10,
+            "match_characters == 0 or >= 1": self.match_characters == 0 or self.match_characters >= 1,
             "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
             "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,
         }

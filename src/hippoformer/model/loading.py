@@ -53,7 +53,7 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
     own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")
     tokenizer = load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
     if saved is None:
-        model.hippocampus.recall.set_words(words_of_tokens(tokenizer, model.config.vocab_size))
+        model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
     return model, tokenizer
 
 
