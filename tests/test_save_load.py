@@ -358,6 +358,7 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
             store,
             torch.ones_like(store.priority),
             visible,
+            torch.tensor([0]),
         ).weights
 
     right = recalled(read_some(new, rows=1, length=60))
