@@ -100,6 +100,12 @@ def buffers(text: str, limit: int) -> tuple[str, ...]:
     return compared((f"buffer-{size}:buffer_size={size}" for size in sizes), text, "--limit-tokens", str(limit))
 
 
+def equal_bytes(windows: str, buffers: str, selected: str) -> tuple[str, ...]:
+    """The command that compares ways to spend bytes of state."""
+    text = ("--text", NOVELS, "--limit-characters", "40000")
+    return ("eval", "bytes", *MODEL, *text, "--windows", windows, "--buffers", buffers, "--kv", selected)
+
+
 def perplexity(text: str, *more: str) -> tuple[str, ...]:
     """The command of the streaming protocol."""
     return ("eval", "perplexity", *MODEL, "--text", text, *more)
@@ -149,23 +155,9 @@ PIECES = (
         ),
         35,
     ),
-    Piece(
-        "bytes_novels.json",
-        (
-            *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
-            *("--windows", WINDOWS, "--buffers", EPISODES, "--kv", SELECTED),
-        ),
-        60,
-    ),
+    Piece("bytes_novels.json", equal_bytes(WINDOWS, EPISODES, SELECTED), 60),
     # All at most a megabyte more than the window, and what nearly full attention reaches.
-    Piece(
-        "bytes_novels_1mb.json",
-        (
-            *("eval", "bytes", *MODEL, "--text", NOVELS, "--limit-characters", "40000"),
-            *("--windows", "555,7932", "--buffers", "640", "--kv", "h2o:43,snapkv:43"),
-        ),
-        20,
-    ),
+    Piece("bytes_novels_1mb.json", equal_bytes("555,7932", "640", "h2o:43,snapkv:43"), 20),
     *(Piece(f"replay_{name}_validation.json", compared(REPLAY, *text), 8) for name, text in VALIDATION.items()),
     Piece(
         "drift_3_bits_validation.json",

@@ -83,8 +83,32 @@ class Leads:
         return slots
 
 
+@dataclass
+class Before:
+    """What was written before each token, in the texts of R rows: their characters, whatever tokens they were cut into.
+
+    Attributes:
+        text: (R, E) int64, before each of E slots, as `texts_before` gives it.
+        own_slot: (R,) int64, of the token that the first query has read.
+        share: how much of a token one character is.
+    """
+
+    text: Tensor
+    own_slot: Tensor
+    share: float
+
+    def in_common(self, row: Tensor, slot: Tensor, query: Tensor) -> Tensor:
+        """(M,) how much is the same before an episode's token and before a query's, in tokens."""
+        there = self.text[row, slot]
+        differ = there ^ self.text[row, (self.own_slot[row] + query).clamp_max(self.text.shape[1] - 1)]
+        # The lowest bit that differs says after how many characters.
+        bit = (differ & -differ).clamp_min(1).double().log2().round()
+        same = torch.where(differ == 0, _characters(self.text)[row, slot], torch.div(bit, 8, rounding_mode="floor"))
+        return same.float() * self.share
+
+
 @torch.no_grad()
-def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor, before: "Before | None") -> Leads:
+def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor, before: Before | None) -> Leads:
     """Looks for them; their number is asked of the device, all else stays there.
 
     Args:
@@ -135,30 +159,6 @@ def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor,
     )
 
 
-@dataclass
-class Before:
-    """What was written before each token, in the texts of R rows: their characters, whatever tokens they were cut into.
-
-    Attributes:
-        text: (R, E) int64, before each of E slots, as `texts_before` gives it.
-        own_slot: (R,) int64, of the token that the first query has read.
-        share: how much of a token one character is.
-    """
-
-    text: Tensor
-    own_slot: Tensor
-    share: float
-
-    def in_common(self, row: Tensor, slot: Tensor, query: Tensor) -> Tensor:
-        """(M,) how much is the same before an episode's token and before a query's, in tokens."""
-        there = self.text[row, slot]
-        differ = there ^ self.text[row, (self.own_slot[row] + query).clamp_max(self.text.shape[1] - 1)]
-        # The lowest bit that differs says after how many characters.
-        bit = (differ & -differ).clamp_min(1).double().log2().round()
-        same = torch.where(differ == 0, _characters(self.text)[row, slot], torch.div(bit, 8, rounding_mode="floor"))
-        return same.float() * self.share
-
-
 def texts_before(ending: Tensor, position: Tensor) -> Tensor:
     """(R, E) int64, the last `CHARACTERS` characters before each slot's token, the last of them in the lowest byte.
 
@@ -167,14 +167,15 @@ def texts_before(ending: Tensor, position: Tensor) -> Tensor:
         position: (R, E) of the episodes; no text reaches over a gap either.
     """
     width = ending.shape[1]
-    joins = pad(joined(position), (1, 0))
+    joins, n_characters = pad(joined(position), (1, 0)), _characters(ending)
     text, length, unbroken = torch.zeros_like(ending), torch.zeros_like(ending), torch.ones_like(joins)
     for back in range(1, _TOKENS_BEFORE + 1):
         token = pad(ending, (back, 0))[:, :width]
         unbroken = unbroken & pad(joins, (back - 1, 0))[:, :width] & (token != 0)
         added = torch.where(unbroken & (length < CHARACTERS), token << (8 * length), 0)
         text = text | (added & ((1 << 8 * CHARACTERS) - 1))
-        length = torch.where(unbroken, (length + _characters(token)).clamp_max(CHARACTERS), length)
+        more = pad(n_characters, (back, 0))[:, :width]
+        length = torch.where(unbroken, (length + more).clamp_max(CHARACTERS), length)
     return text
 
 
