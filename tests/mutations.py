@@ -323,6 +323,14 @@ MUTATIONS = [
     ),
     Mutation(
         "7 references: words",
+        "what was told first counts as much as what was told last",
+        "hippocampus/recall.py",
+        "self.match_power * length - fading * later",
+        "self.match_power * length",
+        "test_words.py::test_what_was_told_last_is_recalled",
+    ),
+    Mutation(
+        "7 references: words",
         "what stands before a gap counts as what stands before a match",
         "hippocampus/stories.py",
         "unbroken = unbroken & pad(joins, (back - 1, 0))[:, :width] & (token != 0)",

@@ -237,6 +237,10 @@ def recall(
                 (float(total[slot]) + 1e-4) * min(count, 1024.0) ** power if count else 0.0
                 for slot, count in enumerate(in_common)
             ]
+            for slot, count in enumerate(in_common):
+                if count > 3.0:
+                    newer = sum(abs(other - count) < 1e-3 for other in in_common[slot + 1 :])
+                    match[slot] /= (1 + newer) ** (module.match_recency * math.log(count / 3.0))
             story = [0.0] * n_episodes
             for slot, count in enumerate(in_common):
                 if count:

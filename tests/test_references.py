@@ -191,7 +191,9 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}, {"match_characters": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"recall_top_k": 3}, {"recall_top_k": 1000}, {"match_characters": 0}, {"match_recency": 0}]
+)
 @pytest.mark.parametrize("seed", range(2))
 def test_recall(options: dict, seed: int, grad: bool) -> None:
     module, asked = random_recall(seed, **options)

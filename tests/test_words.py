@@ -77,6 +77,29 @@ def test_a_name_cut_into_other_tokens_is_recognised_by_its_characters() -> None:
     assert rome == 2 + 5 / 2 and oslo == 2 + 1 / 2
 
 
+@pytest.mark.parametrize("values", [(9, 10), (10, 9)])
+def test_what_was_told_last_is_recalled(values: tuple[int, int]) -> None:
+    """The same sentence twice, with another end; but a longer match is still the better one, however old."""
+    model = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0, match_recency=60.0)
+    sentence = [1, 2, 3, 4, 5, 6]
+
+    def recalled(told: list[int], asked: list[int]) -> list[float]:
+        """Of each value, how much of the weights its episode has when the question has been read."""
+        cache = model.new_cache(1)
+        with torch.no_grad():
+            model(torch.tensor([told]), past_key_values=cache)
+            model(torch.tensor([asked]), past_key_values=cache)
+        episodes = cache.memory.episodes
+        return [float(episodes.recalled[0, episodes.token[0] == value].sum()) for value in values]
+
+    with torch.no_grad():
+        model.hippocampus.recall.follow_gate.bias.fill_(8.0)
+    first, last = recalled([0, 8, *sentence, values[0], 7, 8, *sentence, values[1], 11], [8, *sentence])
+    assert last > 0.9 and first < 0.05
+    longer, shorter = recalled([0, 8, *sentence, values[0], 7, 11, *sentence, values[1], 7], [8, *sentence])
+    assert longer > 0.6 > shorter, "one token more"
+
+
 def test_words_of_another_vocabulary_are_refused() -> None:
     told = torch.arange(VOCAB)
     for wrong in ((told[1:], told), (told, told[1:])):

@@ -8,6 +8,7 @@ A softmax over all of them gives the attention a_h; a learned mixture over heads
 gives one distribution. That is how a story is found; how it is then followed, `stories` says.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ _QUERY_BLOCK = 64
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
 # Longer matches are all the same: their powers would leave the range of float32.
 _LONGEST = 1024.0
+# What matches longer than so many tokens is a statement, no common phrase, and the last time it was made counts most.
+_TOLD_AGAIN = 3.0
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Recall(nn.Module):
     def configure(self, config: HippoFormerConfig) -> None:
         """Takes the options that no parameter depends on."""
         self.top_k, self.match_power = config.recall_top_k, config.match_power
-        self.match_characters = config.match_characters
+        self.match_characters, self.match_recency = config.match_characters, config.match_recency
 
     def set_words(self, word_of_token: Tensor, ending_of_token: Tensor) -> None:
         """Tells which tokens are the same word, and how they end.
@@ -180,7 +183,9 @@ class Recall(nn.Module):
         ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
         length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
-        longest = in_whole_vectors(torch.exp, self.match_power * length)
+        later = in_whole_vectors(torch.log, leads.newer + 1.0)
+        fading = self.match_recency * (length - math.log(_TOLD_AGAIN)).clamp_min(0.0)
+        longest = in_whole_vectors(torch.exp, self.match_power * length - fading * later)
         kappa = self.log_contiguity.exp()
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
 

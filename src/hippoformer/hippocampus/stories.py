@@ -16,7 +16,8 @@ One token in common says little, ten leave no doubt, however common each of them
 Of many numbers told in the same words, only the one whose name was just read is still led to. Whether a token is what a
 story foretold is asked of words: "Anna" at the beginning of a line is the " Anna" within one (see `model.words`). A
 name cut into other tokens still counts: where m_t(e) begins, the characters that came right before in both texts are
-added to it, `match_characters` of them as one token.
+added to it, `match_characters` of them as one token. Of equally long matches the newest counts most (`match_recency`):
+who was told twice where somebody lives believes the second.
 
 Only a few of the E slots foretold a given token. `find_leads` looks for them once; from query to query only their
 weights have to be known, and those of all other slots are made at the end, for all queries at once.
@@ -38,6 +39,8 @@ _TINY = 1e-12
 _FLOOR = 1e-4
 # The characters before a match are those of so many tokens.
 _TOKENS_BEFORE = 4
+# Lengths are equal that differ by less than a part of a token, for characters; all from `_LENGTHS` parts on are.
+_PARTS, _LENGTHS = 64, 1 << 16
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Leads:
         real: (R, P) 1 where an episode leads, 0 elsewhere.
         link: (R, P) int64, which place of the query before led to this episode; 0 where none of them did.
         matched: (R, P) how many tokens in a row, up to the query's own, were what led to the successor.
+        newer: (R, P) how many of the same query matched as many tokens, and were read later.
     """
 
     queries: list[int]
@@ -65,6 +69,7 @@ class Leads:
     real: Tensor
     link: Tensor
     matched: Tensor
+    newer: Tensor
 
     def among(self, low: int, high: int) -> tuple["Leads", slice]:
         """Those of the queries low..high, counted from there, and which of the P places they have."""
@@ -72,7 +77,8 @@ class Leads:
         first = sum(self.places[: kept.start])
         which = slice(first, first + sum(self.places[kept]))
         queries = [query - low for query in self.queries[kept]]
-        found = (x[..., which] for x in (self.query - low, self.column, self.real, self.link, self.matched))
+        shared = (self.query - low, self.column, self.real, self.link, self.matched, self.newer)
+        found = (x[..., which] for x in shared)
         return Leads(queries, self.places[kept], *found), which
 
     def matched_slots(self, n_queries: int, n_slots: int) -> Tensor:
@@ -156,6 +162,7 @@ def find_leads(episodes: Episodes, words: Tensor, read: Tensor, visible: Tensor,
         real=packed(torch.ones_like(matched)),
         link=packed(torch.where(linked, rank[earlier], 0)),
         matched=packed(matched),
+        newer=packed(_newer(matched, number)),
     )
 
 
@@ -191,6 +198,16 @@ def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
     for _ in range((longest - 1).bit_length()):  # every round reaches twice as far back
         value, earlier = value + value[earlier], earlier[earlier]
     return value[:-1]
+
+
+def _newer(matched: Tensor, number: Tensor) -> Tensor:
+    """(M,) how many of the same query, its `number` (M,), stand in later slots and match as much."""
+    key = number * _LENGTHS + (matched * _PARTS).round().long().clamp_max(_LENGTHS - 1)
+    in_order, order = key.sort(stable=True)
+    end = torch.searchsorted(in_order, in_order, right=True)
+    newer = torch.empty_like(matched)
+    newer[order] = (end - 1 - torch.arange(end.numel(), device=end.device)).to(matched.dtype)
+    return newer
 
 
 def _add_at(dense: Tensor, query: Tensor, column: Tensor, new: Tensor) -> None:

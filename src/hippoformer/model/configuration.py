@@ -61,6 +61,8 @@ class HippoFormerConfig(PreTrainedConfig):
             were.
         match_characters: where a story begins to match, so many characters that were the same right before it count
             as one token more, however they were cut into tokens; 0: only tokens count.
+        match_recency: of stories that match equally long, m > 3 tokens, the k-th newest counts by 1 / k to the power of
+            this times log(m / 3): what was told last is what is recalled. 0: all count the same.
         residual_readout, distribution_readout: the two ways recall changes a prediction.
         fusion_dropout: dropout on the residual read-out in training.
     Drift calibrator:
@@ -122,6 +124,7 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_top_k: int = 0,
         match_power: float = 8.0,
         match_characters: float = 3.0,
+        match_recency: float = 4.0,
         residual_readout: bool = True,
         distribution_readout: bool = True,
         fusion_n_heads: int | None = None,
@@ -186,6 +189,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.recall_top_k = recall_top_k
         self.match_power = match_power
         self.match_characters = match_characters
+        self.match_recency = match_recency
         self.residual_readout = residual_readout
         self.distribution_readout = distribution_readout
         self.fusion_dropout = fusion_dropout
@@ -272,6 +276,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "recall_top_k >= 0": self.recall_top_k >= 0,
             "0 <= match_power <= 10": 0 <= self.match_power <= 10,
             "match_characters == 0 or >= 1": self.match_characters == 0 or self.match_characters >= 1,
+            "match_recency >= 0": self.match_recency >= 0,
             "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
             "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,
         }
