@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,33 @@ def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.
     assert report.to_table().row_count == 2
 
 
+def test_a_reply_is_right_by_its_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decoded(model: Any, cache: Any, prompts: Any, new_tokens: int) -> Any:
+        wide, said = model.config.window == 64, tokenizer.decode
+        ends = [f" {case.answer}." if model._memory_on else f" {case.answer} it is" for case in cases]
+        texts = [f" Because it was so.{'' if wide else end}\nhallway" for end in ends]
+        assert new_tokens == 40 and said(prompts[0]).startswith("\n\nQuestion: Where is Mary?")
+        return [tokenizer(text).input_ids for text in texts]
+
+    @dataclass
+    class Expected:
+        answer: str
+
+    tokenizer, cases = tiny_tokenizer(), [Expected("garden")]
+    questions = [Question("q0", "Mary is there.", "Where is Mary?", ("garden",))]
+    monkeypatch.setattr(babilong, "hidden_questions", lambda *_: questions)
+    monkeypatch.setattr(babilong, "decoded", decoded)
+    (told,) = evaluated(tmp_path, lengths=(0,), cases=1, reply_tokens=40).asked
+    assert told.right == {"memory": True, "off": False, "window 64": False}
+    assert told.said["memory"] == "Because it was so. garden." and told.said["off"].endswith("it is")
+
+
+def test_what_was_decoded_is_reported(tmp_path: Path) -> None:
+    for told in evaluated(tmp_path, lengths=(0,), reply_tokens=6).asked:
+        assert set(told.said) == set(told.right) == set(told.nats)
+        assert all(len(line) <= 6 and "\n" not in line for line in told.said.values())
+
+
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     for wrong in (
         {"tasks": ()},
@@ -264,6 +292,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         {"windows": (0,)},
         {"windows": (5_000,)},  # beyond the base's positions
         {"batch_size": 0},
+        {"reply_tokens": -1},
     ):
         with pytest.raises(ConfigurationError):
             evaluated(tmp_path, **wrong)
@@ -311,5 +340,8 @@ def test_hide_stories_writes_questions(folder: Path) -> None:
     assert len(found) == 12 and written() == found and written("--seed", "1") != found
     long = [len(question.context) >= 300 for question in found]
     assert sum(long) == 6 and long != sorted(long), "shuffled"
+    for plain, reasoned in zip(found, written("--reasons"), strict=True):
+        told, _, answer = reasoned.answers[0].rpartition(" ")
+        assert answer == plain.answers[0] and told in plain.context and told.endswith(f"the {answer}.")
     asked = ["eval", "questions", "--model", "any", "--questions", str(folder / "train.jsonl"), "--new-tokens", "2"]
     assert CliRunner().invoke(cli.app, [*asked, "--samples", "2"]).exit_code == 0

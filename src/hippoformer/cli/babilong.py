@@ -33,6 +33,9 @@ def eval_babilong(
     ),
     cases: Annotated[str, typer.Option(help="Questions of a task, at every length or comma-separated at each.")] = "25",
     windows: Annotated[str, typer.Option(help="Comma-separated: windows of the base alone, for comparison.")] = "",
+    reply_tokens: Annotated[
+        int, typer.Option("--reply-tokens", help="Tokens a reply may have, its last word the answer; 0: the answer.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts read side by side.")] = 5,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws, the stories and where they are hidden.")] = 0,
@@ -51,6 +54,7 @@ def eval_babilong(
             lengths=numbers(lengths, "--lengths"),
             cases=each[0] if len(each) == 1 else each,
             windows=numbers(windows, "--windows"),
+            reply_tokens=reply_tokens,
             split=texts.dataset_split,
             data_dir=texts.data_dir,
             batch_size=batch_size,
@@ -69,6 +73,7 @@ def hide_stories(
     data_dir: DataDirOption = Path("data"),
     lengths: Annotated[str, typer.Option(help="Comma-separated: tokens of a text; 0: the story alone.")] = "0,400,1000",
     samples: Annotated[int, typer.Option(help="Questions of each length.")] = 100,
+    reasons: Annotated[bool, typer.Option(help="Begin each answer with the sentences it follows from.")] = False,
     model: Annotated[str, typer.Option(help="Base model whose tokens are counted: folder, hub or short name.")] = (
         "smollm2-135m"
     ),
@@ -76,7 +81,7 @@ def hide_stories(
 ) -> None:
     """Write questions about bAbI's stories hidden in books, to train on or to ask with `eval questions`."""
     from hippoformer.data import read_documents
-    from hippoformer.data.babilong import hidden_questions, sentences, write_questions
+    from hippoformer.data.babilong import hidden_questions, reasoned, sentences, write_questions
     from hippoformer.evaluation.scoring import token_ids
     from hippoformer.model.base_models import load_tokenizer
 
@@ -90,6 +95,7 @@ def hide_stories(
         # Other stories at every length: there is more to learn from them.
         own_seed = random.Random(f"{seed}/{place}").randrange(2**32)
         found += hidden_questions(task, dataset_split, books, length, samples, count, own_seed, data_dir)
+    found = [reasoned(question) for question in found] if reasons else found
     random.Random(seed).shuffle(found)
     write_questions(output, found)
     console().print(Text(f"{len(found)} questions of babi-{task} ({dataset_split}) written to {output}"))

@@ -105,6 +105,11 @@ def hidden_questions(
     return hidden
 
 
+def reasoned(question: Question) -> Question:
+    """The question with answers that begin with what they follow from: first what was told, then the answer."""
+    return replace(question, answers=tuple(" ".join((*question.reasons, answer)) for answer in question.answers))
+
+
 def write_questions(path: str | Path, questions: Iterable[Question]) -> None:
     """Writes a .jsonl file that `read_questions` reads: a line a question.
 

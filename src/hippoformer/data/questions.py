@@ -14,7 +14,7 @@ A local copy `DATA_DIR/NAME/SPLIT.jsonl` of any of them comes first. What is now
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class Question:
 
     Attributes:
         name: to tell it from others. context: the text. question: what is asked. answers: each is right.
+        reasons: the sentences of the text that the answer follows from, as the data lists them, where it does.
     """
 
     name: str
     context: str
     question: str
     answers: tuple[str, ...]
+    reasons: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -106,16 +108,18 @@ def _from_babi(task: str, split: str, data_dir: Path) -> Iterator[Question]:
             f"babi-{task} ({split}) is not at hand: no file {file} in {data_dir / folder}; put the bAbI tasks there, "
             f"or choose one of babi-{', babi-'.join(_BABI_TASKS)}"
         )
-    story: list[str] = []
+    story: dict[str, str] = {}
     for number, line in enumerate(places[0].read_text(encoding="utf-8").splitlines(), start=1):
         position, _, text = line.partition(" ")
         if position == "1":
-            story = []
+            story = {}
         if "\t" in text or "|" in text:
-            question, answer, *_ = re.split(r"[\t|]", text)
-            yield _question(f"babi-{task}:{number}", "\n".join(story), question.strip(), [answer.strip()])
+            question, answer, *supporting = re.split(r"[\t|]", text)
+            asked = _question(f"babi-{task}:{number}", "\n".join(story.values()), question.strip(), [answer.strip()])
+            reasons = tuple(story[place] for place in " ".join(supporting).split() if place in story)
+            yield replace(asked, reasons=reasons)
         else:
-            story.append(text)
+            story[position] = text
 
 
 def _from_hub(name: str, split: str, local: Path) -> Iterator[Question]:

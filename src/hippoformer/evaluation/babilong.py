@@ -3,7 +3,8 @@
 Each text is read from an empty memory; then the question is put to a copy of the state, once with the memory and once
 with it off. What the base has read is the same for both. A `window` is the base alone with attention over as many
 tokens: it reads the start token, where there is one, and the last tokens before the question, as many as it holds.
-An answer is decoded greedily and counts if every token of it is right.
+An answer is decoded greedily and counts if every token of it is right; a reply, which may say first what it follows
+from, if its last word is the answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ from rich.text import Text
 from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.examination import Answer, answers
-from hippoformer.evaluation.generation import left_padded
+from hippoformer.evaluation.examination import answers
+from hippoformer.evaluation.generation import decoded, left_padded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
@@ -45,7 +46,8 @@ class Told:
 
     Attributes:
         name: of the question. task, length: the cell it belongs to. tokens_read: before the question.
-        right: condition -> every token decoded is that of the answer. nats: condition -> -log p of the whole answer.
+        right: condition -> every token decoded is that of the answer, or the reply ends in it.
+        said: condition -> what was decoded. nats: condition -> -log p of the whole answer, said at once.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Told:
     length: int
     tokens_read: int
     right: dict[str, bool]
+    said: dict[str, str]
     nats: dict[str, float]
 
 
@@ -115,6 +118,7 @@ def evaluate_babilong(
     lengths: Sequence[int] = (0, 1_000, 4_000, 16_000, 64_000),
     cases: int | Sequence[int] | Mapping[int, int] = 25,
     windows: Sequence[int] = (),
+    reply_tokens: int = 0,
     split: str = "test",
     data_dir: str | Path = "data",
     batch_size: int = 5,
@@ -130,6 +134,7 @@ def evaluate_babilong(
         lengths: tokens of a text, at least; 0: the story alone. The stories are the same at every length.
         cases: questions of each task and length; one number, one for each length, or length -> number.
         windows: tokens that the base alone attends to, for comparison. split, data_dir: of bAbI.
+        reply_tokens: that a reply may have, to the end of its line; 0: the answer has to come at once.
         batch_size: texts read side by side. seed: of stories, books and places.
         progress: called with (tokens read, tokens in all). command: recorded in the report.
 
@@ -138,10 +143,11 @@ def evaluate_babilong(
         TextError: a task that is not at hand, or books without sentences.
     """
     counts = _per_length(cases, lengths)
-    if not tasks or len(set(tasks)) < len(tasks) or batch_size < 1 or min(windows, default=1) < 1:
+    lowest = min(batch_size, *windows, reply_tokens + 1)
+    if not tasks or len(set(tasks)) < len(tasks) or lowest < 1:
         raise ConfigurationError(
-            f"tasks={list(tasks)}, batch_size={batch_size}, windows={list(windows)}; expected tasks, each once, and "
-            "positive numbers"
+            f"tasks={list(tasks)}, batch_size={batch_size}, windows={list(windows)}, reply_tokens={reply_tokens}; "
+            "expected tasks, each once, and positive numbers"
         )
     check_untouched(model.config)
     views = {f"window {window}": with_options(model, window=window) for window in windows}
@@ -165,7 +171,7 @@ def evaluate_babilong(
     total, done = sum(len(case.text) for of in asked.values() for case in of), 0
     with reading(model):
         for batch in _batches(asked, batch_size):
-            told += _asked(model, views, batch, len(start))
+            told += _asked(model, tokenizer, views, batch, len(start), reply_tokens)
             done += sum(len(case.text) for case in batch)
             if progress is not None:
                 progress(done, total)
@@ -176,6 +182,7 @@ def evaluate_babilong(
             "lengths": list(counts),
             "cases": list(counts.values()),
             "windows": list(windows),
+            "reply_tokens": reply_tokens,
             "split": split,
             "batch_size": batch_size,
             "seed": seed,
@@ -210,27 +217,50 @@ def _batches(asked: Mapping[tuple[int, str], list[Case]], batch_size: int) -> It
             yield together[low : low + batch_size]
 
 
-def _asked(model: Any, views: Mapping[str, Any], batch: Sequence[Case], start: int) -> list[Told]:
+def _asked(
+    model: Any, tokenizer: Any, views: Mapping[str, Any], batch: Sequence[Case], start: int, reply_tokens: int
+) -> list[Told]:
     """Reads the texts of a batch and asks their questions under every condition; `start` tokens begin each text."""
+
+    def put(asked: Any, cache: Any) -> list[tuple[str, bool, float]]:
+        """What is said, whether it is right, and -log p of the answer."""
+        replies = decoded(asked, cache.copy(), [case.question for case in batch], reply_tokens) if reply_tokens else []
+        at_once = answers(asked, cache, batch)
+        if not replies:
+            return [
+                (tokenizer.decode(said), said == case.answer, nats)
+                for case, (said, nats) in zip(batch, at_once, strict=True)
+            ]
+        lines = [tokenizer.decode(reply).strip().partition("\n")[0] for reply in replies]
+        return [
+            (line, _last_word(line) == _last_word(tokenizer.decode(case.answer)), nats)
+            for line, case, (_, nats) in zip(lines, batch, at_once, strict=True)
+        ]
+
     cache = _read(model, [case.text for case in batch])
-    said: dict[str, list[Answer]] = {"memory": answers(model, cache.copy(), batch)}
+    found = {"memory": put(model, cache.copy())}
     with model.memory_off():
-        said["off"] = answers(model, cache, batch)
+        found["off"] = put(model, cache)
     for name, view in views.items():
         held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
         with view.memory_off():
-            said[name] = answers(view, _read(view, held), batch)
+            found[name] = put(view, _read(view, held))
     return [
         Told(
             name=case.name,
             task=case.task,
             length=case.length,
             tokens_read=len(case.text),
-            right={name: of[row][0] == case.answer for name, of in said.items()},
-            nats={name: of[row][1] for name, of in said.items()},
+            right={name: of[row][1] for name, of in found.items()},
+            said={name: of[row][0] for name, of in found.items()},
+            nats={name: of[row][2] for name, of in found.items()},
         )
         for row, case in enumerate(batch)
     ]
+
+
+def _last_word(line: str) -> str:
+    return (line.split() or [""])[-1].strip(".,;:!?\"'").lower()
 
 
 def _read(model: Any, texts: Sequence[Sequence[int]]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.generation import left_padded
+from hippoformer.evaluation.generation import decoded, left_padded
 from hippoformer.evaluation.needles import KINDS, PIECE, Planted, haystack
 
 # What was said, and -log p of what should have been.
@@ -175,18 +175,11 @@ def unaided(model: Any, cache: Any, ready: list[tuple[int, Planted]]) -> list[An
 def answers(model: Any, cache: Any, posed: Sequence[Posed]) -> list[Answer]:
     """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
     judged = cache.copy()
-    decoded: list[list[int]] = [[] for _ in posed]
-    tokens, mask = left_padded([one.question for one in posed], model.device)
-    for _ in range(max(len(one.answer) for one in posed)):
-        logits = model(tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        tokens = logits.argmax(-1, keepdim=True)
-        mask = torch.ones_like(tokens)
-        for row, token in enumerate(tokens.flatten().tolist()):
-            decoded[row].append(token)
+    found = decoded(model, cache, [one.question for one in posed], max(len(one.answer) for one in posed))
     together = [[*one.question, *one.answer] for one in posed]
     tokens, mask = left_padded(together, model.device)
     log_probs = model.score(tokens, attention_mask=mask, past_key_values=judged)
     return [
         (said[: len(one.answer)], -float(row[-len(one.answer) :].double().sum()))
-        for said, one, row in zip(decoded, posed, log_probs, strict=True)
+        for said, one, row in zip(found, posed, log_probs, strict=True)
     ]

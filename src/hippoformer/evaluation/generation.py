@@ -67,6 +67,19 @@ def continued(
     return torch.cat(made, dim=1).tolist(), speed
 
 
+@torch.no_grad()
+def decoded(model: Any, cache: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """The `new_tokens` likeliest next tokens of each row after its prompt, one after the other; `cache` goes on."""
+    token, mask = left_padded(prompts, model.device)
+    made: list[Tensor] = []
+    for _ in range(new_tokens):
+        logits = model(token, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        token = logits.argmax(-1, keepdim=True)
+        mask = torch.ones_like(token)
+        made.append(token)
+    return torch.cat(made, dim=1).tolist()
+
+
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
     """(R, T) ids and mask, all rows ending together."""
     width = max(len(row) for row in rows)
