@@ -42,6 +42,8 @@ RECALL_VARIANTS = (
     *VARIANTS,
     "no-forgetting:decay_rate=1.0",
 )
+# Of what was told twice, does the newer count?
+MOVED_VARIANTS = ("shipped", "all-the-same:match_recency=0")
 BUFFERS = (0, 1024, 2048, 4096, 8192)
 # How much is replayed, and how fast what is not fades.
 REPLAY = tuple(
@@ -137,6 +139,15 @@ PIECES = (
             *(part for option in RECALL_VARIANTS for part in ("--variant", option)),
         ),
         30,
+    ),
+    Piece(
+        "recall_moved_test.json",
+        (
+            *("eval", "recall-variants", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
+            *("--kinds", "moved", "--distances", "2000,8000"),
+            *(part for option in MOVED_VARIANTS for part in ("--variant", option)),
+        ),
+        6,
     ),
     Piece(
         "recall_million_test.json",

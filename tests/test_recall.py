@@ -13,7 +13,7 @@ from hippoformer import cli
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import examination, recall
-from hippoformer.evaluation.needles import KINDS, draw_needle, haystack
+from hippoformer.evaluation.needles import ALL_KINDS, KINDS, draw_needle, haystack
 from hippoformer.evaluation.recall import evaluate_recall
 from tiny_texts import documents, tiny_load, tiny_tokenizer
 
@@ -26,7 +26,7 @@ def report() -> recall.RecallReport:
     return evaluate_recall(model, tokenizer, documents(2000, 900), **FAST)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_needle_holds_its_answer_once_behind_the_words_of_its_question(kind: str) -> None:
     tokenizer = tiny_tokenizer()
     needle = draw_needle(kind, tokenizer, random.Random(1))
@@ -60,6 +60,18 @@ def test_the_stream_holds_the_facts_where_they_are_said_to_be() -> None:
         assert ids[fact.start : fact.end] == fact.needle.statement
     assert len(ids) >= planted[-1].end + 1000 + 512
     assert tokenizer.decode(ids[:300]) == documents(700, 300)[1].text[:300]
+
+
+def test_who_moved_is_told_of_twice_and_asked_for_the_last() -> None:
+    tokenizer = tiny_tokenizer()
+    ids, planted = haystack(tokenizer, documents(700, 300), 0, 3, ("moved",), 400, 1000, seed=3)
+    for fact in planted:
+        needle, first = fact.needle, fact.start - 400 - len(fact.needle.earlier)
+        assert ids[first : first + len(needle.earlier)] == list(needle.earlier)
+        former, now = tokenizer.decode(needle.earlier), tokenizer.decode(needle.statement)
+        told = tokenizer.decode(needle.question).strip().split("? ")[-1]
+        assert told in former and told in now and former != now
+        assert tokenizer.decode(needle.answer) not in former
 
 
 def test_an_answer_counts_when_every_token_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.generation import decoded, left_padded
-from hippoformer.evaluation.needles import KINDS, PIECE, Planted, haystack
+from hippoformer.evaluation.needles import ALL_KINDS, PIECE, Planted, haystack
 
 # What was said, and -log p of what should have been.
 Answer = tuple[list[int], float]
@@ -95,7 +95,7 @@ def plan(
     seed: int,
 ) -> Examination:
     """Plants the facts; the arguments are those of `evaluate_recall`."""
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(kinds) - set(ALL_KINDS))
     if (
         unknown
         or not kinds
@@ -107,7 +107,7 @@ def plan(
     ):
         raise ConfigurationError(
             f"kinds={list(kinds)}, facts={facts}, distances={list(distances)}, haystacks={haystacks}, "
-            f"spacing={spacing}; expected kinds among {', '.join(KINDS)} and positive numbers."
+            f"spacing={spacing}; expected kinds among {', '.join(ALL_KINDS)} and positive numbers."
         )
     streams, planted = zip(
         *(

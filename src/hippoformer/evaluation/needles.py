@@ -1,17 +1,18 @@
 """Facts hidden in long text, and the questions about them: what a memory is asked to recall.
 
-Three kinds, each with names that no text holds:
+Kinds, each with names that no text holds:
 
     pass key    a number of five digits
     home        a made-up name and a made-up place
     one of three   three numbers told together, one of them asked for
+    moved       a home that was told before, of the same person at another place; not among those asked by default
 
 The wordings are those of this evaluation and of no training text (`data.planted` has others).
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hippoformer.data import Document
@@ -20,6 +21,7 @@ from hippoformer.evaluation.scoring import token_ids
 
 PIECE = 512  # tokens read between two looks at what is due
 KINDS = ("pass key", "home", "one of three")
+ALL_KINDS = (*KINDS, "moved")
 # fmt: off
 _SYLLABLES = (
     "al", "be", "cu", "dor", "eth", "fi", "gan", "hol", "iv", "ka", "lun", "mir", "on", "phi", "quor", "ska", "thu",
@@ -35,11 +37,12 @@ class Needle:
     """A fact as token ids.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `ALL_KINDS`.
         statement: what is put into the text, on lines of its own.
         question: what is read when the fact is asked for; the answer continues it.
         answer: the tokens that must come next.
         answer_offset: where the answer stands in the statement.
+        earlier: what was told before and holds no longer; of most kinds nothing.
     """
 
     kind: str
@@ -47,21 +50,28 @@ class Needle:
     question: list[int]
     answer: list[int]
     answer_offset: int
+    earlier: tuple[int, ...] = ()
 
 
 def draw_needle(kind: str, tokenizer: Any, draw: random.Random) -> Needle:
     """A new fact of a kind.
 
     Args:
-        kind: one of `KINDS`. tokenizer: of the model that will read it.
+        kind: one of `ALL_KINDS`. tokenizer: of the model that will read it.
         draw: names, places and numbers come from it.
     """
     if kind == "pass key":
         name = _name(draw, _PERSON_ENDS)
         return _encoded(kind, f"The pass key of {name} is", f" {_number(draw)}", ". Remember it.", "", tokenizer)
-    if kind == "home":
+    if kind in ("home", "moved"):
         name, place = _name(draw, _PERSON_ENDS), _name(draw, _PLACE_ENDS)
-        return _encoded(kind, f"{name} lives in", f" {place}", ".", f"Where does {name} live?", tokenizer)
+        told, question = f"{name} lives in", f"Where does {name} live?"
+        home = _encoded(kind, told, f" {place}", ".", question, tokenizer)
+        if kind == "home":
+            return home
+        while (former := _name(draw, _PLACE_ENDS)) == place:
+            pass
+        return replace(home, earlier=tuple(_encoded(kind, told, f" {former}", ".", question, tokenizer).statement))
     names = [_name(draw, _PERSON_ENDS) for _ in range(3)]
     sentences = [(f"The special magic number for {name} is", f" {_number(draw)}") for name in names]
     asked = draw.randrange(3)
@@ -105,8 +115,8 @@ def haystack(
 
     Args:
         documents: the stream begins with the one of this number and goes on with those after it, round and round.
-        facts: of each kind. kinds: some of `KINDS`.
-        spacing: tokens of the documents before the first fact and between two facts.
+        facts: of each kind. kinds: some of `ALL_KINDS`.
+        spacing: tokens of the documents before the first fact and between two, and after what was told earlier.
         farthest: tokens after the last fact, at least.
         seed: of the facts.
 
@@ -119,6 +129,9 @@ def haystack(
     planted = []
     text = _endless(tokenizer, documents, number)
     for needle in needles:
+        if needle.earlier:
+            ids += [next(text) for _ in range(spacing)]
+            ids += needle.earlier
         ids += [next(text) for _ in range(spacing)]
         planted.append(Planted(number, len(ids), needle))
         ids += needle.statement

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hippoformer.data import Document
 from hippoformer.evaluation.examination import Asked, ask, plan
-from hippoformer.evaluation.needles import KINDS
+from hippoformer.evaluation.needles import ALL_KINDS, KINDS
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report
 from hippoformer.evaluation.scoring import describe, reading
@@ -74,7 +74,9 @@ class RecallReport(Report):
 def cells(asked: Sequence[Asked]) -> list[dict[str, Any]]:
     """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept."""
     found = []
-    for kind, distance in sorted({(a.kind, a.asked_distance) for a in asked}, key=lambda c: (KINDS.index(c[0]), c[1])):
+    for kind, distance in sorted(
+        {(a.kind, a.asked_distance) for a in asked}, key=lambda c: (ALL_KINDS.index(c[0]), c[1])
+    ):
         cases = [a for a in asked if (a.kind, a.asked_distance) == (kind, distance)]
         right, low, high = share([a.right for a in cases])
         found.append(
@@ -113,7 +115,7 @@ def evaluate_recall(
         model: a HippoFormer. tokenizer: its tokenizer.
         documents: haystack i begins with document i and goes on with those after it, round and round.
         distances: tokens between the end of a fact and its question; met within 512 tokens.
-        facts: of each kind in each haystack. kinds: some of `KINDS`.
+        facts: of each kind in each haystack. kinds: some of `needles.ALL_KINDS`.
         haystacks: streams, read side by side; as many as documents where it is None.
         spacing: tokens of the document before the first fact and between two facts.
         seed: of the facts.
