@@ -80,10 +80,20 @@ class Piece:
         return [sys.executable, *script, *self.command, output[0], output[1].as_posix()]
 
 
+def each_variant(options: Iterable[str]) -> tuple[str, ...]:
+    """Each variant as an option of the command line."""
+    return tuple(part for option in options for part in ("--variant", option))
+
+
 def compared(options: Iterable[str], text: str, *more: str) -> tuple[str, ...]:
     """The command that compares variants, each named with its options."""
-    chosen = (part for option in options for part in ("--variant", option))
-    return ("eval", "variants", *MODEL, "--text", text, *more, *chosen)
+    return ("eval", "variants", *MODEL, "--text", text, *more, *each_variant(options))
+
+
+def recall_compared(options: Iterable[str], *more: str) -> tuple[str, ...]:
+    """The command that asks variants for facts in test novels."""
+    planted = ("--text", NOVELS, "--streams", "6", "--facts", "9")
+    return ("eval", "recall-variants", *MODEL, *planted, *more, *each_variant(options))
 
 
 def at_buffer(options: Iterable[str], buffer: int) -> tuple[str, ...]:
@@ -132,21 +142,10 @@ PIECES = (
         for buffer in (256, 1024)
         for name, text in VALIDATION.items()
     ),
-    Piece(
-        "recall_variants_test.json",
-        (
-            *("eval", "recall-variants", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
-            *(part for option in RECALL_VARIANTS for part in ("--variant", option)),
-        ),
-        30,
-    ),
+    Piece("recall_variants_test.json", recall_compared(RECALL_VARIANTS), 30),
     Piece(
         "recall_moved_test.json",
-        (
-            *("eval", "recall-variants", *MODEL, "--text", NOVELS, "--streams", "6", "--facts", "9"),
-            *("--kinds", "moved", "--distances", "2000,8000"),
-            *(part for option in MOVED_VARIANTS for part in ("--variant", option)),
-        ),
+        recall_compared(MOVED_VARIANTS, "--kinds", "moved", "--distances", "2000,8000"),
         6,
     ),
     Piece(

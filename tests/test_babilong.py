@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -255,16 +254,11 @@ def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.
 def test_a_reply_is_right_by_its_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decoded(model: Any, cache: Any, prompts: Any, new_tokens: int) -> Any:
         wide, said = model.config.window == 64, tokenizer.decode
-        ends = [f" {case.answer}." if model._memory_on else f" {case.answer} it is" for case in cases]
-        texts = [f" Because it was so.{'' if wide else end}\nhallway" for end in ends]
+        end = "" if wide else " garden." if model._memory_on else " garden it is"
         assert new_tokens == 40 and said(prompts[0]).startswith("\n\nQuestion: Where is Mary?")
-        return [tokenizer(text).input_ids for text in texts]
+        return [tokenizer(f" Because it was so.{end}\nhallway").input_ids]
 
-    @dataclass
-    class Expected:
-        answer: str
-
-    tokenizer, cases = tiny_tokenizer(), [Expected("garden")]
+    tokenizer = tiny_tokenizer()
     questions = [Question("q0", "Mary is there.", "Where is Mary?", ("garden",))]
     monkeypatch.setattr(babilong, "hidden_questions", lambda *_: questions)
     monkeypatch.setattr(babilong, "decoded", decoded)

@@ -14,7 +14,7 @@ A local copy `DATA_DIR/NAME/SPLIT.jsonl` of any of them comes first. What is now
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,9 @@ def _from_babi(task: str, split: str, data_dir: Path) -> Iterator[Question]:
             story = {}
         if "\t" in text or "|" in text:
             question, answer, *supporting = re.split(r"[\t|]", text)
-            asked = _question(f"babi-{task}:{number}", "\n".join(story.values()), question.strip(), [answer.strip()])
-            reasons = tuple(story[place] for place in " ".join(supporting).split() if place in story)
-            yield replace(asked, reasons=reasons)
+            context, reasons = "\n".join(story.values()), " ".join(supporting).split()
+            told = tuple(story[place] for place in reasons if place in story)
+            yield _question(f"babi-{task}:{number}", context, question.strip(), [answer.strip()], told)
         else:
             story[position] = text
 
@@ -174,8 +174,10 @@ def _scrolls(name: str, task: str, rows: Iterable[Mapping[str, Any]]) -> Iterato
         yield _question(f"{name}:{number}", context, question, answers)
 
 
-def _question(name: str, context: str, question: str, answers: Iterable[str]) -> Question:
+def _question(
+    name: str, context: str, question: str, answers: Iterable[str], reasons: tuple[str, ...] = ()
+) -> Question:
     kept = tuple(answer for answer in answers if isinstance(answer, str) and answer.strip())
     if not kept or not context.strip() or not question.strip():
         raise TextError(f"{name}: a question needs a context, a question and an answer; one of them is empty")
-    return Question(name, context, question, kept)
+    return Question(name, context, question, kept, reasons)

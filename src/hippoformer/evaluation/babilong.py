@@ -19,8 +19,8 @@ from rich.text import Text
 from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.examination import answers
-from hippoformer.evaluation.generation import decoded, left_padded
+from hippoformer.evaluation.examination import answer_nats, answers
+from hippoformer.evaluation.generation import decoded, first_line, left_padded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
@@ -224,17 +224,17 @@ def _asked(
 
     def put(asked: Any, cache: Any) -> list[tuple[str, bool, float]]:
         """What is said, whether it is right, and -log p of the answer."""
-        replies = decoded(asked, cache.copy(), [case.question for case in batch], reply_tokens) if reply_tokens else []
-        at_once = answers(asked, cache, batch)
-        if not replies:
+        if reply_tokens == 0:
+            at_once = answers(asked, cache, batch)
             return [
                 (tokenizer.decode(said), said == case.answer, nats)
                 for case, (said, nats) in zip(batch, at_once, strict=True)
             ]
-        lines = [tokenizer.decode(reply).strip().partition("\n")[0] for reply in replies]
+        replies = decoded(asked, cache.copy(), [case.question for case in batch], reply_tokens)
+        lines = [first_line(tokenizer, reply) for reply in replies]
         return [
             (line, _last_word(line) == _last_word(tokenizer.decode(case.answer)), nats)
-            for line, case, (_, nats) in zip(lines, batch, at_once, strict=True)
+            for line, case, nats in zip(lines, batch, answer_nats(asked, cache, batch), strict=True)
         ]
 
     cache = _read(model, [case.text for case in batch])

@@ -174,12 +174,14 @@ def unaided(model: Any, cache: Any, ready: list[tuple[int, Planted]]) -> list[An
 
 def answers(model: Any, cache: Any, posed: Sequence[Posed]) -> list[Answer]:
     """What each row says after its question, as many tokens as the answer has, and -log p of the answer (nats)."""
-    judged = cache.copy()
+    nats = answer_nats(model, cache.copy(), posed)
     found = decoded(model, cache, [one.question for one in posed], max(len(one.answer) for one in posed))
+    return [(said[: len(one.answer)], value) for said, one, value in zip(found, posed, nats, strict=True)]
+
+
+def answer_nats(model: Any, cache: Any, posed: Sequence[Posed]) -> list[float]:
+    """-log p of each answer after its question (nats); `cache` goes on."""
     together = [[*one.question, *one.answer] for one in posed]
     tokens, mask = left_padded(together, model.device)
-    log_probs = model.score(tokens, attention_mask=mask, past_key_values=judged)
-    return [
-        (said[: len(one.answer)], -float(row[-len(one.answer) :].double().sum()))
-        for said, one, row in zip(found, posed, log_probs, strict=True)
-    ]
+    log_probs = model.score(tokens, attention_mask=mask, past_key_values=cache)
+    return [-float(row[-len(one.answer) :].double().sum()) for one, row in zip(posed, log_probs, strict=True)]

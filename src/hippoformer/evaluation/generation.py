@@ -1,7 +1,7 @@
 """Greedy continuations of rows that were read from empty memories, and how long they took."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,14 +46,10 @@ def continued(
     made: list[Tensor] = []
     with nullcontext() if memory else model.memory_off():
         began = time.perf_counter()
-        token, real = ids, mask
         first = began
-        for step in range(new_tokens):
-            logits = model(token, attention_mask=real, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            token = logits.argmax(-1, keepdim=True)
-            real = torch.ones_like(token)
-            made.append(token.cpu())  # waits for the device
-            if step == 0:
+        for token in _likeliest(model, cache, ids, mask, new_tokens):
+            made.append(token)
+            if len(made) == 1:
                 first = time.perf_counter()
         ended = time.perf_counter()
     rows, later = len(prompts), max(new_tokens - 1, 1)
@@ -70,14 +66,23 @@ def continued(
 @torch.no_grad()
 def decoded(model: Any, cache: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     """The `new_tokens` likeliest next tokens of each row after its prompt, one after the other; `cache` goes on."""
-    token, mask = left_padded(prompts, model.device)
-    made: list[Tensor] = []
+    ids, mask = left_padded(prompts, model.device)
+    return torch.cat(list(_likeliest(model, cache, ids, mask, new_tokens)), dim=1).tolist()
+
+
+def _likeliest(model: Any, cache: Any, ids: Tensor, mask: Tensor, new_tokens: int) -> Iterator[Tensor]:
+    """(R, 1) of each step, on the host: whoever has it knows that the device is done."""
+    token = ids
     for _ in range(new_tokens):
         logits = model(token, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         token = logits.argmax(-1, keepdim=True)
         mask = torch.ones_like(token)
-        made.append(token)
-    return torch.cat(made, dim=1).tolist()
+        yield token.cpu()
+
+
+def first_line(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What was said up to the end of its line."""
+    return tokenizer.decode(ids).strip().partition("\n")[0].strip()
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ The wordings are those of this evaluation and of no training text (`data.planted
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from hippoformer.data import Document
@@ -130,9 +131,8 @@ def haystack(
     text = _endless(tokenizer, documents, number)
     for needle in needles:
         if needle.earlier:
-            ids += [next(text) for _ in range(spacing)]
-            ids += needle.earlier
-        ids += [next(text) for _ in range(spacing)]
+            ids += [*islice(text, spacing), *needle.earlier]
+        ids += islice(text, spacing)
         planted.append(Planted(number, len(ids), needle))
         ids += needle.statement
     # Streams are cut to the shortest, and facts differ by a few tokens.

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hippoformer.data.questions import Question
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation.generation import continued
+from hippoformer.evaluation.generation import continued, first_line
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.quality import Difference, differences, means, shown_test
 from hippoformer.evaluation.report import Report, with_range
@@ -104,7 +104,7 @@ def evaluate_questions(
             for condition in CONDITIONS:
                 made, _ = continued(model, [prompts[i] for i in chosen], new_tokens, memory=condition == "memory")
                 for i, ids in zip(chosen, made, strict=True):
-                    answers[condition][i] = tokenizer.decode(ids).strip().partition("\n")[0].strip()
+                    answers[condition][i] = first_line(tokenizer, ids)
                 done += len(chosen)
                 if progress is not None:
                     progress(done, 2 * len(order))

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.hippocampus.stories import Before, find_leads, follow, texts_before
+from hippoformer.hippocampus.stories import TOLD_AGAIN, Before, find_leads, follow, texts_before
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import in_whole_vectors, project
 
@@ -27,8 +27,6 @@ _QUERY_BLOCK = 64
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
 # Longer matches are all the same: their powers would leave the range of float32.
 _LONGEST = 1024.0
-# What matches longer than so many tokens is a statement, no common phrase, and the last time it was made counts most.
-_TOLD_AGAIN = 3.0
 
 
 @dataclass
@@ -184,7 +182,7 @@ class Recall(nn.Module):
         length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
         later = in_whole_vectors(torch.log, leads.newer + 1.0)
-        fading = self.match_recency * (length - math.log(_TOLD_AGAIN)).clamp_min(0.0)
+        fading = self.match_recency * (length - math.log(TOLD_AGAIN)).clamp_min(0.0)
         longest = in_whole_vectors(torch.exp, self.match_power * length - fading * later)
         kappa = self.log_contiguity.exp()
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front

@@ -39,6 +39,8 @@ _TINY = 1e-12
 _FLOOR = 1e-4
 # The characters before a match are those of so many tokens.
 _TOKENS_BEFORE = 4
+# What matches longer than so many tokens is a statement, no common phrase, and the last time it was made counts most.
+TOLD_AGAIN = 3.0
 # Lengths are equal that differ by less than a part of a token, for characters; all from `_LENGTHS` parts on are.
 _PARTS, _LENGTHS = 64, 1 << 16
 
@@ -59,7 +61,8 @@ class Leads:
         real: (R, P) 1 where an episode leads, 0 elsewhere.
         link: (R, P) int64, which place of the query before led to this episode; 0 where none of them did.
         matched: (R, P) how many tokens in a row, up to the query's own, were what led to the successor.
-        newer: (R, P) how many of the same query matched as many tokens, and were read later.
+        newer: (R, P) how many of the same query matched as many tokens, and were read later; counted where these are
+            more than `TOLD_AGAIN`.
     """
 
     queries: list[int]
@@ -201,12 +204,14 @@ def _summed_along(value: Tensor, earlier: Tensor, longest: int) -> Tensor:
 
 
 def _newer(matched: Tensor, number: Tensor) -> Tensor:
-    """(M,) how many of the same query, its `number` (M,), stand in later slots and match as much."""
-    key = number * _LENGTHS + (matched * _PARTS).round().long().clamp_max(_LENGTHS - 1)
+    """(M,) how many of the same query, its `number` (M,), stand in later slots and match as much; 0 for short matches,
+    which are most."""
+    long = (matched > TOLD_AGAIN).nonzero().squeeze(-1)
+    key = number[long] * _LENGTHS + (matched[long] * _PARTS).round().long().clamp_max(_LENGTHS - 1)
     in_order, order = key.sort(stable=True)
     end = torch.searchsorted(in_order, in_order, right=True)
-    newer = torch.empty_like(matched)
-    newer[order] = (end - 1 - torch.arange(end.numel(), device=end.device)).to(matched.dtype)
+    newer = torch.zeros_like(matched)
+    newer[long[order]] = (end - 1 - torch.arange(end.numel(), device=end.device)).to(matched.dtype)
     return newer
 
 
