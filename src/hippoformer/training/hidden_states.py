@@ -1,9 +1,10 @@
 """Hidden states of a frozen base, computed once: training the hippocampus then takes minutes, not hours.
 
 The base's hidden states do not depend on the memory, so a text is streamed through the window with the memory off,
-and each document becomes one safetensors file: `hidden` (T, D) in the base's dtype, `tokens` (T,), `log_prob` (T,) of
-each token under the base. The folder's name is a digest of everything the numbers depend on; files that are there are
-not computed again, so an interrupted run continues where it was.
+and each document becomes safetensors files: one with `tokens` (T,) and `log_prob` (T,) of each token under the base,
+and one for each layer that is read, `hidden` (T, D) in the base's dtype. The folder's name is a digest of everything
+the numbers depend on; files that are there are not computed again, so an interrupted run continues where it was, and
+after one reading of several layers a hippocampus of any of them finds its own.
 """
 
 import hashlib
@@ -63,12 +64,13 @@ class HiddenStateCache:
         config = model.config
         facts = {
             "base": base_fingerprint(model.base),
-            "window": [config.window, config.sink_tokens, config.segment_len, *config.memory_layers],
+            "window": [config.window, config.sink_tokens, config.segment_len],
             "dtype": str(model.dtype),
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(folder) / digest
-        self._files = [self.folder / f"{_digest(ids)}.safetensors" for ids in documents]
+        self._names = [_digest(ids) for ids in documents]
+        self._layers = config.memory_layers
         self.lengths = [len(ids) for ids in documents]
         index, count = (processes.process_index, processes.num_processes) if processes is not None else (0, 1)
         if processes is not None and count > 1:
@@ -77,18 +79,26 @@ class HiddenStateCache:
         self._fill(model, documents, batch_size)  # of several, what another machine did on a disk of its own
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def __getitem__(self, number: int) -> ReadDocument:
-        tensors = load_file(self._files[number])
-        return ReadDocument(tensors["tokens"].long(), tensors["hidden"], tensors["log_prob"])
+        text, *layers = (load_file(file) for file in self._files(number))
+        hidden = torch.cat([layer["hidden"] for layer in layers], dim=-1)
+        return ReadDocument(text["tokens"].long(), hidden, text["log_prob"])
+
+    def _files(self, number: int) -> list[Path]:
+        """Of a document: its tokens, then each layer's hidden states."""
+        name = self._names[number]
+        layers = ("last" if layer == -1 else layer for layer in self._layers)
+        return [self.folder / f"{name}.safetensors", *(self.folder / f"{name}.{k}.safetensors" for k in layers)]
 
     @torch.no_grad()
     def _fill(
         self, model: HippoFormer, documents: Sequence[Tensor], batch_size: int, index: int = 0, count: int = 1
     ) -> None:
         """Reads what is missing of every `count`-th document."""
-        missing = [i for i, file in enumerate(self._files) if i % count == index and not file.is_file()]
+        mine = range(index, len(self), count)
+        missing = [i for i in mine if not all(file.is_file() for file in self._files(i))]
         if not missing:
             return
         # Side by side go documents of like length, so that few rows idle.
@@ -114,8 +124,13 @@ class HiddenStateCache:
                         log_prob[row].append(step.target_log_prob[row, :n].cpu())
                     progress.advance(task, sum(step.new))
                 for row, i in enumerate(chosen):
-                    tensors = {"hidden": torch.cat(hidden[row]), "log_prob": torch.cat(log_prob[row])}
-                    write_tensors(self._files[i], tensors | {"tokens": documents[i].to(torch.int32)})
+                    told, *files = self._files(i)
+                    layers = torch.cat(hidden[row]).chunk(len(files), dim=-1)
+                    for file, layer in zip(files, layers, strict=True):
+                        write_tensors(file, {"hidden": layer})
+                    write_tensors(
+                        told, {"tokens": documents[i].to(torch.int32), "log_prob": torch.cat(log_prob[row])}
+                    )
 
 
 def _digest(ids: Tensor) -> str:
