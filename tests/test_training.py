@@ -131,9 +131,7 @@ def test_hidden_states_are_computed_once(tmp_path: Path, monkeypatch: pytest.Mon
         torch.testing.assert_close(again[1].log_prob[1:], m.score(documents[1].unsqueeze(0))[0])
 
 
-def test_hidden_states_of_several_layers_serve_each_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hidden_states_of_several_layers_serve_each_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents, options = texts(20, 31), {"residual_readout": False}
     both = HiddenStateCache(model(memory_layer=[1, -1], **options), documents, tmp_path / "both")
     for layer, place in ((1, 0), (-1, 1)):

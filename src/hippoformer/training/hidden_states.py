@@ -128,9 +128,7 @@ class HiddenStateCache:
                     layers = torch.cat(hidden[row]).chunk(len(files), dim=-1)
                     for file, layer in zip(files, layers, strict=True):
                         write_tensors(file, {"hidden": layer})
-                    write_tensors(
-                        told, {"tokens": documents[i].to(torch.int32), "log_prob": torch.cat(log_prob[row])}
-                    )
+                    write_tensors(told, {"tokens": documents[i].to(torch.int32), "log_prob": torch.cat(log_prob[row])})
 
 
 def _digest(ids: Tensor) -> str:
