@@ -16,7 +16,7 @@ from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
 from hippoformer.evaluation.scoring import start_tokens, token_ids
-from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
@@ -132,6 +132,8 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         raise ConfigurationError(f"--set: HippoFormerConfig has no option {', '.join(unknown)}")
     dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
     base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
+    if arguments.dtype is None:
+        base = in_computing_dtype(base)
     if carried is not None:
         config = HippoFormerConfig.from_pretrained(carried, **(options | extra))  # type: ignore[arg-type]
     else:

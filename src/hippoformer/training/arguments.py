@@ -75,7 +75,10 @@ class TrainArguments:
     )
     dtype: str | None = field(
         default=None,
-        metadata={"help": "of the base: bfloat16, float16 or float32; default bfloat16, float32 if its weights train"},
+        metadata={
+            "help": "of the base: bfloat16, float16 or float32; default bfloat16; float32 if its weights train, or "
+            "on a processor that is slow in bfloat16"
+        },
     )
     mixed_precision: str | None = field(
         default=None, metadata={"help": "bf16, fp16 (scaled) or no; default: as accelerate launch says"}
