@@ -87,6 +87,34 @@ def test_turns_add_up_to_the_whole_conversation(system: str | None, monkeypatch:
     torch.testing.assert_close(one, two, rtol=0.0, atol=1e-4)
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_reply_after_rereading_is_that_of_a_reminded_copy(ends: bool) -> None:
+    """And the conversation reads the turn and the reply, nothing else."""
+    model, tokenizer = tiny_load()
+    options = {"max_new_tokens": 6, "do_sample": False} | ({"forced_eos_token_id": 0} if ends else LETTERS_ALONE)
+    talk = Conversation(model, tokenizer, reread_tokens=60, **options)
+    for text in ("Who was first that morning, and who came next?", "And second? Was it the cook?", "", "The cook?"):
+        expected = talk.cache.copy()
+        expected.new_turn()
+        if text:
+            cue = tokenizer(text, return_tensors="pt").input_ids
+            assert talk.turns == 0 or talk.cache.passages(cue, n_tokens=60)[0].shape[1] > 5
+            expected = talk.cache.reminded_of(cue, n_tokens=60)
+        ids, before = talk.turn_ids(text), talk.cache.copy()
+        before.new_turn()
+        asked = {"eos_token_id": 0, "pad_token_id": 0} | options
+        out = model.generate(ids, past_key_values=expected, attention_mask=torch.ones_like(ids), **asked)
+        assert talk.say(text) == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        with torch.no_grad():
+            model(out[:, : -1 if ends else None], past_key_values=before)
+        ahead = tokenizer("What is next?", return_tensors="pt").input_ids
+        with torch.no_grad():
+            one, two = (model(ahead, past_key_values=cache.copy()).logits for cache in (talk.cache, before))
+        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-4)
+    with pytest.raises(ConfigurationError, match="reread_tokens=-1"):
+        Conversation(model, tokenizer, reread_tokens=-1)
+
+
 def test_a_reply_that_ends_itself_is_closed_by_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its end token is not read twice, nor left out."""
     model, tokenizer = tiny_load()
@@ -293,6 +321,8 @@ def test_replies_are_those_of_the_seed_and_go_on_from_a_memory(say: Say, tmp_pat
     assert on.exit_code == 0 and "turns: 1, " in on.stdout
     greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).stdout for seed in "12"]
     assert greedy[0] == greedy[1]
+    reread = say("a b and c", "c?", options=("--temperature", "0", "--reread-tokens", "64"))
+    assert reread.exit_code == 0 and reread.stdout != say("a b and c", "c?", options=("--temperature", "0")).stdout
 
 
 def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path) -> None:

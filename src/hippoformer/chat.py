@@ -36,6 +36,8 @@ class Conversation:
         model: a HippoFormer. tokenizer: of its base, with a chat template.
         system: the system prompt, or None for what the template does without one.
         cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
+        reread_tokens: that are read again before a reply, of what is remembered of the user's words (see
+            `HippoCache.reminded_of`); the conversation itself does not hear them. 0: none.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
     Attributes:
@@ -43,7 +45,7 @@ class Conversation:
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template, or one that refuses the system prompt.
-        ConfigurationError: several beams or sequences: a conversation follows one line.
+        ConfigurationError: several beams or sequences: a conversation follows one line; or tokens below 0.
     """
 
     cache: HippoCache
@@ -56,15 +58,18 @@ class Conversation:
         *,
         system: str | None = None,
         cache: HippoCache | None = None,
+        reread_tokens: int = 0,
         **options: Any,
     ) -> None:
+        if reread_tokens < 0:
+            raise ConfigurationError(f"reread_tokens={reread_tokens}; expected 0 for none, or how many")
         if not tokenizer.chat_template:
             raise ChatTemplateError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, so nothing says how "
                 "it expects turns to be written: take an instruction-tuned model, or set tokenizer.chat_template"
             )
         self.model, self.tokenizer, self.system = model, tokenizer, system
-        self.options = {"max_new_tokens": 256} | _checked(options)
+        self.reread_tokens, self.options = reread_tokens, {"max_new_tokens": 256} | _checked(options)
         self._take(model.new_cache() if cache is None else cache)
         self._ends()  # what the template refuses, it refuses now
 
@@ -101,18 +106,25 @@ class Conversation:
         self.cache.new_turn()
         try:
             model: Any = self.model
+            cue, answering = self._encode(text).to(self.model.device), self.cache
+            if self.reread_tokens:
+                answering = (
+                    self.cache.reminded_of(cue, n_tokens=self.reread_tokens) if cue.numel() else self.cache.copy()
+                )
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=self.cache,
+                past_key_values=answering,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList(stopping_criteria),
                 **(asked | {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)),
             )
             reply = out[0, ids.shape[1] :]
-            if int(reply[-1]) not in _listed(asked["eos_token_id"]):  # cut short: its last token belongs to the text
+            # What ends a reply is never read; the last token of one that was cut short belongs to the text.
+            said = out if int(reply[-1]) not in _listed(asked["eos_token_id"]) else out[:, :-1]
+            if said.shape[1] > (unread := 0 if self.reread_tokens else out.shape[1] - 1):
                 with torch.no_grad():
-                    model(out[:, -1:], past_key_values=self.cache, logits_to_keep=1)
+                    model(said[:, unread:], past_key_values=self.cache, logits_to_keep=1)
         except BaseException:
             self.cache = before
             raise

@@ -36,6 +36,9 @@ def eval_babilong(
     reply_tokens: Annotated[
         int, typer.Option("--reply-tokens", help="Tokens a reply may have, its last word the answer; 0: the answer.")
     ] = 0,
+    reread_tokens: Annotated[
+        int, typer.Option("--reread-tokens", help="Tokens read again before a question; 0 leaves this condition out.")
+    ] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Texts read side by side.")] = 5,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws, the stories and where they are hidden.")] = 0,
@@ -55,6 +58,7 @@ def eval_babilong(
             cases=each[0] if len(each) == 1 else each,
             windows=numbers(windows, "--windows"),
             reply_tokens=reply_tokens,
+            reread_tokens=reread_tokens,
             split=texts.dataset_split,
             data_dir=texts.data_dir,
             batch_size=batch_size,

@@ -31,6 +31,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability to sample from.")] = 0.9,
+    reread_tokens: Annotated[
+        int, typer.Option("--reread-tokens", min=0, help="Tokens remembered of a turn, read again before its reply.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the sampling and of the replay draws.")] = 0,
 ) -> None:
     """Talk with a model that remembers what has left its window. Ctrl-C ends a reply; /help lists the commands."""
@@ -42,7 +45,7 @@ def chat(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p}
-    conversation = Conversation(loaded, tokenizer, system=system, **options)
+    conversation = Conversation(loaded, tokenizer, system=system, reread_tokens=reread_tokens, **options)
     if memory is not None:
         conversation.load(memory)
     set_seed(seed)

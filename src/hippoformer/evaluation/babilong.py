@@ -1,8 +1,9 @@
 """Questions about stories hidden in books, at several lengths: with the memory, without, and with longer windows.
 
 Each text is read from an empty memory; then the question is put to a copy of the state, once with the memory and once
-with it off. What the base has read is the same for both. A `window` is the base alone with attention over as many
-tokens: it reads the start token, where there is one, and the last tokens before the question, as many as it holds.
+with it off. What the base has read is the same for both. Under `reread` a copy first reads again what is remembered of
+the question (see `model.rereading`), and the base alone answers. A `window` is the base alone with attention over as
+many tokens: it reads the start token, where there is one, and the last tokens before the question, as many as it holds.
 An answer is decoded greedily and counts if every token of it is right; a reply, which may say first what it follows
 from, if its last word is the answer.
 """
@@ -27,15 +28,21 @@ from hippoformer.evaluation.scoring import check_untouched, describe, reading, s
 from hippoformer.evaluation.statistics import LEVEL, share
 from hippoformer.evaluation.views import with_options
 
+REREAD_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Case:
-    """A question as token ids; `text` begins with the start token, where the tokenizer has one."""
+    """A question as token ids; `text` begins with the start token, where the tokenizer has one.
+
+    The question is what is read, and the cue what it asks, without the words that introduce it.
+    """
 
     name: str
     task: str
     length: int
     text: list[int]
+    cue: list[int]
     question: list[int]
     answer: list[int]
 
@@ -119,6 +126,7 @@ def evaluate_babilong(
     cases: int | Sequence[int] | Mapping[int, int] = 25,
     windows: Sequence[int] = (),
     reply_tokens: int = 0,
+    reread_tokens: int = REREAD_TOKENS,
     split: str = "test",
     data_dir: str | Path = "data",
     batch_size: int = 5,
@@ -135,6 +143,7 @@ def evaluate_babilong(
         cases: questions of each task and length; one number, one for each length, or length -> number.
         windows: tokens that the base alone attends to, for comparison. split, data_dir: of bAbI.
         reply_tokens: that a reply may have, to the end of its line; 0: the answer has to come at once.
+        reread_tokens: that are read again before the question under `reread`; 0: not under that condition.
         batch_size: texts read side by side. seed: of stories, books and places.
         progress: called with (tokens read, tokens in all). command: recorded in the report.
 
@@ -143,11 +152,11 @@ def evaluate_babilong(
         TextError: a task that is not at hand, or books without sentences.
     """
     counts = _per_length(cases, lengths)
-    lowest = min(batch_size, *windows, reply_tokens + 1)
+    lowest = min(batch_size, *windows, reply_tokens + 1, reread_tokens + 1)
     if not tasks or len(set(tasks)) < len(tasks) or lowest < 1:
         raise ConfigurationError(
-            f"tasks={list(tasks)}, batch_size={batch_size}, windows={list(windows)}, reply_tokens={reply_tokens}; "
-            "expected tasks, each once, and positive numbers"
+            f"tasks={list(tasks)}, batch_size={batch_size}, windows={list(windows)}, reply_tokens={reply_tokens}, "
+            f"reread_tokens={reread_tokens}; expected tasks, each once, and positive numbers"
         )
     check_untouched(model.config)
     views = {f"window {window}": with_options(model, window=window) for window in windows}
@@ -162,6 +171,7 @@ def evaluate_babilong(
                     task=task,
                     length=length,
                     text=[*start, *ids(one.context)],
+                    cue=ids(one.question),
                     question=ids(one.prompt),
                     answer=ids(f" {one.answers[0]}"),
                 )
@@ -171,7 +181,7 @@ def evaluate_babilong(
     total, done = sum(len(case.text) for of in asked.values() for case in of), 0
     with reading(model):
         for batch in _batches(asked, batch_size):
-            told += _asked(model, tokenizer, views, batch, len(start), reply_tokens)
+            told += _asked(model, tokenizer, views, batch, len(start), reply_tokens, reread_tokens)
             done += sum(len(case.text) for case in batch)
             if progress is not None:
                 progress(done, total)
@@ -183,11 +193,12 @@ def evaluate_babilong(
             "cases": list(counts.values()),
             "windows": list(windows),
             "reply_tokens": reply_tokens,
+            "reread_tokens": reread_tokens,
             "split": split,
             "batch_size": batch_size,
             "seed": seed,
         },
-        conditions=("memory", "off", *views),
+        conditions=("memory", "off", *(["reread"] if reread_tokens else []), *views),
         asked=tuple(told),
         provenance=provenance(seed=seed, documents=list(books), command=command),
     )
@@ -218,7 +229,13 @@ def _batches(asked: Mapping[tuple[int, str], list[Case]], batch_size: int) -> It
 
 
 def _asked(
-    model: Any, tokenizer: Any, views: Mapping[str, Any], batch: Sequence[Case], start: int, reply_tokens: int
+    model: Any,
+    tokenizer: Any,
+    views: Mapping[str, Any],
+    batch: Sequence[Case],
+    start: int,
+    reply_tokens: int,
+    reread_tokens: int,
 ) -> list[Told]:
     """Reads the texts of a batch and asks their questions under every condition; `start` tokens begin each text."""
 
@@ -240,7 +257,10 @@ def _asked(
     cache = _read(model, [case.text for case in batch])
     found = {"memory": put(model, cache.copy())}
     with model.memory_off():
-        found["off"] = put(model, cache)
+        found["off"] = put(model, cache.copy())
+        if reread_tokens:
+            cue, mask = left_padded([case.cue for case in batch], model.device)
+            found["reread"] = put(model, cache.reminded_of(cue, mask, n_tokens=reread_tokens))
     for name, view in views.items():
         held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
         with view.memory_off():

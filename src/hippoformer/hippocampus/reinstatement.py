@@ -75,8 +75,8 @@ def _around(worth: Tensor, position: Tensor, span: int) -> Tensor:
     """(R, E) the worth of what stands around each slot in the text, near things more than far ones."""
     total, slots = worth.clone(), worth.shape[1]
     for distance in range(1, min(span, slots - 1) + 1):
-        apart = position[:, distance:] - position[:, :-distance]
-        share = (1.0 - apart / (span + 1.0)).clamp_min(0.0) * (position[:, :-distance] >= 0)
+        earlier, later = position[:, :-distance], position[:, distance:]
+        share = (1.0 - (later - earlier) / (span + 1.0)).clamp_min(0.0) * ((earlier >= 0) & (later >= 0))
         total[:, distance:] += share * worth[:, :-distance]
         total[:, :-distance] += share * worth[:, distance:]
     return total

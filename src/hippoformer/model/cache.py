@@ -142,6 +142,44 @@ class HippoCache(WindowCache):
             )
         return found
 
+    def passages(
+        self,
+        cue_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        n_tokens: int = 256,
+        span: int = 8,
+        hops: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """What each row remembers of a cue, as text: the passages that hold its rarest words, in their old order.
+
+        Args:
+            cue_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
+            n_tokens: of a row's passages together, at most. span: tokens on either side of a passage's middle.
+            hops: how often what was found leads on to more.
+
+        Returns:
+            (R, L) ids, padded on the left, and their mask (R, L); L is 0 where no row remembers anything of it.
+
+        Raises:
+            InputError: as for a call of the model; also a number out of range.
+        """
+        from hippoformer.model.rereading import passages
+
+        return passages(self, cue_ids, attention_mask, n_tokens, span, hops)
+
+    def reminded_of(self, cue_ids: Tensor, attention_mask: Tensor | None = None, **options: int) -> "HippoCache":
+        """A copy that has read again what it remembers of a cue, and in which the cue can be read next.
+
+        Recall answers in the words of the text; with the passages back in the window all of the base model can work on
+        them. Use the copy for the answer and go on with this cache: nothing is stored twice.
+
+        Args:
+            cue_ids, attention_mask, options: as for `passages`.
+        """
+        from hippoformer.model.rereading import reminded
+
+        return reminded(self, *self.passages(cue_ids, attention_mask, **options))
+
     def freeze_memory(self, frozen: bool = True) -> None:
         """Makes the store read-only (or writable again): nothing is admitted, replayed or forgotten."""
         self.frozen = frozen
