@@ -196,11 +196,15 @@ def test_every_condition_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
             with model.memory_off():
                 off = model.score(ids)[0, -5:].sum()
             log_probs = model.base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[-5:].sum()
-        expected = {"memory": memory, "off": off, "window 800": log_probs}
+            cache, cue = model.new_cache(1), torch.tensor([tokenizer("Where?").input_ids])
+            model.score(ids[:, : -len(tail)], past_key_values=cache)
+            with model.memory_off():
+                again = model.score(ids[:, -len(tail) :], past_key_values=cache.reminded_of(cue))[0, -5:].sum()
+        expected = {"memory": memory, "off": off, "reread": again, "window 800": log_probs}
         for condition, value in expected.items():
             assert told.nats[condition] == pytest.approx(-float(value), rel=1e-4), condition
     long = by_name(report)[0].nats
-    assert len({round(nats, 3) for nats in long.values()}) == 4, "and they are not the same"
+    assert len({round(nats, 3) for nats in long.values()}) == 5, "and they are not the same"
 
 
 def test_a_window_reads_nothing_from_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,9 +246,9 @@ def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.
     assert [(c["length"], c["condition"], c["cases"]) for c in report.cells()] == [
         (length, condition, cases)
         for length, cases in ((0, 2), (300, 4))
-        for condition in ("memory", "off", "window 64")
+        for condition in ("memory", "off", "reread", "window 64")
     ]
-    memory, off = report.cells()[3:5]
+    memory, off = report.cells()[4:6]
     assert (memory["right"], off["right"], memory["nats"]) == (1.0, 0.0, 1.5)
     assert memory["high"] == 1.0 and memory["low"] == pytest.approx(0.5101, abs=1e-4), "Wilson's, of 4 of 4"
     assert memory["tokens_read"] >= 300
@@ -262,7 +266,7 @@ def test_a_reply_is_right_by_its_last_word(tmp_path: Path, monkeypatch: pytest.M
     questions = [Question("q0", "Mary is there.", "Where is Mary?", ("garden",))]
     monkeypatch.setattr(babilong, "hidden_questions", lambda *_: questions)
     monkeypatch.setattr(babilong, "decoded", decoded)
-    (told,) = evaluated(tmp_path, lengths=(0,), cases=1, reply_tokens=40).asked
+    (told,) = evaluated(tmp_path, lengths=(0,), cases=1, reply_tokens=40, reread_tokens=0).asked
     assert told.right == {"memory": True, "off": False, "window 64": False}
     assert told.said["memory"] == "Because it was so. garden." and told.said["off"].endswith("it is")
 
@@ -287,6 +291,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         {"windows": (5_000,)},  # beyond the base's positions
         {"batch_size": 0},
         {"reply_tokens": -1},
+        {"reread_tokens": -1},
     ):
         with pytest.raises(ConfigurationError):
             evaluated(tmp_path, **wrong)
@@ -311,14 +316,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_eval_babilong_writes_its_report(folder: Path) -> None:
     output = folder / "babilong.json"
     fixed = ["eval", "babilong", "--model", "any", "--text", str(folder / "book.txt"), "--data-dir", str(folder)]
-    fixed += ["--tasks", "qa1", "--lengths", "0,200", "--windows", "64", "--output", str(output)]
+    fixed += [
+        "--tasks",
+        "qa1",
+        "--lengths",
+        "0,200",
+        "--windows",
+        "64",
+        "--reread-tokens",
+        "99",
+        "--output",
+        str(output),
+    ]
     for cases, counts in (("2", [2, 2]), ("3,1", [3, 1])):
         result = CliRunner().invoke(cli.app, [*fixed, "--cases", cases])
         assert result.exit_code == 0, result.output
         assert "window 64" in result.output and "qa1" in result.output
         written = json.loads(output.read_text())
         assert written["format"] == "hippoformer.babilong/1" and written["settings"]["cases"] == counts
-        assert [cell["cases"] for cell in written["cells"]] == [n for n in counts for _ in range(3)]
+        assert [cell["cases"] for cell in written["cells"]] == [n for n in counts for _ in range(4)]
     assert CliRunner().invoke(cli.app, [*fixed, "--cases", "1,2,3"]).exit_code == 2
 
 

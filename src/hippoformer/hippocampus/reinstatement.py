@@ -22,7 +22,7 @@ _NEWER = 1e-4
 
 
 @torch.no_grad()
-def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, span: int, hops: int = 1) -> Tensor:
+def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, span: int, hops: int = 0) -> Tensor:
     """Chooses what is read again.
 
     Args:

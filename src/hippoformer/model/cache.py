@@ -148,7 +148,7 @@ class HippoCache(WindowCache):
         attention_mask: Tensor | None = None,
         n_tokens: int = 256,
         span: int = 8,
-        hops: int = 1,
+        hops: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """What each row remembers of a cue, as text: the passages that hold its rarest words, in their old order.
 
