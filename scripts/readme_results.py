@@ -95,19 +95,22 @@ def _recall_rows(name: str, report: Content) -> list[list[str]]:
     return [
         [
             _link(name),
-            cell["kind"],
+            cell["kind"] + ending.replace("_", ", "),
             f"{cell['distance']:,}",
             str(cell["cases"]),
-            _right(cell),
+            _right(cell, ending),
             f"{100 * cell['right_off']:.0f} %",
             f"{100 * cell['kept']:.0f} %",
         ]
         for cell in report["cells"]
+        for ending in ("", "_reread")
+        if f"right{ending}" in cell
     ]
 
 
-def _right(cell: Content) -> str:
-    return f"{100 * cell['right']:.0f} % [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+def _right(cell: Content, ending: str = "") -> str:
+    right, low, high = (100 * cell[f"{name}{ending}"] for name in ("right", "low", "high"))
+    return f"{right:.0f} % [{low:.0f}, {high:.0f}]"
 
 
 def _variant_rows(name: str, report: Content) -> list[list[str]]:

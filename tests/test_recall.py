@@ -35,7 +35,7 @@ def test_a_needle_holds_its_answer_once_behind_the_words_of_its_question(kind: s
     statement, question, answer = (tokenizer.decode(ids) for ids in (needle.statement, needle.question, needle.answer))
     assert statement.count(answer) == 1 and answer not in question
     prompt = question.strip().split("? ")[-1]
-    assert f"{prompt}{answer}" in statement
+    assert (f"{prompt}{answer}" in statement) == (kind != "reworded")
     assert draw_needle(kind, tokenizer, random.Random(1)) == needle
     assert draw_needle(kind, tokenizer, random.Random(2)) != needle
 
@@ -72,6 +72,47 @@ def test_who_moved_is_told_of_twice_and_asked_for_the_last() -> None:
         told = tokenizer.decode(needle.question).strip().split("? ")[-1]
         assert told in former and told in now and former != now
         assert tokenizer.decode(needle.answer) not in former
+
+
+def test_a_reworded_home_is_asked_for_in_other_words() -> None:
+    tokenizer, draw = tiny_tokenizer(), random.Random(4)
+    needle = draw_needle("reworded", tokenizer, draw)
+    told, asked = tokenizer.decode(needle.statement), tokenizer.decode(needle.question)
+    name = told.split()[0]
+    assert told == f"\n\n{name} lives in{tokenizer.decode(needle.answer)}.\n\n"
+    assert asked.count(name) == 2 and "live" not in asked and asked.endswith(" is in")
+    assert needle.statement[needle.answer_offset :][: len(needle.answer)] == needle.answer
+
+
+@torch.no_grad()
+def test_what_is_right_after_rereading_is_the_base_s_answer_to_a_reminded_copy() -> None:
+    model, tokenizer = tiny_load()
+    ids, planted = haystack(tokenizer, documents(700), 0, 2, ("home", "reworded"), 60, 400, seed=3)
+    cache = model.new_cache(1)
+    model.score(torch.tensor([ids]), past_key_values=cache)
+    before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
+    asked = examination.ask(model, cache, [(9, fact) for fact in planted], len(ids), reread_tokens=90)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.tensors().items())
+    for fact, found in zip(planted, asked, strict=True):
+        cue = torch.tensor([fact.needle.question])
+        with model.memory_off():
+            reminded = cache.reminded_of(cue, n_tokens=90)
+            ((said, nats),) = examination.answers(model, reminded, [fact.needle])
+        assert found.right_reread == (said == fact.needle.answer)
+        assert found.nats_reread == pytest.approx(nats, abs=1e-3)
+        assert found.nats_reread != found.nats_off, "the copy has read something"
+
+
+def test_rereading_is_in_the_report_where_it_was_asked_for(report: recall.RecallReport) -> None:
+    model, tokenizer = tiny_load()
+    assert not any("right_reread" in cell for cell in report.cells())
+    assert not any("reread" in str(column.header) for column in report.to_table().columns)
+    again = evaluate_recall(model, tokenizer, documents(2000), **(FAST | {"reread_tokens": 64}))
+    assert all(0 <= cell["low_reread"] <= cell["right_reread"] <= cell["high_reread"] for cell in again.cells())
+    assert again.to_table().columns[-1].header == "right, reread"
+    assert again.settings["reread_tokens"] == 64
+    with pytest.raises(ConfigurationError, match="reread_tokens=-1"):
+        evaluate_recall(model, tokenizer, documents(2000), **(FAST | {"reread_tokens": -1}))
 
 
 def test_an_answer_counts_when_every_token_is_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,9 @@ def eval_recall(
     model: ModelOptions,
     texts: TextOptions,
     planted: PlantedOptions,
+    reread_tokens: Annotated[
+        int, typer.Option("--reread-tokens", help="Ask once more after reading so many remembered tokens again; 0: no.")
+    ] = 0,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws and of the facts.")] = 0,
 ) -> None:
@@ -113,7 +116,9 @@ def eval_recall(
     found, asked = texts.read(), planted.arguments()
     loaded, tokenizer = model.load(seed=seed)
     with reading() as progress:
-        report = evaluate_recall(loaded, tokenizer, found, **asked, seed=seed, progress=progress)
+        report = evaluate_recall(
+            loaded, tokenizer, found, **asked, reread_tokens=reread_tokens, seed=seed, progress=progress
+        )
     show(report, output)
 
 

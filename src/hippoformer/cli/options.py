@@ -123,7 +123,8 @@ class PlantedOptions:
     )
     facts: Annotated[int, typer.Option(help="Facts of each kind in each stream.")] = 9
     kinds: Annotated[
-        str | None, typer.Option(help="Comma-separated: pass key, home, one of three (these by default), moved.")
+        str | None,
+        typer.Option(help="Comma-separated: pass key, home, one of three (these by default), moved, reworded."),
     ] = None
     streams: Annotated[int | None, typer.Option(help="Streams read side by side; one a document.")] = None
     spacing: Annotated[int, typer.Option(help="Tokens of text before the first fact and between two facts.")] = 384

@@ -1,7 +1,8 @@
 """Questions about facts in long streams: what is planted, when each is asked for, and what the answer is worth.
 
 A question is put to a copy of the state, so that asking leaves the stream as it was; the answer is decoded greedily and
-counts if every token of it is right. The same question is put to the same copy with the memory off.
+counts if every token of it is right. The same question is put to the same copy with the memory off, and, where that is
+asked for, to one that has read again what it remembers of the question, which the base alone then answers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ class Asked:
         kept: tokens of the answer whose episodes are still remembered. answer_tokens: of the answer.
         right, right_off: every token decoded with the memory, and without it, is that of the answer.
         nats, nats_off: -log p of the whole answer.
+        right_reread, nats_reread: by the base alone after rereading; None where that was not asked for.
     """
 
     haystack: int
@@ -56,6 +58,8 @@ class Asked:
     right_off: bool
     nats: float
     nats_off: float
+    right_reread: bool | None = None
+    nats_reread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,17 +138,28 @@ def plan(
 
 
 def ask(
-    model: Any, cache: Any, ready: list[tuple[int, Planted]], read: int, without: list[Answer] | None = None
+    model: Any,
+    cache: Any,
+    ready: list[tuple[int, Planted]],
+    read: int,
+    without: list[Answer] | None = None,
+    reread_tokens: int = 0,
 ) -> list[Asked]:
     """Puts all questions that are due to copies of the state, side by side.
 
     Args:
         ready: (distance, fact). read: tokens so far.
         without: what `unaided` gave, where it is known.
+        reread_tokens: to read again before each question; 0: this is not asked.
     """
     rows = torch.tensor([p.haystack for _, p in ready])
     needles = [p.needle for _, p in ready]
     with_memory = answers(model, cache.select_rows(rows), needles)
+    again: list[Answer] | list[tuple[None, None]] = [(None, None)] * len(ready)
+    if reread_tokens:
+        cue, mask = left_padded([needle.question for needle in needles], model.device)
+        with model.memory_off():
+            again = answers(model, cache.select_rows(rows).reminded_of(cue, mask, n_tokens=reread_tokens), needles)
     without = unaided(model, cache, ready) if without is None else without
     remembered = {row: {e.position for e in cache.episodes(row)} for row in set(rows.tolist())}
     return [
@@ -160,8 +175,10 @@ def ask(
             right_off=off[0] == p.needle.answer,
             nats=on[1],
             nats_off=off[1],
+            right_reread=None if reread[0] is None else reread[0] == p.needle.answer,
+            nats_reread=reread[1],
         )
-        for (distance, p), on, off in zip(ready, with_memory, without, strict=True)
+        for (distance, p), on, off, reread in zip(ready, with_memory, without, again, strict=True)
     ]
 
 

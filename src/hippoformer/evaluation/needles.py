@@ -5,7 +5,10 @@ Kinds, each with names that no text holds:
     pass key    a number of five digits
     home        a made-up name and a made-up place
     one of three   three numbers told together, one of them asked for
-    moved       a home that was told before, of the same person at another place; not among those asked by default
+    moved       a home that was told before, of the same person at another place
+    reworded    a home, asked for in other words than those it was told in
+
+The last two are not among those asked by default.
 
 The wordings are those of this evaluation and of no training text (`data.planted` has others).
 """
@@ -22,7 +25,7 @@ from hippoformer.evaluation.scoring import token_ids
 
 PIECE = 512  # tokens read between two looks at what is due
 KINDS = ("pass key", "home", "one of three")
-ALL_KINDS = (*KINDS, "moved")
+ALL_KINDS = (*KINDS, "moved", "reworded")
 # fmt: off
 _SYLLABLES = (
     "al", "be", "cu", "dor", "eth", "fi", "gan", "hol", "iv", "ka", "lun", "mir", "on", "phi", "quor", "ska", "thu",
@@ -64,10 +67,13 @@ def draw_needle(kind: str, tokenizer: Any, draw: random.Random) -> Needle:
     if kind == "pass key":
         name = _name(draw, _PERSON_ENDS)
         return _encoded(kind, f"The pass key of {name} is", f" {_number(draw)}", ". Remember it.", "", tokenizer)
-    if kind in ("home", "moved"):
+    if kind in ("home", "moved", "reworded"):
         name, place = _name(draw, _PERSON_ENDS), _name(draw, _PLACE_ENDS)
         told, question = f"{name} lives in", f"Where does {name} live?"
         home = _encoded(kind, told, f" {place}", ".", question, tokenizer)
+        if kind == "reworded":
+            asked = f"\n\nIn which town is the house of {name}? The house of {name} is in"
+            return replace(home, question=token_ids(tokenizer, asked))
         if kind == "home":
             return home
         while (former := _name(draw, _PLACE_ENDS)) == place:

@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hippoformer.data import Document
+from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.examination import Asked, ask, plan
 from hippoformer.evaluation.needles import ALL_KINDS, KINDS
 from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.report import Report
+from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.statistics import LEVEL, share
 
@@ -55,9 +56,20 @@ class RecallReport(Report):
         )
         table = Table(title=Text(f"Recall of {self.model['base_model_name']}"), caption=Text(caption))
         table.add_column("fact")
-        for heading in ("tokens ago", "cases", "right", "right, memory off", "answer kept", "nats", "nats off"):
+        reread = ["right, reread"] if self.settings["reread_tokens"] else []
+        for heading in (
+            "tokens ago",
+            "cases",
+            "right",
+            "right, memory off",
+            "answer kept",
+            "nats",
+            "nats off",
+            *reread,
+        ):
             table.add_column(heading, justify="right")
         for cell in self.cells():
+            again = [cell[f"{name}_reread"] for name in ("right", "low", "high")] if reread else []
             table.add_row(
                 cell["kind"],
                 f"{cell['distance']:,}",
@@ -67,13 +79,16 @@ class RecallReport(Report):
                 f"{cell['kept']:.0%}",
                 f"{cell['nats']:.2f}",
                 f"{cell['nats_off']:.2f}",
+                *([Text(with_range("{:.0%}", *again))] if again else []),
             )
         return table
 
 
 def cells(asked: Sequence[Asked]) -> list[dict[str, Any]]:
-    """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept."""
-    found = []
+    """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept; and what was
+    right after rereading, where that was asked.
+    """
+    found: list[dict[str, Any]] = []
     for kind, distance in sorted(
         {(a.kind, a.asked_distance) for a in asked}, key=lambda c: (ALL_KINDS.index(c[0]), c[1])
     ):
@@ -93,6 +108,11 @@ def cells(asked: Sequence[Asked]) -> list[dict[str, Any]]:
                 "nats_off": sum(a.nats_off for a in cases) / len(cases),
             }
         )
+        again = [(a.right_reread, a.nats_reread) for a in cases if a.right_reread is not None]
+        if again:
+            right, low, high = share([bool(one) for one, _ in again])
+            nats = sum(value for _, value in again if value is not None) / len(again)
+            found[-1] |= {"right_reread": right, "low_reread": low, "high_reread": high, "nats_reread": nats}
     return found
 
 
@@ -105,6 +125,7 @@ def evaluate_recall(
     kinds: Sequence[str] = KINDS,
     haystacks: int | None = None,
     spacing: int = SPACING,
+    reread_tokens: int = 0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     command: str | None = None,
@@ -118,6 +139,7 @@ def evaluate_recall(
         facts: of each kind in each haystack. kinds: some of `needles.ALL_KINDS`.
         haystacks: streams, read side by side; as many as documents where it is None.
         spacing: tokens of the document before the first fact and between two facts.
+        reread_tokens: of what is remembered of a question, read again before it is asked once more; 0: it is not.
         seed: of the facts.
         progress: called with (tokens read, tokens in all).
         command: recorded in the report.
@@ -125,6 +147,8 @@ def evaluate_recall(
     Raises:
         ConfigurationError: an unknown kind or a number out of range. TextError: no text.
     """
+    if reread_tokens < 0:
+        raise ConfigurationError(f"reread_tokens={reread_tokens}; expected 0 for none, or how many")
     examination = plan(tokenizer, documents, distances, facts, kinds, haystacks, spacing, seed)
     asked: list[Asked] = []
     cache = model.new_cache(examination.rows)
@@ -132,12 +156,12 @@ def evaluate_recall(
         for piece, read, ready in examination.pieces(model.device):
             model.score(piece, past_key_values=cache)
             if ready:
-                asked += ask(model, cache, ready, read)
+                asked += ask(model, cache, ready, read, reread_tokens=reread_tokens)
             if progress is not None:
                 progress(read * examination.rows, examination.ids.numel())
     return RecallReport(
         model=describe(model),
-        settings=examination.settings,
+        settings=examination.settings | {"reread_tokens": reread_tokens},
         asked=tuple(asked),
         state_nbytes=cache.nbytes // examination.rows,
         provenance=provenance(seed=seed, documents=list(documents), command=command),

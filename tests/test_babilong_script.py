@@ -1,0 +1,85 @@
+"""`scripts/babilong.py`: its commands are those of the package, and only what is missing is made."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from hippoformer import cli
+from hippoformer.training.arguments import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location("babilong", ROOT / "scripts" / "babilong.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+@pytest.fixture
+def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands; those that make a file make one."""
+    lines: list[list[str]] = []
+
+    def run(line: list[str], cwd: Path, check: bool) -> None:
+        lines.append(line)
+        made = tmp_path / line[line.index("--output") + 1] if "--output" in line else tmp_path / "log"
+        made.parent.mkdir(exist_ok=True)
+        context = "Mary left. " if "qa1" in str(made) else "John took the football there. "
+        rows = [{"context": context * (1 + 40 * (i % 2)), "question": f"{i}?", "answers": ["a"]} for i in range(800)]
+        made.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    return lines
+
+
+def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[list[str]]) -> None:
+    assert script.main() == 0
+    root: Any = get_command(cli.app)
+    for line in ran[:-1]:
+        assert line[1:3] == ["-m", "hippoformer.cli"]
+        if line[3] == "train":
+            arguments = parse(line[4:])
+            assert arguments.memory_off and arguments.questions == ["runs/stories.jsonl"]
+            assert (ROOT / arguments.hippocampus / "config.json").is_file()
+            continue
+        command = root.commands["eval"].commands[line[4]] if line[3] == "eval" else root.commands[line[3]]
+        assert {word for word in line if word.startswith("--")} <= {o for p in command.params for o in p.opts}
+    assert [line[3] for line in ran[:-1]] == ["hide-stories", "hide-stories", "train", "eval", "eval", "eval"]
+    assert ran[-1][-1] == "scripts/readme_results.py"
+
+
+def test_short_stories_of_both_tasks_are_learned(script: ModuleType, ran: list[list[str]], tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    rows = [json.loads(line) for line in (tmp_path / script.stories()).read_text().splitlines()]
+    assert len(ran) == 2 and len(rows) == 380 + 150
+    assert max(len(row["context"]) for row in rows) < 1_000
+    assert sum("football" in row["context"] for row in rows) == 150
+    assert any("football" in row["context"] for row in rows[:50]), "shuffled"
+
+
+def test_what_is_there_is_not_made_again(
+    script: ModuleType, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for made in ("runs/babi/config.json", "results/babilong_test.json"):
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_text("{}")
+    assert script.main() == 0
+    assert [line[3] for line in ran[:-1]] == ["eval", "eval"]
+    assert not any("results/babilong_test.json" in line for line in ran)
+
+    def fails(line: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(3, line)
+
+    monkeypatch.setattr(script.subprocess, "run", fails)
+    assert script.main() == 3
