@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, TRAINED, RESULTS = Path("runs"), Path("runs/babi"), Path("results")
 TRAINING, TEST = "data/public-domain-novels/train", "data/public-domain-novels/test"
-SHIPPED = "src/hippoformer/pretrained/smollm2-135m"
+SHIPPED = "smollm2-135m"
 # Task, tokens of its texts, seed of the draw, and how many of the shorter texts are learned.
 LEARNED = (("10k-qa1", "0,100,400", 1, 380), ("10k-qa2", "0,300", 2, 150))
 LONGEST = 1_000  # characters

@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 from hippoformer import cli
+from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.training.arguments import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[lis
         if line[3] == "train":
             arguments = parse(line[4:])
             assert arguments.memory_off and arguments.questions == ["runs/stories.jsonl"]
-            assert (ROOT / arguments.hippocampus / "config.json").is_file()
+            assert shipped_hippocampus(arguments.hippocampus) is not None
             continue
         command = root.commands["eval"].commands[line[4]] if line[3] == "eval" else root.commands[line[3]]
         assert {word for word in line if word.startswith("--")} <= {o for p in command.params for o in p.opts}

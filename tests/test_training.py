@@ -236,12 +236,16 @@ def test_training_lowers_the_loss_and_leaves_a_frozen_base_alone(folder: Path) -
     assert log["run"]["seed"] == 42 and log["arguments"]["max_steps"] == 8
 
 
-def test_a_run_can_go_on_from_a_saved_hippocampus(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_can_go_on_from_a_saved_hippocampus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second run that learns nothing ends with the weights of the first; another shape is refused."""
     first, short = folder / "first", ["--recall_share", "1.0", "--max_steps"]
     assert main(arguments(folder, "first", *short, "2")) == 0
+    monkeypatch.setattr("hippoformer.train.shipped_hippocampus", {"the-short-name": first}.get)
+    shipped = ["--hippocampus", "the-short-name", *short, "1"]
+    assert main(arguments(folder, "second", *shipped, "--learning_rate", "1e-12")) == 0
     more = ["--hippocampus", str(first), *short, "1"]
-    assert main(arguments(folder, "second", *more, "--learning_rate", "1e-12")) == 0
     saved = [load_file(path / "hippocampus.safetensors") for path in (first, folder / "second")]
     for name, tensor in saved[0].items():
         if "anchor" not in name:

@@ -19,6 +19,7 @@ from hippoformer.evaluation.scoring import start_tokens, token_ids
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.words import words_of_tokens
 from hippoformer.training import checkpoints
@@ -116,7 +117,8 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         "lora_alpha": arguments.lora_alpha,
         "learning_rate": rate,
     }
-    carried = arguments.hippocampus if arguments.memory_off else None
+    known_hippocampus = arguments.hippocampus and (shipped_hippocampus(arguments.hippocampus) or arguments.hippocampus)
+    carried = known_hippocampus if arguments.memory_off else None
     if carried is None:
         options["seed"] = arguments.seed
     sizes = {"window": arguments.window, "buffer_size": arguments.buffer_size}
@@ -139,8 +141,8 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     else:
         config = HippoFormerConfig(**(options | extra))  # type: ignore[arg-type]
     model = HippoFormer(config, base)
-    if arguments.hippocampus is not None:
-        load_hippocampus(model, arguments.hippocampus)
+    if known_hippocampus is not None:
+        load_hippocampus(model, known_hippocampus)
     return model
 
 

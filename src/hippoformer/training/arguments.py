@@ -13,7 +13,7 @@ class TrainArguments:
 
     base_model: str = field(default="smollm2-135m", metadata={"help": "folder, hub repository, or smollm2-135m"})
     hippocampus: str | None = field(
-        default=None, metadata={"help": "a saved hippocampus to go on from, instead of a fresh one"}
+        default=None, metadata={"help": "a saved hippocampus to go on from, or smollm2-135m for the shipped one"}
     )
     text: list[str] = field(default_factory=list, metadata={"help": "files or folders of text to train on"})
     eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
