@@ -37,7 +37,7 @@ class Conversation:
         system: the system prompt, or None for what the template does without one.
         cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
         reread_tokens: that are read again before a reply, of what is remembered of the user's words (see
-            `HippoCache.reminded_of`); the conversation itself does not hear them. 0: none.
+            `HippoCache.reminded_of`); the base then replies alone, and the conversation does not hear them. 0: none.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
     Attributes:
@@ -105,16 +105,9 @@ class Conversation:
         before = self.cache.copy()
         self.cache.new_turn()
         try:
-            model: Any = self.model
-            cue, answering = self._encode(text).to(self.model.device), self.cache
-            if self.reread_tokens:
-                answering = (
-                    self.cache.reminded_of(cue, n_tokens=self.reread_tokens) if cue.numel() else self.cache.copy()
-                )
-            out = model.generate(
+            out = self._answer(
                 ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=answering,
+                self._encode(text),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList(stopping_criteria),
                 **(asked | {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)),
@@ -124,12 +117,27 @@ class Conversation:
             said = out if int(reply[-1]) not in _listed(asked["eos_token_id"]) else out[:, :-1]
             if said.shape[1] > (unread := 0 if self.reread_tokens else out.shape[1] - 1):
                 with torch.no_grad():
-                    model(said[:, unread:], past_key_values=self.cache, logits_to_keep=1)
+                    self.model(said[:, unread:], past_key_values=self.cache, logits_to_keep=1)
         except BaseException:
             self.cache = before
             raise
         self.turns += 1
         return str(self.tokenizer.decode(reply, skip_special_tokens=True))
+
+    def _answer(self, ids: Tensor, cue: Tensor, **options: Any) -> Tensor:
+        """The turn and the reply to it, (1, T); where nothing is read again, the cache has read all but its last token.
+
+        After rereading the base answers alone: recall would go on in the words of the text it has just found.
+        """
+        model: Any = self.model
+        options |= {"attention_mask": torch.ones_like(ids)}
+        if not self.reread_tokens:
+            return model.generate(ids, past_key_values=self.cache, **options)
+        with self.model.memory_off():
+            copy = self.cache.copy()
+            if cue.numel():
+                copy = self.cache.reminded_of(cue.to(ids.device), n_tokens=self.reread_tokens)
+            return model.generate(ids, past_key_values=copy, **options)
 
     def forget(self) -> None:
         """Starts anew: nothing of the conversation is remembered."""

@@ -72,8 +72,8 @@ def draw_needle(kind: str, tokenizer: Any, draw: random.Random) -> Needle:
         told, question = f"{name} lives in", f"Where does {name} live?"
         home = _encoded(kind, told, f" {place}", ".", question, tokenizer)
         if kind == "reworded":
-            asked = f"\n\nIn which town is the house of {name}? The house of {name} is in"
-            return replace(home, question=token_ids(tokenizer, asked))
+            other_words = f"\n\nIn which town is the house of {name}? The house of {name} is in"
+            return replace(home, question=token_ids(tokenizer, other_words))
         if kind == "home":
             return home
         while (former := _name(draw, _PLACE_ENDS)) == place:

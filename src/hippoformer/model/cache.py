@@ -171,7 +171,8 @@ class HippoCache(WindowCache):
         """A copy that has read again what it remembers of a cue, and in which the cue can be read next.
 
         Recall answers in the words of the text; with the passages back in the window all of the base model can work on
-        them. Use the copy for the answer and go on with this cache: nothing is stored twice.
+        them. Use the copy for the answer, best under `model.memory_off()`, since recall would rather go on with the
+        text; and read on with this cache: nothing is stored twice.
 
         Args:
             cue_ids, attention_mask, options: as for `passages`.
