@@ -123,10 +123,34 @@ def test_answers_are_those_of_generate_up_to_the_line_s_end() -> None:
     best = [max(text_scores(row["off"], answer)["f1"] for answer in ("here", "a b")) for row in report.asked]
     assert report.conditions["off"]["f1"].estimate == pytest.approx(sum(best) / 3)
     assert report.to_table().row_count == len(report.differences) == 6
+    assert "reread" not in report.conditions and report.reread_differences == {}
     with pytest.raises(TextError, match="no question"):
         evaluate_questions(model, tokenizer, [], "none")
+    with pytest.raises(ConfigurationError, match="reread_tokens"):
+        evaluate_questions(model, tokenizer, QUESTIONS, "mine", reread_tokens=-1)
     with pytest.raises(ConfigurationError, match="at least 1"):
         evaluate_questions(model, tokenizer, QUESTIONS, "mine", 0)
+
+
+@torch.no_grad()
+def test_reread_is_the_base_s_answer_from_a_reminded_copy() -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    options = {"new_tokens": 8, "batch_size": 2, "resamples": 20}
+    report = evaluate_questions(model, tokenizer, QUESTIONS, "mine", reread_tokens=90, **options)
+    plain = evaluate_questions(model, tokenizer, QUESTIONS, "mine", **options)
+    assert list(report.conditions) == ["memory", "off", "reread"]
+    for row, without, question in zip(report.asked, plain.asked, QUESTIONS, strict=True):
+        assert (row["memory"], row["off"]) == (without["memory"], without["off"])
+        cache = model.new_cache(1)
+        model.score(tokenizer(question.context, return_tensors="pt").input_ids, past_key_values=cache)
+        cue = tokenizer(question.question, return_tensors="pt").input_ids
+        ids = tokenizer(question.prompt, return_tensors="pt").input_ids
+        with model.memory_off():
+            copy = cache.reminded_of(cue, n_tokens=90)
+            made = model.generate(ids, past_key_values=copy, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert row["reread"] == tokenizer.decode(made[0, ids.shape[1] :]).strip().partition("\n")[0].strip()
+    assert set(report.reread_differences) == set(report.differences)
+    assert len(report.to_table().columns) == len(plain.to_table().columns) + 2
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +158,8 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     row = {"context": text(0, 80), "question": "Where?", "answer": "here"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(row))
     arguments = ["eval", "questions", "--model", "tiny", "--questions", str(tmp_path / "mine.jsonl")]
-    result = CliRunner().invoke(app, [*arguments, "--new-tokens", "3", "--output", str(tmp_path / "out.json")])
+    result = CliRunner().invoke(
+        app, [*arguments, "--new-tokens", "3", "--reread-tokens", "40", "--output", str(tmp_path / "out.json")]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out.json").read_text())["format"] == "hippoformer.questions/1"

@@ -167,6 +167,9 @@ def eval_questions(
     new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 24,
     limit_tokens: LimitOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 4,
+    reread_tokens: Annotated[
+        int, typer.Option("--reread-tokens", help="Ask once more after reading so many remembered tokens again; 0: no.")
+    ] = 0,
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
@@ -186,6 +189,7 @@ def eval_questions(
             new_tokens,
             limit_tokens,
             batch_size,
+            reread_tokens,
             seed,
             resamples,
             progress,

@@ -21,7 +21,7 @@ from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.examination import answer_nats, answers
-from hippoformer.evaluation.generation import decoded, first_line, left_padded
+from hippoformer.evaluation.generation import decoded, first_line, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
@@ -254,17 +254,16 @@ def _asked(
             for line, case, nats in zip(lines, batch, answer_nats(asked, cache, batch), strict=True)
         ]
 
-    cache = _read(model, [case.text for case in batch])
+    cache = read_texts(model, [case.text for case in batch])
     found = {"memory": put(model, cache.copy())}
     with model.memory_off():
         found["off"] = put(model, cache.copy())
         if reread_tokens:
-            cue, mask = left_padded([case.cue for case in batch], model.device)
-            found["reread"] = put(model, cache.reminded_of(cue, mask, n_tokens=reread_tokens))
+            found["reread"] = put(model, reminded(cache, [case.cue for case in batch], reread_tokens))
     for name, view in views.items():
         held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
         with view.memory_off():
-            found[name] = put(view, _read(view, held))
+            found[name] = put(view, read_texts(view, held))
     return [
         Told(
             name=case.name,
@@ -281,11 +280,3 @@ def _asked(
 
 def _last_word(line: str) -> str:
     return (line.split() or [""])[-1].strip(".,;:!?\"'").lower()
-
-
-def _read(model: Any, texts: Sequence[Sequence[int]]) -> Any:
-    """The state after the texts, each read from nothing."""
-    ids, mask = left_padded(texts, model.device)
-    cache = model.new_cache(len(texts))
-    model.score(ids, attention_mask=mask, past_key_values=cache)
-    return cache

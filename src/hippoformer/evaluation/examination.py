@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.generation import decoded, left_padded
+from hippoformer.evaluation.generation import decoded, left_padded, reminded
 from hippoformer.evaluation.needles import ALL_KINDS, PIECE, Planted, haystack
 
 # What was said, and -log p of what should have been.
@@ -157,9 +157,9 @@ def ask(
     with_memory = answers(model, cache.select_rows(rows), needles)
     again: list[Answer] | list[tuple[None, None]] = [(None, None)] * len(ready)
     if reread_tokens:
-        cue, mask = left_padded([needle.question for needle in needles], model.device)
+        questions = [needle.question for needle in needles]
         with model.memory_off():
-            again = answers(model, cache.select_rows(rows).reminded_of(cue, mask, n_tokens=reread_tokens), needles)
+            again = answers(model, reminded(cache.select_rows(rows), questions, reread_tokens), needles)
     without = unaided(model, cache, ready) if without is None else without
     remembered = {row: {e.position for e in cache.episodes(row)} for row in set(rows.tolist())}
     return [

@@ -80,6 +80,20 @@ def _likeliest(model: Any, cache: Any, ids: Tensor, mask: Tensor, new_tokens: in
         yield token.cpu()
 
 
+def read_texts(model: Any, texts: Sequence[Sequence[int]]) -> Any:
+    """The state after the texts, each read from nothing."""
+    ids, mask = left_padded(texts, model.device)
+    cache = model.new_cache(len(texts))
+    model.score(ids, attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+def reminded(cache: Any, cues: Sequence[Sequence[int]], n_tokens: int) -> Any:
+    """A copy of the state that has read again what each row remembers of its cue, `n_tokens` at most."""
+    ids, mask = left_padded(cues, cache.model.device)
+    return cache.reminded_of(ids, mask, n_tokens=n_tokens)
+
+
 def first_line(tokenizer: Any, ids: Sequence[int]) -> str:
     """What was said up to the end of its line."""
     return tokenizer.decode(ids).strip().partition("\n")[0].strip()
