@@ -17,7 +17,7 @@ from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.generation import Speed, continued
 from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.report import Report, shown
 from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
@@ -65,10 +65,10 @@ class QualityReport(Report):
         for heading in (*CONDITIONS, "difference", "p, corrected", "effect"):
             table.add_column(heading, justify="right")
         for metric in (*CORPUS_METRICS, *TEXT_METRICS):
-            shown = [_shown(self.conditions[condition][metric]) for condition in CONDITIONS]
+            row = [shown("{:.3f}", self.conditions[condition][metric]) for condition in CONDITIONS]
             found = self.differences.get(metric)
-            compared = ["-"] * 3 if found is None else [_shown(found.difference), *shown_test(found.test)]
-            table.add_row(*(Text(cell) for cell in (metric, *shown, *compared)))
+            compared = ["-"] * 3 if found is None else [shown("{:.3f}", found.difference), *shown_test(found.test)]
+            table.add_row(*(Text(cell) for cell in (metric, *row, *compared)))
         return table
 
 
@@ -211,7 +211,3 @@ def _bleu(texts: Sequence[str], truth: Sequence[str], seed: int, resamples: int)
 def _mean_speed(speeds: Sequence[Speed]) -> Speed:
     rows = [asdict(speed) for speed in speeds]
     return Speed(**{name: float(np.mean([row[name] for row in rows])) for name in rows[0]})
-
-
-def _shown(interval: Interval) -> str:
-    return with_range("{:.3f}", interval.estimate, interval.low, interval.high)

@@ -18,7 +18,7 @@ from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.generation import continued, decoded, first_line, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.quality import Difference, differences, means, shown_test
-from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.report import Report, shown
 from hippoformer.evaluation.scoring import describe, reading, start_tokens, token_ids
 from hippoformer.evaluation.statistics import RESAMPLES, Interval
 from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
@@ -59,9 +59,9 @@ class QuestionsReport(Report):
         for heading in (*self.conditions, *(f"{name} - off, p, effect" for name in compared)):
             table.add_column(heading, justify="right")
         for metric in TEXT_METRICS:
-            cells = [_shown(of[metric]) for of in self.conditions.values()]
+            cells = [shown("{:.3f}", of[metric]) for of in self.conditions.values()]
             for of in compared.values():
-                cells.append("; ".join((_shown(of[metric].difference), *shown_test(of[metric].test))))
+                cells.append("; ".join((shown("{:.3f}", of[metric].difference), *shown_test(of[metric].test))))
             table.add_row(*(Text(cell) for cell in (metric, *cells)))
         return table
 
@@ -153,7 +153,3 @@ def evaluate_questions(
         ],
         provenance=provenance(seed=seed, command=command),
     )
-
-
-def _shown(of: Interval) -> str:
-    return with_range("{:.3f}", of.estimate, of.low, of.high)

@@ -19,7 +19,7 @@ from hippoformer.evaluation.examination import Asked, ask, plan, unaided
 from hippoformer.evaluation.needles import KINDS
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.recall import SPACING, cells
-from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.report import Report, shown
 from hippoformer.evaluation.scoring import check_untouched, describe, reading
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
@@ -72,8 +72,8 @@ class RecallVariantsReport(Report):
         for variant in self.variants:
             row = [variant.name]
             for distance in self.settings["distances"]:
-                row.append(_shown("{:.0%}", variant.right[distance]))
-                row.append("-" if variant.against is None else _shown("{:+.0%}", variant.against[distance]))
+                row.append(shown("{:.0%}", variant.right[distance]))
+                row.append("-" if variant.against is None else shown("{:+.0%}", variant.against[distance]))
             p = None if variant.test is None else variant.test.p_corrected
             table.add_row(*(Text(cell) for cell in (*row, "-" if p is None else f"{p:.2g}")))
         return table
@@ -182,7 +182,3 @@ def _compared(
         )
         for name, options in variants.items()
     )
-
-
-def _shown(form: str, interval: Interval) -> str:
-    return with_range(form, interval.estimate, interval.low, interval.high)

@@ -62,6 +62,11 @@ def changes(ratio: Interval) -> tuple[float, float | None, float | None]:
     return ratio.estimate - 1, None if low is None else low - 1, None if high is None else high - 1
 
 
+def shown(form: str, interval: Interval) -> str:
+    """An interval for a table."""
+    return with_range(form, interval.estimate, interval.low, interval.high)
+
+
 def with_range(form: str, estimate: float, low: float | None, high: float | None) -> str:
     """An estimate and, where there is one, its interval in brackets."""
     if low is None or high is None:
