@@ -425,6 +425,30 @@ MUTATIONS = [
         "if False:",
         "test_gate_and_losses.py::test_competition_is_relaxed_for_the_gradient_alone",
     ),
+    Mutation(
+        "5 purity",
+        "what is read again is read into the state itself",
+        "model/rereading.py",
+        "copy = cache.copy()",
+        "copy = cache",
+        "test_reinstatement.py::test_being_reminded_is_reading_the_passages_in_a_copy",
+    ),
+    Mutation(
+        "2 rows",
+        "padding of a cue is a word of it",
+        "model/rereading.py",
+        "torch.where(real, recall.word_of_token[rows.ids], -1)",
+        "recall.word_of_token[rows.ids]",
+        "test_reinstatement.py::test_padding_of_a_cue_says_nothing",
+    ),
+    Mutation(
+        "7 references",
+        "all words of a cue weigh the same",
+        "hippocampus/reinstatement.py",
+        "& ~chosen, rarity, 0.0)",
+        "& ~chosen, 1.0, 0.0)",
+        "test_reinstatement.py::test_one_rare_word_is_worth_more_than_two_common_ones",
+    ),
 ]
 
 

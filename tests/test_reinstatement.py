@@ -108,6 +108,14 @@ def test_the_rarest_word_decides_and_then_the_newest() -> None:
     assert found([8], 12) == [], "and nothing comes for a word that is not there"
 
 
+def test_one_rare_word_is_worth_more_than_two_common_ones() -> None:
+    positions = [0, 1, 10, 11, 20, 21, 30, 31, 40, 41]
+    tokens = [1, 2, 1, 2, 1, 2, 1, 2, 7, 9]
+    episodes = remembered([positions], [tokens])
+    chosen = reinstated(episodes, episodes.token, torch.tensor([[1, 2, 7]]), 2, 1, 0)
+    assert chosen[0].nonzero().flatten().tolist() == [8, 9]
+
+
 def test_what_is_found_leads_on() -> None:
     """6 is asked for; it stands beside 8, and 8 stands elsewhere with 9."""
     positions, tokens = [0, 1, 20, 21, 40, 41], [8, 9, 6, 8, 1, 2]
@@ -121,8 +129,10 @@ def test_what_is_found_leads_on() -> None:
 
 
 def read(rows: int = 2, length: int = 90, **options: object) -> tuple:
+    """A model, the text it has read, and the state; token 0, which padding becomes, stands in it here and there."""
     model = awake(**({"buffer_size": 48} | options))
     ids, cache = text(rows, length), model.new_cache(rows)
+    ids[:, 5::9] = 0
     model.score(ids, past_key_values=cache)
     return model, ids, cache
 
