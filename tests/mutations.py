@@ -445,8 +445,8 @@ MUTATIONS = [
         "7 references",
         "all words of a cue weigh the same",
         "hippocampus/reinstatement.py",
-        "& ~chosen, rarity, 0.0)",
-        "& ~chosen, 1.0, 0.0)",
+        "_rarity(words), 0.0)",
+        "1.0, 0.0)",
         "test_reinstatement.py::test_one_rare_word_is_worth_more_than_two_common_ones",
     ),
 ]

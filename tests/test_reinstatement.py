@@ -26,57 +26,51 @@ def remembered(positions: list[list[int]], tokens: list[list[int]]) -> Episodes:
     return episodes
 
 
-def slowly(positions: list[int], tokens: list[int], cue: list[int], n_tokens: int, span: int, hops: int) -> set[int]:
+def slowly(positions: list[int], tokens: list[int], cue: list[int], n_tokens: int, span: int) -> set[int]:
     """Slots of one row, by loops over plain numbers."""
     known = [slot for slot, position in enumerate(positions) if position >= 0]
     count = Counter(tokens[slot] for slot in known)
     chosen: set[int] = set()
     words = {word for word in cue if word >= 0}
-    for hop in range(hops + 1):
-        limit = n_tokens * (hop + 1) // (hops + 1)
-        worth = {}
-        for slot in known:
-            before = [s for s in known if tokens[s] == tokens[slot] and 0 < positions[slot] - positions[s] <= span]
-            if tokens[slot] in words and not before and slot not in chosen:
-                worth[slot] = math.log((len(known) + 1) / (count[tokens[slot]] + 1))
-        while True:
-            score = {}
-            for middle in known:
-                total = 0.0
-                for slot, value in worth.items():
-                    apart = abs(positions[slot] - positions[middle])
-                    total += value * max(0.0, 1.0 - apart / (span + 1))
-                if total > 1e-9:
-                    score[middle] = total + 1e-4 * middle / len(positions)
-            if not score:
-                break
-            best = max(score, key=lambda slot: score[slot])
-            near = {slot for slot in known if abs(positions[slot] - positions[best]) <= span}
-            if len(chosen | near) > limit:
-                break
-            chosen |= near
-            worth = {slot: value for slot, value in worth.items() if slot not in near}
-        words = {tokens[slot] for slot in chosen}
-    return chosen
+    worth = {}
+    for slot in known:
+        before = [s for s in known if tokens[s] == tokens[slot] and 0 < positions[slot] - positions[s] <= span]
+        if tokens[slot] in words and not before:
+            worth[slot] = math.log((len(known) + 1) / (count[tokens[slot]] + 1))
+    while True:
+        score = {}
+        for middle in known:
+            apart = {slot: abs(positions[slot] - positions[middle]) for slot in worth}
+            total = sum(value * max(0.0, 1.0 - apart[slot] / (span + 1)) for slot, value in worth.items())
+            if total > 1e-9:
+                score[middle] = total + 1e-4 * middle / len(positions)
+        if not score:
+            return chosen
+        best = max(score, key=lambda slot: score[slot])
+        near = {slot for slot in known if abs(positions[slot] - positions[best]) <= span}
+        if len(chosen | near) > n_tokens:
+            return chosen
+        chosen |= near
+        worth = {slot: value for slot, value in worth.items() if slot not in near}
 
 
 @st.composite
-def memories(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], int, int, int]:
-    """Positions, tokens, cue, n_tokens, span, hops; some slots are empty, as they are in front of a young store."""
+def memories(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], int, int]:
+    """Positions, tokens, cue, n_tokens, span; some slots are empty, as they are in front of a young store."""
     positions = sorted(draw(st.sets(st.integers(0, 60), min_size=1, max_size=30)))
     positions = [-1] * draw(st.integers(0, 3)) + positions
     tokens = draw(st.lists(st.integers(0, 9), min_size=len(positions), max_size=len(positions)))
     cue = draw(st.lists(st.integers(-1, 9), min_size=1, max_size=5))
-    return positions, tokens, cue, draw(st.integers(1, 30)), draw(st.integers(1, 5)), draw(st.integers(0, 2))
+    return positions, tokens, cue, draw(st.integers(1, 30)), draw(st.integers(1, 5))
 
 
 @settings(max_examples=300, deadline=None)
 @given(memories())
 def test_it_is_what_loops_over_plain_numbers_say(case: tuple) -> None:
-    positions, tokens, cue, n_tokens, span, hops = case
+    positions, tokens, cue, n_tokens, span = case
     episodes = remembered([positions], [tokens])
-    chosen = reinstated(episodes, episodes.token, torch.tensor([cue]), n_tokens, span, hops)
-    assert set(chosen[0].nonzero().flatten().tolist()) == slowly(positions, tokens, cue, n_tokens, span, hops)
+    chosen = reinstated(episodes, episodes.token, torch.tensor([cue]), n_tokens, span)
+    assert set(chosen[0].nonzero().flatten().tolist()) == slowly(positions, tokens, cue, n_tokens, span)
     assert int(chosen.sum()) <= n_tokens
 
 
@@ -85,10 +79,10 @@ def test_rows_choose_for_themselves() -> None:
     tokens = [[1, 2, 3, 4, 5, 6, 7, 3], [9, 9, 3, 3, 8, 1, 2, 3]]
     cue = torch.tensor([[3, 5], [2, -1]])
     both = remembered(positions, tokens)
-    chosen = reinstated(both, both.token, cue, 6, 2, 1)
+    chosen = reinstated(both, both.token, cue, 6, 2)
     for row in range(2):
         alone = remembered([positions[row]], [tokens[row]])
-        assert torch.equal(reinstated(alone, alone.token, cue[[row]], 6, 2, 1)[0], chosen[row])
+        assert torch.equal(reinstated(alone, alone.token, cue[[row]], 6, 2)[0], chosen[row])
 
 
 def test_the_rarest_word_decides_and_then_the_newest() -> None:
@@ -98,7 +92,7 @@ def test_the_rarest_word_decides_and_then_the_newest() -> None:
     episodes = remembered([positions], [tokens])
 
     def found(cue: list[int], n_tokens: int) -> list[int]:
-        chosen = reinstated(episodes, episodes.token, torch.tensor([cue]), n_tokens, 1, 0)
+        chosen = reinstated(episodes, episodes.token, torch.tensor([cue]), n_tokens, 1)
         return chosen[0].nonzero().flatten().tolist()
 
     assert found([1, 7], 3) == [3, 4, 5]
@@ -112,17 +106,8 @@ def test_one_rare_word_is_worth_more_than_two_common_ones() -> None:
     positions = [0, 1, 10, 11, 20, 21, 30, 31, 40, 41]
     tokens = [1, 2, 1, 2, 1, 2, 1, 2, 7, 9]
     episodes = remembered([positions], [tokens])
-    chosen = reinstated(episodes, episodes.token, torch.tensor([[1, 2, 7]]), 2, 1, 0)
+    chosen = reinstated(episodes, episodes.token, torch.tensor([[1, 2, 7]]), 2, 1)
     assert chosen[0].nonzero().flatten().tolist() == [8, 9]
-
-
-def test_what_is_found_leads_on() -> None:
-    """6 is asked for; it stands beside 8, and 8 stands elsewhere with 9."""
-    positions, tokens = [0, 1, 20, 21, 40, 41], [8, 9, 6, 8, 1, 2]
-    episodes = remembered([positions], [tokens])
-    cue = torch.tensor([[6]])
-    assert reinstated(episodes, episodes.token, cue, 4, 1, 0)[0].nonzero().flatten().tolist() == [2, 3]
-    assert reinstated(episodes, episodes.token, cue, 4, 1, 1)[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------- in a model
@@ -139,7 +124,7 @@ def read(rows: int = 2, length: int = 90, **options: object) -> tuple:
 
 def test_passages_are_text_that_was_read() -> None:
     _, ids, cache = read()
-    told, mask = cache.passages(ids[:, 20:22], n_tokens=12, span=2, hops=0)
+    told, mask = cache.passages(ids[:, 20:22], n_tokens=12, span=2)
     assert told.shape == mask.shape and 3 <= told.shape[1] <= 12
     for row in range(2):
         own = told[row][mask[row] == 1].tolist()
@@ -208,7 +193,7 @@ def test_a_window_alone_remembers_nothing_else() -> None:
         assert off.passages(ids[:, :60])[0].shape == (2, 0)
 
 
-@pytest.mark.parametrize("wrong", [{"n_tokens": 0}, {"span": 0}, {"hops": -1}])
+@pytest.mark.parametrize("wrong", [{"n_tokens": 0}, {"span": 0}])
 def test_numbers_out_of_range_are_refused(wrong: dict) -> None:
     cache = fresh().new_cache(1)
     with pytest.raises(InputError, match="expected at least"):

@@ -7,8 +7,7 @@ question, Lewis et al. 2020, arXiv:2005.11401, here from a memory that chose wha
 
 A passage is what is remembered within `span` tokens of its middle. It counts by the words of the cue that stand in it,
 each by how rare it is in this memory (inverse document frequency, Spärck Jones 1972), the less the farther from the
-middle; of passages that count the same the newest goes first. What the first passages say leads on to others
-(`hops`): who is asked for the football is first led to who took it, then to where that person went.
+middle; of passages that count the same the newest goes first.
 """
 
 import torch
@@ -22,24 +21,30 @@ _NEWER = 1e-4
 
 
 @torch.no_grad()
-def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, span: int, hops: int = 0) -> Tensor:
-    """Chooses what is read again.
+def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, span: int) -> Tensor:
+    """Chooses passages, the best first, until one does not fit or none is left.
 
     Args:
         episodes: E slots of R rows, in the order of the text.
         words: (R, E) which word each slot's token is. cue: (R, Q) words of the cue, -1 at padding.
         n_tokens: to choose in a row, at most. span: tokens on either side of a passage's middle.
-        hops: how often what was found becomes the cue; the tokens are shared out among them and the cue itself.
 
     Returns:
-        (R, E) bool.
+        (R, E) bool, what is read again.
     """
-    words = torch.where(episodes.valid, words, -2)
-    rarity = _rarity(words)
-    chosen = torch.zeros_like(episodes.valid)
-    for hop in range(hops + 1):
-        chosen = _fill(chosen, episodes.position, words, rarity, cue, n_tokens * (hop + 1) // (hops + 1), span)
-        cue = torch.where(chosen, words, -1)
+    position, words = episodes.position, torch.where(episodes.valid, words, -2)
+    worth = torch.where(_among(words, cue) & ~_repeated(words, position, span), _rarity(words), 0.0)
+    newer = torch.arange(worth.shape[1], device=worth.device) * (_NEWER / worth.shape[1])
+    chosen, going_on = torch.zeros_like(episodes.valid), worth.sum(-1) > 0
+    while going_on.any():
+        score = _around(worth, position, span)
+        best, middle = (score + newer).masked_fill(score <= 0, -torch.inf).max(-1, keepdim=True)
+        near = ((position - take(position, middle)).abs() <= span) & episodes.valid
+        passage, room = near & ~chosen, n_tokens - chosen.sum(-1, keepdim=True)
+        fits = going_on.unsqueeze(-1) & best.isfinite() & (passage.sum(-1, keepdim=True) <= room)
+        chosen = chosen | (passage & fits)
+        worth = torch.where(near, 0.0, worth)
+        going_on = fits.squeeze(-1)
     return chosen
 
 
@@ -49,26 +54,6 @@ def _rarity(words: Tensor) -> Tensor:
     count = torch.searchsorted(in_order, in_order, right=True) - torch.searchsorted(in_order, in_order)
     valid = (words >= 0).sum(-1, keepdim=True)
     return put(torch.zeros(words.shape, device=words.device), order, ((valid + 1) / (count + 1)).log().clamp_min(0.0))
-
-
-def _fill(
-    chosen: Tensor, position: Tensor, words: Tensor, rarity: Tensor, cue: Tensor, n_tokens: int, span: int
-) -> Tensor:
-    """Adds passages that the cue points to, the best first, until `n_tokens` are chosen or none is left."""
-    worth = torch.where(_among(words, cue) & ~_repeated(words, position, span) & ~chosen, rarity, 0.0)
-    newer = torch.arange(worth.shape[1], device=worth.device) * (_NEWER / worth.shape[1])
-    going_on = worth.sum(-1) > 0
-    while going_on.any():
-        score = _around(worth, position, span)
-        best, middle = (score + newer).masked_fill(score <= 0, -torch.inf).max(-1, keepdim=True)
-        near = (position - take(position, middle)).abs() <= span
-        passage = near & (position >= 0) & ~chosen
-        room = n_tokens - chosen.sum(-1, keepdim=True)
-        fits = going_on.unsqueeze(-1) & best.isfinite() & (passage.sum(-1, keepdim=True) <= room)
-        chosen = chosen | (passage & fits)
-        worth = torch.where(near, 0.0, worth)
-        going_on = fits.squeeze(-1)
-    return chosen
 
 
 def _around(worth: Tensor, position: Tensor, span: int) -> Tensor:

@@ -148,14 +148,12 @@ class HippoCache(WindowCache):
         attention_mask: Tensor | None = None,
         n_tokens: int = 256,
         span: int = 8,
-        hops: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """What each row remembers of a cue, as text: the passages that hold its rarest words, in their old order.
 
         Args:
             cue_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
             n_tokens: of a row's passages together, at most. span: tokens on either side of a passage's middle.
-            hops: how often what was found leads on to more.
 
         Returns:
             (R, L) ids, padded on the left, and their mask (R, L); L is 0 where no row remembers anything of it.
@@ -165,7 +163,7 @@ class HippoCache(WindowCache):
         """
         from hippoformer.model.rereading import passages
 
-        return passages(self, cue_ids, attention_mask, n_tokens, span, hops)
+        return passages(self, cue_ids, attention_mask, n_tokens, span)
 
     def reminded_of(self, cue_ids: Tensor, attention_mask: Tensor | None = None, **options: int) -> "HippoCache":
         """A copy that has read again what it remembers of a cue, and in which the cue can be read next.

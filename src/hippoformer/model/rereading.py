@@ -15,18 +15,18 @@ from hippoformer.model.inputs import check_token_ids, squeeze_padding
 
 @torch.no_grad()
 def passages(
-    cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n_tokens: int, span: int, hops: int
+    cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n_tokens: int, span: int
 ) -> tuple[Tensor, Tensor]:
     """The passages and their mask, both (R, L); the arguments are those of `HippoCache.passages`."""
-    if n_tokens < 1 or span < 1 or hops < 0:
-        raise InputError(f"n_tokens={n_tokens}, span={span}, hops={hops}; expected at least 1, 1 and 0")
+    if n_tokens < 1 or span < 1:
+        raise InputError(f"n_tokens={n_tokens}, span={span}; expected at least 1")
     check_token_ids(cue_ids)
     recall, device = cache.model.hippocampus.recall, cache.model.device
     rows = squeeze_padding(cue_ids, attention_mask, cache, cache.config.vocab_size, device)
     real = torch.arange(rows.ids.shape[1], device=device) < torch.tensor(rows.lengths, device=device).unsqueeze(-1)
     cue = torch.where(real, recall.word_of_token[rows.ids], -1)
     episodes = cache.memory.episodes
-    chosen = reinstated(episodes, recall.word_of_token[episodes.token.long()], cue, n_tokens, span, hops)
+    chosen = reinstated(episodes, recall.word_of_token[episodes.token.long()], cue, n_tokens, span)
     # In each row the chosen move to the end, in their order.
     order = chosen.to(torch.int8).argsort(dim=1, stable=True)[:, chosen.shape[1] - int(chosen.sum(1).max()) :]
     found = chosen.gather(1, order)
