@@ -149,6 +149,14 @@ PIECES = (
         6,
     ),
     Piece(
+        "recall_reworded_test.json",
+        (
+            *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "2", "--facts", "25", "--kinds", "reworded"),
+            *("--distances", "2000,8000", "--reread-tokens", "256"),
+        ),
+        6,
+    ),
+    Piece(
         "recall_million_test.json",
         (
             *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "1", "--facts", "100", "--spacing", "3200"),
