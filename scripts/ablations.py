@@ -1,0 +1,288 @@
+"""Trains the hippocampus again without each of its parts, over several seeds, and measures what that costs.
+
+    python scripts/ablations.py                            # what is missing: hours on two CPU cores
+    python scripts/ablations.py --seeds 1 --only fifo      # these runs
+    python scripts/ablations.py --list                     # every run
+
+Every run is small, the same steps and texts for all, so that differences mean something and absolute figures less. A
+run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. Of the runs with
+all three reports come `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each
+variant's nats and answers are means over its seeds, paired with those of `shipped` over the same seeds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hippoformer.evaluation.provenance import provenance
+from hippoformer.evaluation.report import write_json
+from hippoformer.evaluation.statistics import mean_interval, paired_ratio, token_perplexity
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS, RESULTS = Path("runs/ablations"), Path("results")
+TEXT = ("data/public-domain-novels/train", "data/wikitext-2-raw/wiki.train.first-part.raw")
+NOVELS, ARTICLES = "data/public-domain-novels/validation", "data/wikitext-2-raw/wiki.valid.raw"
+SEEDS = (1, 2, 3)
+# The same for every run; a text is longer than window and buffer, so that there is something to choose.
+BUDGET = {
+    "max_samples": 60,
+    "max_document_tokens": 6144,
+    "planted_documents": 20,
+    "planted_facts": 16,
+    "max_seq_length": 512,
+    "max_steps": 100,
+    "recall_share": 0.6,
+    "credit_documents": 24,
+    "foresight_passes": 6,
+    "save_steps": 1000,
+}
+OPTIONS: dict[str, Any] = {
+    "buffer_size": 1024,
+    "memory_layer": [16, 24],
+    "recall_n_heads": 4,
+    "residual_readout": False,
+    "decay_rate": 0.998,
+    "priority_threshold": 0.0,
+    "max_replay_rounds": 0,
+}
+# One base reads for all of them; their hidden states are found again.
+LAYERS = [8, 16, 24, -1]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: options of the config that differ from `OPTIONS`, and of the budget."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
+
+
+VARIANTS = (
+    Variant("shipped"),
+    Variant("no-memory", {"buffer_size": 0}),
+    Variant("fifo", {"selection": "fifo"}),
+    Variant("no-gate", {"importance_weight_range": [1.0, 1.0]}),
+    Variant("surprise", {"selection": "surprise"}),
+    Variant("random", {"selection": "random"}),
+    Variant("no-credit", budget={"credit_documents": 0}),
+    Variant("replay", {"max_replay_rounds": 10}),
+    Variant("layer-16", {"memory_layer": 16}),
+    Variant("layer-24", {"memory_layer": 24}),
+    Variant("layer-last", {"memory_layer": -1}),
+    Variant("layer-8", {"memory_layer": 8}),
+    Variant("last-residual-too", {"memory_layer": -1, "residual_readout": True}),
+    Variant("last-residual-only", {"memory_layer": -1, "residual_readout": True, "distribution_readout": False}),
+    Variant("no-following", {"match_power": 0.0, "match_characters": 0.0, "match_recency": 0.0}),
+    Variant("buffer-512", {"buffer_size": 512}),
+    Variant("buffer-4096", {"buffer_size": 4096}),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant trained with one seed."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where its weights and reports lie."""
+        return RUNS / f"{self.variant.name}-{self.seed}"
+
+    def training(self) -> list[str]:
+        """The command that trains it."""
+        budget = BUDGET | self.variant.budget | {"seed": self.seed, "output_dir": self.folder}
+        flags = [part for name, value in budget.items() for part in (f"--{name}", str(value))]
+        return ["train", "--text", *TEXT, *flags, "--cache_dir", "hidden_states", *_set(OPTIONS | self.variant.options)]
+
+    def reports(self) -> dict[str, list[str]]:
+        """Name of a report -> the command that makes it, without where to."""
+        model = ("--model", str(self.folder))
+        trained = ("--variant", "trained")
+        return {
+            "novels": ["eval", "variants", *model, "--text", NOVELS, "--limit-tokens", "12288", *trained],
+            "articles": ["eval", "variants", *model, "--text", ARTICLES, "--documents", "16", *trained],
+            "recall": [
+                *("eval", "recall-variants", *model, "--text", NOVELS, "--streams", "3", "--facts", "9"),
+                *("--distances", "2000,8000", *trained),
+            ],
+        }
+
+    def report(self, name: str) -> Path:
+        """Where that report is."""
+        return self.folder / f"{name}.json"
+
+    def measured(self) -> bool:
+        """Whether all its reports are there."""
+        return all((ROOT / self.report(name)).is_file() for name in self.reports())
+
+
+def _set(options: dict[str, Any]) -> list[str]:
+    return ["--set", *(f"{name}={json.dumps(value, separators=(',', ':'))}" for name, value in options.items())]
+
+
+def make(run: Run) -> int:
+    """Trains and measures what is missing of a run; the exit status of the first command that fails."""
+    commands: list[list[str]] = []
+    if not (ROOT / run.folder / "config.json").is_file():
+        commands.append(run.training())
+    for name, command in run.reports().items():
+        if not (ROOT / run.report(name)).is_file():
+            commands.append([*command, "--output", run.report(name).as_posix()])
+    return next((status for command in commands if (status := _call(command))), 0)
+
+
+def _call(command: list[str]) -> int:
+    return subprocess.run([sys.executable, "-m", "hippoformer.cli", *command], cwd=ROOT).returncode
+
+
+def read_all_layers() -> int:
+    """One reading of the training texts for every `memory_layer`: the fewest steps that a training can have."""
+    least = {"max_steps": 1, "credit_documents": 0, "output_dir": RUNS / "reading"}
+    if (ROOT / RUNS / "reading" / "config.json").is_file():
+        return 0
+    return _call(Run(Variant("reading", {"memory_layer": LAYERS}, least), SEEDS[0]).training())
+
+
+def collect(runs: Iterable[Run]) -> None:
+    """Writes the three files of results from all runs that are measured, if `shipped` is among them."""
+    seeds: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.measured():
+            seeds.setdefault(run.variant.name, []).append(run)
+    if "shipped" not in seeds:
+        return
+    for name, combined in (("novels", perplexities), ("articles", perplexities), ("recall", answers)):
+        loaded = {variant: [_load(run, name) for run in of] for variant, of in seeds.items()}
+        write_json(ROOT / RESULTS / f"retrained_{name}.json", combined(loaded, _shared(loaded["shipped"])))
+
+
+def _load(run: Run, name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((ROOT / run.report(name)).read_text(encoding="utf-8"))
+    return report | {"seed": run.seed}
+
+
+def _shared(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the combined report takes over, and where it comes from: the texts, and the commit of the first run."""
+    origin = reports[0]["provenance"]
+    own = provenance(seed=0, command="python scripts/ablations.py")
+    return {
+        "format": reports[0]["format"],
+        "model": reports[0]["model"],
+        "reference": "shipped",
+        "provenance": own | {key: origin[key] for key in ("commit", "dirty", "documents") if key in origin},
+    }
+
+
+def perplexities(loaded: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> dict[str, Any]:
+    """A report like that of `eval variants`, of nats that are means over seeds."""
+    first = loaded["shipped"][0]
+    tokens, base = first["tokens"], first["base_nll"]
+    nll = {name: {r["seed"]: np.array(r["variants"][0]["nll"]) for r in of} for name, of in loaded.items()}
+    variants = []
+    for name, by_seed in nll.items():
+        common = sorted(by_seed.keys() & nll["shipped"].keys())
+        if not common:
+            continue
+        own = np.mean([by_seed[seed] for seed in common], axis=0)
+        reference = np.mean([nll["shipped"][seed] for seed in common], axis=0)
+        ratios = [float(np.exp((by_seed[s] - nll["shipped"][s]).sum() / sum(tokens))) for s in common]
+        variants.append(
+            {
+                "name": _named(name, common),
+                "options": loaded[name][0]["variants"][0]["options"],
+                "nll": own.tolist(),
+                "perplexity": token_perplexity(own, tokens),
+                "memory_nbytes": loaded[name][0]["variants"][0]["memory_nbytes"],
+                "against_base": _plain(paired_ratio(own, base, tokens)),
+                "against": None if name == "shipped" else _plain(paired_ratio(own, reference, tokens)),
+                "ratio_of_each_seed": ratios,
+            }
+        )
+    return shared | {
+        "base_perplexity": first["base_perplexity"],
+        "documents": first["documents"],
+        "tokens": tokens,
+        "base_nll": base,
+        "variants": variants,
+    }
+
+
+def answers(loaded: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> dict[str, Any]:
+    """A report like that of `eval recall-variants`, of answers right in so many of the seeds."""
+    right = {
+        name: {r["seed"]: np.array([q["right"] for q in r["variants"][0]["asked"]], dtype=float) for r in of}
+        for name, of in loaded.items()
+    }
+    at = np.array([q["asked_distance"] for q in loaded["shipped"][0]["variants"][0]["asked"]])
+    variants = []
+    for name, by_seed in right.items():
+        common = sorted(by_seed.keys() & right["shipped"].keys())
+        if not common:
+            continue
+        own = np.mean([by_seed[seed] for seed in common], axis=0)
+        reference = np.mean([right["shipped"][seed] for seed in common], axis=0)
+        variants.append(
+            {
+                "name": _named(name, common),
+                "cells": [
+                    {"distance": int(distance), "cases": int((at == distance).sum())} for distance in sorted(set(at))
+                ],
+                "right": {str(d): vars(mean_interval(own[at == d])) for d in sorted(set(at))},
+                "against": None
+                if name == "shipped"
+                else {str(d): vars(mean_interval((own - reference)[at == d])) for d in sorted(set(at))},
+                "right_of_each_seed": {str(seed): float(by_seed[seed].mean()) for seed in common},
+            }
+        )
+    return shared | {"settings": loaded["shipped"][0]["settings"], "variants": variants}
+
+
+def _named(name: str, seeds: list[int]) -> str:
+    return f"{name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+
+
+def _plain(compared: Any) -> dict[str, Any]:
+    return vars(compared) | {"ratio": vars(compared.ratio)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Makes what is asked for; the exit status of the first command that fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of training")
+    parser.add_argument("--only", nargs="+", choices=[v.name for v in VARIANTS], help="variants; default: all")
+    parser.add_argument("--list", action="store_true", help="print the runs and whether they are measured")
+    arguments = parser.parse_args(argv)
+    # Seed by seed, so that an interrupted run has one whole table rather than parts of three.
+    runs = [Run(v, s) for s in arguments.seeds for v in VARIANTS if not arguments.only or v.name in arguments.only]
+    if arguments.list:
+        for run in runs:
+            print(f"{'measured' if run.measured() else 'missing':8} {run.folder}")
+        return 0
+    missing = [run for run in runs if not run.measured()]
+    print(f"{len(missing)} runs are missing", flush=True)
+    if missing and (status := read_all_layers()):
+        return status
+    for number, run in enumerate(missing, start=1):
+        began = time.monotonic()
+        print(f"[{number}/{len(missing)}] {run.folder.name}", flush=True)
+        if status := make(run):
+            print(f"{run.folder.name} failed with exit status {status}", file=sys.stderr)
+            return status
+        collect(Run(v, s) for s in SEEDS for v in VARIANTS)
+        print(f"[{number}/{len(missing)}] {run.folder.name} took {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
