@@ -151,7 +151,7 @@ PIECES = (
     Piece(
         "recall_reworded_test.json",
         (
-            *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "2", "--facts", "25", "--kinds", "reworded"),
+            *("eval", "recall", *MODEL, "--text", NOVELS, "--streams", "2", "--facts", "15", "--kinds", "reworded"),
             *("--distances", "2000,8000", "--reread-tokens", "256"),
         ),
         6,
