@@ -134,9 +134,11 @@ class Conversation:
         if not self.reread_tokens:
             return model.generate(ids, past_key_values=self.cache, **options)
         with self.model.memory_off():
-            copy = self.cache.copy()
+            # A turn without words reminds of nothing.
             if cue.numel():
                 copy = self.cache.reminded_of(cue.to(ids.device), n_tokens=self.reread_tokens)
+            else:
+                copy = self.cache.copy()
             return model.generate(ids, past_key_values=copy, **options)
 
     def forget(self) -> None:
