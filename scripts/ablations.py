@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,8 @@ def perplexities(loaded: dict[str, list[dict[str, Any]]], shared: dict[str, Any]
     tokens, base = first["tokens"], first["base_nll"]
     nll = {name: {r["seed"]: np.array(r["variants"][0]["nll"]) for r in of} for name, of in loaded.items()}
     variants = []
-    for name, by_seed in nll.items():
-        common = sorted(by_seed.keys() & nll["shipped"].keys())
-        if not common:
-            continue
-        own = np.mean([by_seed[seed] for seed in common], axis=0)
-        reference = np.mean([nll["shipped"][seed] for seed in common], axis=0)
-        ratios = [float(np.exp((by_seed[s] - nll["shipped"][s]).sum() / sum(tokens))) for s in common]
+    for name, common, own, reference in _over_seeds(nll):
+        ratios = [float(np.exp((nll[name][s] - nll["shipped"][s]).sum() / sum(tokens))) for s in common]
         variants.append(
             {
                 "name": _named(name, common),
@@ -226,12 +221,7 @@ def answers(loaded: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> 
     }
     at = np.array([q["asked_distance"] for q in loaded["shipped"][0]["variants"][0]["asked"]])
     variants = []
-    for name, by_seed in right.items():
-        common = sorted(by_seed.keys() & right["shipped"].keys())
-        if not common:
-            continue
-        own = np.mean([by_seed[seed] for seed in common], axis=0)
-        reference = np.mean([right["shipped"][seed] for seed in common], axis=0)
+    for name, common, own, reference in _over_seeds(right):
         variants.append(
             {
                 "name": _named(name, common),
@@ -242,10 +232,20 @@ def answers(loaded: dict[str, list[dict[str, Any]]], shared: dict[str, Any]) -> 
                 "against": None
                 if name == "shipped"
                 else {str(d): vars(mean_interval((own - reference)[at == d])) for d in sorted(set(at))},
-                "right_of_each_seed": {str(seed): float(by_seed[seed].mean()) for seed in common},
+                "right_of_each_seed": {str(seed): float(right[name][seed].mean()) for seed in common},
             }
         )
     return shared | {"settings": loaded["shipped"][0]["settings"], "variants": variants}
+
+
+def _over_seeds(
+    values: dict[str, dict[int, np.ndarray]],
+) -> Iterator[tuple[str, list[int], np.ndarray, np.ndarray]]:
+    """Each variant, the seeds it shares with `shipped`, and the means of both over these."""
+    for name, by_seed in values.items():
+        if common := sorted(by_seed.keys() & values["shipped"].keys()):
+            own, reference = (np.mean([of[seed] for seed in common], axis=0) for of in (by_seed, values["shipped"]))
+            yield name, common, own, reference
 
 
 def _named(name: str, seeds: list[int]) -> str:

@@ -1,9 +1,7 @@
 """`scripts/ablations.py`: its commands are those of the package; means over seeds, paired with those of `shipped`."""
 
-import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,23 +11,15 @@ from typer.main import get_command
 
 from hippoformer import HippoFormerConfig, cli
 from hippoformer.training.arguments import config_options, parse
+from script_files import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"dtype": "bfloat16", "window": 512, "buffer_size": 2048}
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, name, module)
-    specification.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load("ablations", monkeypatch)
+    module = load_script("ablations")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
@@ -83,7 +73,7 @@ def test_seeds_are_averaged_and_paired(script: ModuleType, monkeypatch: pytest.M
     answers = json.loads((tmp_path / "results" / "retrained_recall.json").read_text())["variants"]
     assert answers[0]["right"]["2000"]["estimate"] == pytest.approx((1 + 2 / 3 + 1) / 3)
     assert answers[1]["against"]["2000"]["estimate"] == pytest.approx(-1 / 3)
-    rendered = load("readme_results", monkeypatch)
+    rendered = load_script("readme_results")
     tables = rendered.render(rendered.read_results(tmp_path / "results"), (rendered.VARIANTS, rendered.RECALL_VARIANTS))
     assert "fifo, 2 seeds" in tables
     assert "| -33 [" in tables, tables

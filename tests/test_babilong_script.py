@@ -1,6 +1,5 @@
 """`scripts/babilong.py`: its commands are those of the package, and only what is missing is made."""
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -13,16 +12,14 @@ from typer.main import get_command
 from hippoformer import cli
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.training.arguments import parse
+from script_files import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location("babilong", ROOT / "scripts" / "babilong.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = load_script("babilong")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 

@@ -1,6 +1,5 @@
 """The README tells the truth: its Python prints what it promises, its tree is the tree, its results the files'."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -12,6 +11,7 @@ import pytest
 
 import hippoformer
 from pages import make_readers_folder, run_page, standing_in
+from script_files import load_script
 from tiny_texts import tiny_load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,11 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("readme_results", ROOT / "scripts" / "readme_results.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("readme_results")
 
 
 FOUND = r"perplexity ([\d.]+) with memory, ([\d.]+) without; ([\d,]+) bytes"

@@ -1,8 +1,6 @@
 """`scripts/results.py`: every piece is a command that the package understands, and only missing files are made."""
 
-import importlib.util
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +10,14 @@ from typer.main import get_command
 
 from hippoformer import HippoFormerConfig, cli
 from hippoformer.training.arguments import config_options
+from script_files import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "results", module)
-    specification.loader.exec_module(module)
+    module = load_script("results")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 

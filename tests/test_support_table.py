@@ -1,6 +1,5 @@
 """The tables of docs/support.md: a real report of pytest in, and nothing called working that no passing test shows."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -9,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from script_files import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,12 +51,7 @@ def test_without_a_mark():
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("support_table", ROOT / "scripts" / "support_table.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["support_table"] = module  # where its dataclass looks for its annotations
-    specification.loader.exec_module(module)
-    return module
+    return load_script("support_table")
 
 
 def run(folder: Path, suite: str) -> tuple[Path, str]:

@@ -15,6 +15,7 @@ from hippoformer.cli.options import (
     ModelOptions,
     OutputOption,
     PlantedOptions,
+    RereadOption,
     ResamplesOption,
     SeedOption,
     TextOptions,
@@ -104,9 +105,7 @@ def eval_recall(
     model: ModelOptions,
     texts: TextOptions,
     planted: PlantedOptions,
-    reread_tokens: Annotated[
-        int, typer.Option("--reread-tokens", help="Ask once more after reading so many remembered tokens again; 0: no.")
-    ] = 0,
+    reread_tokens: RereadOption = 0,
     output: OutputOption = None,
     seed: Annotated[int, typer.Option(help="Of the replay draws and of the facts.")] = 0,
 ) -> None:
@@ -167,9 +166,7 @@ def eval_questions(
     new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 24,
     limit_tokens: LimitOption = None,
     batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 4,
-    reread_tokens: Annotated[
-        int, typer.Option("--reread-tokens", help="Ask once more after reading so many remembered tokens again; 0: no.")
-    ] = 0,
+    reread_tokens: RereadOption = 0,
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,

@@ -47,6 +47,9 @@ DocumentsOption = Annotated[int | None, typer.Option(help="Read the first so man
 SplitOption = Annotated[Split, typer.Option(help="Where documents begin.")]
 OutputOption = Annotated[Path | None, typer.Option(help="JSON file for the results.", callback=check_output)]
 SeedOption = Annotated[int, typer.Option(help="Of the replay draws and of the bootstrap.")]
+RereadOption = Annotated[
+    int, typer.Option("--reread-tokens", help="Ask once more after reading so many remembered tokens again; 0: no.")
+]
 ResamplesOption = Annotated[int, typer.Option(help="Of the bootstrap over documents.")]
 
 

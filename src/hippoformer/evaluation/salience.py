@@ -24,7 +24,7 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.report import Report, with_range
+from hippoformer.evaluation.report import Report, shown
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.evaluation.views import untrained_gate
@@ -79,9 +79,8 @@ class SalienceReport(Report):
         for heading in ("Spearman with credit", "Pearson with credit", "credit held by its best tenth"):
             table.add_column(heading, justify="right")
         for result in self.rules:
-            table.add_row(
-                *(Text(c) for c in (result.rule, *map(_shown, (result.spearman, result.pearson, result.held))))
-            )
+            cells = (shown("{:.3f}", of) for of in (result.spearman, result.pearson, result.held))
+            table.add_row(*(Text(cell) for cell in (result.rule, *cells)))
         return table
 
 
@@ -168,7 +167,3 @@ def _compared(values: Any, credit: Any) -> tuple[float, float, float]:
 def _held(values: Any, credit: Any) -> float:
     best = np.argsort(-values, kind="stable")[: max(1, round(_KEPT * len(values)))]
     return float(credit[best].sum() / credit.sum())
-
-
-def _shown(interval: Interval) -> str:
-    return with_range("{:.3f}", interval.estimate, interval.low, interval.high)
