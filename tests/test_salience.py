@@ -51,7 +51,7 @@ def test_the_figures_are_those_of_the_gate_on_the_credit_measured(cache: Path) -
     ids = tokenizer(text.text, return_tensors="pt").input_ids
     written = model(ids, return_salience=True).salience_scores[0]
     states = HiddenStateCache(model, [ids[0]], cache)
-    credit = measure_credit(model.hippocampus, states[0])
+    (credit,) = measure_credit(model.hippocampus, [states[0]])
     known = ~credit.isnan()
     report = evaluate_salience(model, tokenizer, [text], cache, resamples=50)
     expected = stats.spearmanr(written[known], credit[known]).statistic

@@ -156,11 +156,26 @@ def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
     m.hippocampus.recall.log_scale.data.fill_(3.0)
     phrase, noise = torch.arange(8), torch.arange(20, 50)
     text = torch.cat((phrase, noise, phrase, torch.arange(50, 56)))
-    credit = measure_credit(m.hippocampus, HiddenStateCache(m, [text], tmp_path)[0])
+    (credit,) = measure_credit(m.hippocampus, [HiddenStateCache(m, [text], tmp_path)[0]])
     assert math.isnan(credit[0]) and credit[-1].isnan()
     assert credit[1:8].sum() > 5 * credit[8:38].sum()
     assert useful(torch.tensor([0.0, 0.3, 1.0, 2.5])).tolist() == pytest.approx([0.0, 0.3, 1.0, 1.0])
     assert torch.equal(useful(credit).isnan(), credit.isnan())
+
+
+def test_credit_measured_side_by_side_is_that_of_each_alone(tmp_path: Path) -> None:
+    """Of a text that ends within a segment, one that ends with one, and the longest."""
+    m = model(window=6)
+    m.hippocampus.fusion.open()
+    m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
+    draws = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, 12, (length,), generator=draws) for length in (45, 24, 64, 3)]
+    states = HiddenStateCache(m, texts, tmp_path)
+    together = measure_credit(m.hippocampus, [states[number] for number in range(len(texts))])
+    assert sum(float(credit.nansum()) for credit in together) > 0.1
+    for number, credit in enumerate(together):
+        (alone,) = measure_credit(m.hippocampus, [states[number]])
+        torch.testing.assert_close(credit, alone, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def test_reconfigured_puts_the_options_back() -> None:

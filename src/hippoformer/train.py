@@ -31,6 +31,7 @@ from hippoformer.training.trainer import Trainer, TrainingOptions
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHARACTERS_PER_TOKEN = 4
+_READ_TOGETHER = 8  # documents, at least, while a frozen base reads: without gradients there is room
 _FACT_GAP = (2500, 30000)  # characters between the tellings: from just beyond a window to several thousand tokens
 
 
@@ -67,7 +68,8 @@ def run(arguments: TrainArguments) -> HippoFormer:
         if not frozen or arguments.read_on_the_way:
             return texts
         folder = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
-        return HiddenStateCache(model, texts, folder, processes=accelerator.state)
+        side_by_side = max(_READ_TOGETHER, arguments.batch_size)
+        return HiddenStateCache(model, texts, folder, side_by_side, processes=accelerator.state)
 
     answers: dict[int, int] = {}
     texts: list[Tensor] | HiddenStateCache | StreamedTexts

@@ -115,7 +115,7 @@ def evaluate_salience(
     with reading(model):
         cache = hidden_states(model, encoded, cache_dir)
         for number, document in enumerate(encoded):
-            credit = measure_credit(model.hippocampus, cache[number])
+            (credit,) = measure_credit(model.hippocampus, [cache[number]])
             known = ~credit.isnan()
             if known.sum() > 1 and credit[known].max() > 0:
                 measured = {

@@ -242,11 +242,9 @@ def follow(
         (R, n, E + 1) weights, each query's summing to 1; and (R, n), the part of them that follows a story.
     """
     rows, n_heads, n_queries, width = attention.shape
-    # Of each query: what its heads weigh, and what is left beside the stories it follows.
-    shares = list(mixture.permute(2, 0, 1).unsqueeze(2).unbind())  # (R, 1, H)
-    beside = [attention.new_ones(rows, 1, 1)] * n_queries
-    stories: list[Tensor] = []  # (R, 1, K) of the queries with leads, K places each: what is added where they lead to
-    if leads.queries:
+    if not leads.queries:
+        shares, beside = mixture.transpose(1, 2), attention.new_ones(rows, n_queries)
+    else:
         flat = attention.flatten(2)  # (R, H, n (E + 1))
 
         def look(query: Tensor, column: Tensor) -> Tensor:
@@ -255,53 +253,118 @@ def follow(
             return seen.transpose(1, 2).contiguous()
 
         there = look(leads.query, leads.column + 1) * leads.real.unsqueeze(-1)
-        known = look((leads.query - 1).clamp_min(0), leads.column)
-        louder = there * kappa
         # The null is as likely as the base says, and a little of it keeps sums from being zero.
         null = torch.cat((leads.query.new_ones(1), leads.query.diff())) > 0  # (P,) the first place of each query
-        chance = torch.where(null, own[:, leads.query], leads.real)
-        one, tiny = attention.new_ones(1), torch.where(null, _TINY, 0.0).to(attention.dtype).expand(rows, -1)
+        tiny = torch.where(null, _TINY, 0.0).to(attention.dtype).expand(rows, -1)
         longest = longest * leads.real
+        found = _Found(there, there * kappa, longest, longest * _FLOOR + tiny, surely * leads.real)
+        with torch.no_grad():
+            known = look((leads.query - 1).clamp_min(0), leads.column)
+            chance = torch.where(null, own[:, leads.query], leads.real)
+            led, shares, beside, story = _turn_by_turn(leads, found, mixture, known, chance, tiny, before)
+        if torch.is_grad_enabled():
+            shares, beside, story = _at_once(leads, found, mixture, led)
+    weights = torch.einsum("rnh,rhne->rne", shares, attention).to(attention.dtype)  # autocast's is half
+    if leads.queries:
+        _add_at(weights, leads.query, leads.column + 1, story)
+    return weights, 1.0 - beside
 
-        def turn_by_turn(values: Tensor) -> Sequence[Tensor]:
-            """(R, P) -> (R, 1, K) of each query; (R, P, H) -> (R, K, H)."""
-            return values.unsqueeze(1).split(leads.places, -1) if values.dim() == 2 else values.split(leads.places, 1)
 
-        turns = zip(
-            leads.queries,
-            turn_by_turn(leads.column),
-            turn_by_turn(known),
-            turn_by_turn(leads.link),
-            turn_by_turn(chance),
-            turn_by_turn(tiny),
-            turn_by_turn(there),
-            turn_by_turn(louder),
-            turn_by_turn(longest),
-            turn_by_turn(longest * _FLOOR + tiny),
-            turn_by_turn(surely * leads.real),
-            strict=True,
-        )
-        # As little as possible happens within a turn.
-        last, story = -1, None
-        for query, column, at_source, link, likely, small, at_successor, led, long, least, sure in turns:
-            if query == 0:
-                weights = before.unsqueeze(1).gather(-1, column)
-            elif story is not None and last == query - 1:
-                weights = torch.baddbmm(story.gather(-1, link), shares[last], at_source.mT)
-            else:
-                weights = torch.bmm(shares[query - 1], at_source.mT)
-            # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token.
-            lead = torch.addcmul(small, weights.detach(), likely)  # (R, 1, K)
-            lead = lead / lead.sum(-1, keepdim=True)
-            share = shares[query] / torch.baddbmm(one, lead, led)
-            favoured = torch.bmm(share, led.mT) * lead
-            match = torch.addcmul(least, torch.baddbmm(favoured, share, at_successor.mT), long)
-            match = match * sure / match.sum(-1, keepdim=True)
-            rest = one - match.sum(-1, keepdim=True)
-            story = torch.addcmul(match, favoured, rest)
-            shares[query], beside[query], last = share * rest, rest, query
-            stories.append(story)
-    found = torch.einsum("rnh,rhne->rne", torch.cat(shares, dim=1), attention).to(attention.dtype)  # autocast's is half
-    if stories:
-        _add_at(found, leads.query, leads.column + 1, torch.cat(stories, dim=-1).squeeze(1))
-    return found, 1.0 - torch.cat(beside, dim=1).squeeze(-1)
+@dataclass
+class _Found:
+    """Of the P places of all queries: what is there, and how it matches.
+
+    Attributes:
+        there, louder: (R, P, H) attention of each head on the successor, and the same times kappa.
+        long, least: (R, P) m^gamma, and what of it needs no resemblance. sure: (R, P) phi.
+    """
+
+    there: Tensor
+    louder: Tensor
+    long: Tensor
+    least: Tensor
+    sure: Tensor
+
+
+def _turn_by_turn(
+    leads: Leads, found: _Found, mixture: Tensor, known: Tensor, chance: Tensor, tiny: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What leads where, one query after the other.
+
+    Args:
+        known: (R, P, H) attention of the query before on each episode that leads.
+        chance: (R, P) how likely the token is after it: 1, and what the base says after the null.
+        tiny: (R, P) added to that. mixture, before: as for `follow`.
+
+    Returns:
+        (R, P) lead; (R, n, H) what is left of the heads' shares and (R, n) of all beside the stories that are
+        followed; (R, P) what is added where they lead to.
+    """
+    rows, _, n_queries = mixture.shape
+    one = mixture.new_ones(1)
+    shares = list(mixture.permute(2, 0, 1).unsqueeze(2).unbind())  # (R, 1, H)
+    beside = [mixture.new_ones(rows, 1, 1)] * n_queries
+    leading, stories = list[Tensor](), list[Tensor]()  # (R, 1, K) of the queries with leads, K places each
+
+    def of_each(values: Tensor) -> Sequence[Tensor]:
+        """(R, P) -> (R, 1, K) of each query; (R, P, H) -> (R, K, H)."""
+        return values.unsqueeze(1).split(leads.places, -1) if values.dim() == 2 else values.split(leads.places, 1)
+
+    turns = zip(
+        leads.queries,
+        of_each(leads.column),
+        of_each(known),
+        of_each(leads.link),
+        of_each(chance),
+        of_each(tiny),
+        of_each(found.there),
+        of_each(found.louder),
+        of_each(found.long),
+        of_each(found.least),
+        of_each(found.sure),
+        strict=True,
+    )
+    # As little as possible happens within a turn.
+    last, story = -1, None
+    for query, column, at_source, link, likely, small, at_successor, louder, long, least, sure in turns:
+        if query == 0:
+            weights = before.unsqueeze(1).gather(-1, column)
+        elif story is not None and last == query - 1:
+            weights = torch.baddbmm(story.gather(-1, link), shares[last], at_source.mT)
+        else:
+            weights = torch.bmm(shares[query - 1], at_source.mT)
+        lead = torch.addcmul(small, weights, likely)  # (R, 1, K)
+        lead = lead / lead.sum(-1, keepdim=True)
+        share = shares[query] / torch.baddbmm(one, lead, louder)
+        favoured = torch.bmm(share, louder.mT) * lead
+        match = torch.addcmul(least, torch.baddbmm(favoured, share, at_successor.mT), long)
+        match = match * sure / match.sum(-1, keepdim=True)
+        rest = one - match.sum(-1, keepdim=True)
+        story = torch.addcmul(match, favoured, rest)
+        shares[query], beside[query], last = share * rest, rest, query
+        leading.append(lead)
+        stories.append(story)
+    at_last = (torch.cat(leading, dim=-1), torch.cat(shares, dim=1), torch.cat(beside, dim=1), torch.cat(stories, -1))
+    return at_last[0].squeeze(1), at_last[1], at_last[2].squeeze(-1), at_last[3].squeeze(1)
+
+
+def _at_once(leads: Leads, found: _Found, mixture: Tensor, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three of `_turn_by_turn`, of all queries together and with gradients.
+
+    No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token. So once it is
+    known what leads where, every query stands for itself.
+    """
+
+    def summed(values: Tensor) -> Tensor:
+        """(R, P, ...) -> (R, n, ...), over the places of each query."""
+        sums = values.new_zeros(values.shape[0], mixture.shape[2], *values.shape[2:])
+        return sums.index_add(1, leads.query, values)
+
+    share = mixture.transpose(1, 2) / (1.0 + summed(lead.unsqueeze(-1) * found.louder))  # (R, n, H)
+    of_place = share[:, leads.query]
+    favoured = (of_place * found.louder).sum(-1) * lead
+    match = found.least + (favoured + (of_place * found.there).sum(-1)) * found.long
+    total = summed(match)
+    match = match * found.sure / total[:, leads.query]
+    rest = 1.0 - summed(match)
+    return share * rest.unsqueeze(-1), rest, match + favoured * rest[:, leads.query]

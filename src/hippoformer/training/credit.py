@@ -7,11 +7,12 @@ Measuring with everything kept is what makes the target honest: with the working
 gate lets go could never prove it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.model.configuration import HippoFormerConfig
@@ -30,44 +31,45 @@ def reconfigured(hippocampus: Hippocampus, **options: object) -> Iterator[HippoF
 
 
 @torch.no_grad()
-def measure_credit(hippocampus: Hippocampus, document: ReadDocument) -> Tensor:
+def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) -> list[Tensor]:
     """Credit of each token's episode.
 
     Args:
-        document: T tokens as the base read them.
+        documents: as the base read them, side by side in rows; best of like length.
 
     Returns:
-        (T,) float32; NaN for the first token, which has no episode, and for those that never left the window.
+        (T,) float32 for each document of T tokens; NaN for the first token, which has no episode, and for those that
+        never left the window.
     """
-    length = len(document)
+    lengths = [len(document) for document in documents]
     everything = {
-        "buffer_size": length,
+        "buffer_size": max(lengths),
         "selection": "fifo",
         "decay_rate": 1.0,
         "untagged_weight": 1.0,
         "importance_weight_range": (1.0, 1.0),
     }
     with reconfigured(hippocampus, **everything) as config:
-        device = hippocampus.recall.key_proj.weight.device
-        state = MemoryState.empty(1, document.hidden.shape[-1], config, document.hidden.dtype, device)
-        for start in range(0, length, config.segment_len):
-            part = slice(start, min(start + config.segment_len, length))
-            n = part.stop - part.start
-            _, state = hippocampus.step(
-                state,
-                [start],
-                document.hidden[part].unsqueeze(0).to(device),
-                document.tokens[part].unsqueeze(0).to(device),
-                -document.log_prob[part].unsqueeze(0).to(device),
-                [n],
-            )
-            if n == config.segment_len:
-                state, _ = hippocampus.end_segment(state, [part.stop], [0])
+        device, hidden = hippocampus.recall.key_proj.weight.device, documents[0].hidden
+        state = MemoryState.empty(len(documents), hidden.shape[-1], config, hidden.dtype, device)
+        for start in range(0, max(lengths), config.segment_len):
+            begin = [min(start, length) for length in lengths]
+            end = [min(start + config.segment_len, length) for length in lengths]
+
+            def part(name: str, begin: list[int] = begin, end: list[int] = end) -> Tensor:
+                parts = zip(documents, begin, end, strict=True)
+                return pad_sequence([getattr(d, name)[low:high] for d, low, high in parts], True).to(device)
+
+            new = [high - low for low, high in zip(begin, end, strict=True)]
+            _, state = hippocampus.step(state, begin, part("hidden"), part("tokens"), -part("log_prob"), new)
+            if rows := [row for row, n in enumerate(new) if n == config.segment_len]:
+                state, _ = hippocampus.end_segment(state, end, rows)
         stored = state.episodes.slots(0, config.buffer_size)
-        credit = torch.full((length,), torch.nan)
-        kept = stored.valid[0]
-        credit[stored.position[0, kept].long().cpu()] = stored.credit[0, kept].cpu()
-    return credit
+        found = [torch.full((length,), torch.nan) for length in lengths]
+        for row, credit in enumerate(found):
+            kept = stored.valid[row]
+            credit[stored.position[row, kept].long().cpu()] = stored.credit[row, kept].cpu()
+    return found
 
 
 def useful(credit: Tensor) -> Tensor:

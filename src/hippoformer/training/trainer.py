@@ -338,12 +338,15 @@ class Trainer:
         chosen = processes.share_of(order[: self.options.credit_documents], self.accelerator)
 
         def measure() -> dict[int, Tensor]:
-            found = {}
-            for number in track(
-                chosen, "measuring credit (documents)", console=self.console, disable=not self.console.is_terminal
-            ):
-                credit = measure_credit(self.model.hippocampus, documents[number])
-                found[number] = useful(credit)
+            found: dict[int, Tensor] = {}
+            many = self.options.rows
+            # Side by side go documents of like length, so that few rows idle.
+            alike = sorted(chosen, key=lambda number: documents.lengths[number])
+            groups = [alike[low : low + many] for low in range(0, len(alike), many)]
+            told = "measuring credit (groups of documents)"
+            for group in track(groups, told, console=self.console, disable=not self.console.is_terminal):
+                credits = measure_credit(self.model.hippocampus, [documents[number] for number in group])
+                found |= {number: useful(credit) for number, credit in zip(group, credits, strict=True)}
             return found
 
         with torch.no_grad():
