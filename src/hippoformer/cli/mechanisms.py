@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hippoformer.cli.app import eval_app
 from hippoformer.cli.options import (
+    BatchOption,
     CacheOption,
     DocumentsOption,
     LimitOption,
@@ -38,12 +39,13 @@ def eval_variants(
     cache_dir: CacheOption = Path("hidden_states"),
     limit_tokens: LimitOption = None,
     documents: DocumentsOption = None,
+    batch_size: BatchOption = 4,
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
 ) -> None:
     """Compare selection rules, buffers and replay settings of one hippocampus, the base's reading done once."""
-    _compare(_named(variant), model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
+    _compare(_named(variant), model, texts, cache_dir, limit_tokens, documents, batch_size, output, resamples, seed)
 
 
 @eval_app.command("recall-variants")
@@ -77,12 +79,13 @@ def eval_ablations(
     cache_dir: CacheOption = Path("hidden_states"),
     limit_tokens: LimitOption = None,
     documents: DocumentsOption = None,
+    batch_size: BatchOption = 4,
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: SeedOption = 0,
 ) -> None:
     """What each mechanism is worth: `eval variants` over the usual set, nothing trained again."""
-    _compare(None, model, texts, cache_dir, limit_tokens, documents, output, resamples, seed)
+    _compare(None, model, texts, cache_dir, limit_tokens, documents, batch_size, output, resamples, seed)
 
 
 def _named(variants: list[str]) -> dict[str, dict[str, Any]]:
@@ -100,6 +103,7 @@ def _compare(
     cache_dir: Path,
     limit_tokens: int | None,
     documents: int | None,
+    batch_size: int,
     output: Path | None,
     resamples: int,
     seed: int,
@@ -117,6 +121,7 @@ def _compare(
         variants,
         cache_dir,
         limit_tokens=limit_tokens,
+        batch_size=batch_size,
         seed=seed,
         resamples=resamples,
         progress=lambda name: Console(stderr=True).print(f"reading as {name}"),

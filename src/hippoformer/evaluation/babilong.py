@@ -19,7 +19,7 @@ from rich.text import Text
 
 from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
-from hippoformer.errors import ConfigurationError
+from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.examination import answer_nats, answers
 from hippoformer.evaluation.generation import decoded, first_line, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
@@ -29,13 +29,15 @@ from hippoformer.evaluation.statistics import LEVEL, share
 from hippoformer.evaluation.views import with_options
 
 REREAD_TOKENS = 256
+_BEGINNING = 3  # tokens: the start token and one that differs, at most
 
 
 @dataclass(frozen=True)
 class Case:
     """A question as token ids; `text` begins with the start token, where the tokenizer has one.
 
-    The question is what is read, and the cue what it asks, without the words that introduce it.
+    The question is what is read, and the cue what it asks, without the words that introduce it. `needed` is where in
+    the text the tokens are that the answer follows from.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Case:
     cue: list[int]
     question: list[int]
     answer: list[int]
+    needed: list[int]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Told:
     Attributes:
         name: of the question. task, length: the cell it belongs to. tokens_read: before the question.
         right: condition -> every token decoded is that of the answer, or the reply ends in it.
+        stored: share of the tokens that the answer follows from that memory and window hold; None
+            where the data does not say which these are.
         said: condition -> what was decoded. nats: condition -> -log p of the whole answer, said at once.
     """
 
@@ -61,6 +66,7 @@ class Told:
     task: str
     length: int
     tokens_read: int
+    stored: float | None
     right: dict[str, bool]
     said: dict[str, str]
     nats: dict[str, float]
@@ -88,8 +94,10 @@ class BabilongReport(Report):
         for task in self.settings["tasks"]:
             for length in self.settings["lengths"]:
                 of = [told for told in self.asked if (told.task, told.length) == (task, length)]
-                shared = {"task": task, "length": length, "cases": len(of)}
+                shared: dict[str, Any] = {"task": task, "length": length, "cases": len(of)}
                 shared["tokens_read"] = sum(told.tokens_read for told in of) / len(of)
+                stored = [told.stored for told in of if told.stored is not None]
+                shared["stored"] = sum(stored) / len(stored) if stored else None
                 for condition in self.conditions:
                     right, low, high = share([told.right[condition] for told in of])
                     nats = sum(told.nats[condition] for told in of) / len(of)
@@ -174,6 +182,7 @@ def evaluate_babilong(
                     cue=ids(one.question),
                     question=ids(one.prompt),
                     answer=ids(f" {one.answers[0]}"),
+                    needed=places_of([ids(f" {said}") for said in one.reasons], [*start, *ids(one.context)]),
                 )
                 for one in found
             ]
@@ -255,6 +264,8 @@ def _asked(
         ]
 
     cache = read_texts(model, [case.text for case in batch])
+    positions = cache.memory.episodes.position.tolist()
+    stored = [_part_of(case.needed, held) for case, held in zip(batch, positions, strict=True)]
     found = {"memory": put(model, cache.copy())}
     with model.memory_off():
         found["off"] = put(model, cache.copy())
@@ -270,12 +281,40 @@ def _asked(
             task=case.task,
             length=case.length,
             tokens_read=len(case.text),
+            stored=stored[row],
             right={name: of[row][1] for name, of in found.items()},
             said={name: of[row][0] for name, of in found.items()},
             nats={name: of[row][2] for name, of in found.items()},
         )
         for row, case in enumerate(batch)
     ]
+
+
+def places_of(passages: Sequence[Sequence[int]], text: Sequence[int]) -> list[int]:
+    """Where the tokens of some passages stand in a text; of a passage that is there more than once, the last time.
+
+    Args:
+        passages: token ids; the first one is left out where the text begins with the passage, and has it otherwise.
+        text: token ids.
+
+    Raises:
+        TextError: one is not there.
+    """
+    places: set[int] = set()
+    for passage in passages:
+        wanted = list(passage)
+        there = [at for at in range(len(text)) if list(text[at : at + len(wanted)]) == wanted]
+        if not there:
+            del wanted[0]
+            there = [at for at in range(_BEGINNING) if list(text[at : at + len(wanted)]) == wanted]
+        if not there:
+            raise TextError(f"the text does not hold the tokens {list(passage)}, from which the answer follows")
+        places.update(range(there[-1], there[-1] + len(wanted)))
+    return sorted(places)
+
+
+def _part_of(needed: Sequence[int], held: Sequence[int]) -> float | None:
+    return len(set(needed).intersection(held)) / len(needed) if needed else None
 
 
 def _last_word(line: str) -> str:

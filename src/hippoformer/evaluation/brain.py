@@ -219,7 +219,7 @@ def _read(model: Any, cache: HiddenStateCache, number: int, options: dict[str, A
     with reconfigured(model.hippocampus, **options) as config:
         reader = CachedReader(model, cache, 1)
         salience, nll, tokens = [], 0.0, 0
-        for piece in reader.through(number):
+        for piece in reader.through([number]):
             assert piece.found is not None
             salience.append(piece.found.salience[0].double().cpu())
             nll -= float(piece.target_log_prob.double().sum())

@@ -211,6 +211,7 @@ def _ablations(suite: Suite, progress: Progress) -> Report:
         variants,
         suite.cache_dir,
         s.part_tokens,
+        s.batch_size,
         s.seed,
         s.resamples,
         next_one,

@@ -151,7 +151,7 @@ def evaluate_salience(
 
 def _salience(model: Any, cache: HiddenStateCache, number: int) -> Tensor:
     """(T,) salience of each transition of a document when it was written."""
-    readings = CachedReader(model, cache, 1).through(number)
+    readings = CachedReader(model, cache, 1).through([number])
     return torch.cat([piece.found.salience[0].float().cpu() for piece in readings if piece.found is not None])
 
 

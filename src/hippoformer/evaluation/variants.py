@@ -153,6 +153,7 @@ def evaluate_variants(
     variants: Mapping[str, Mapping[str, Any]],
     cache_dir: Path,
     limit_tokens: int | None = None,
+    batch_size: int = 4,
     seed: int = 0,
     resamples: int = RESAMPLES,
     progress: Callable[[str], None] | None = None,
@@ -166,6 +167,7 @@ def evaluate_variants(
         variants: name -> options of the config that differ; the first is the reference.
         cache_dir: where hidden states are kept, and found again.
         limit_tokens: read only the first so many tokens of each document.
+        batch_size: documents side by side.
         seed, resamples: of the bootstrap over documents.
         progress: called with the name of each variant before it runs.
         command: recorded in the report.
@@ -183,7 +185,7 @@ def evaluate_variants(
             if progress is not None:
                 progress(name)
             with reconfigured(model.hippocampus, **options):
-                scores[name] = list(score_cached(model, cache))
+                scores[name] = score_cached(model, cache, rows=batch_size)
     first = next(iter(variants))
     tokens, base = [s.tokens for s in scores[first]], [s.base_nll for s in scores[first]]
     nll = {name: [s.nll for s in of] for name, of in scores.items()}

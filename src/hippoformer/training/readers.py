@@ -101,12 +101,13 @@ class CachedReader:
         self._sleep(piece)
         return Reading(found, torch.where(counted, fused, 0.0), base_log_prob, counted, tokens)
 
-    def through(self, number: int) -> Iterator[Reading]:
-        """Reads one document from its beginning to its end, piece by piece, in the only row."""
-        length, segment_len = self.documents.lengths[number], self.model.config.segment_len
-        for start in range(0, length, segment_len):
-            n = min(segment_len, length - start)
-            yield self.read(Piece([number], [start], [n], [0] if start == 0 else []))
+    def through(self, numbers: Sequence[int]) -> Iterator[Reading]:
+        """Reads a document in each row from its beginning to its end, piece by piece; rows that are done wait."""
+        lengths, size = [self.documents.lengths[number] for number in numbers], self.model.config.segment_len
+        for start in range(0, max(lengths), size):
+            begin = [min(start, length) for length in lengths]
+            new = [min(size, length - low) for length, low in zip(lengths, begin, strict=True)]
+            yield self.read(Piece(list(numbers), begin, new, list(range(len(lengths))) if start == 0 else []))
 
     def _touched_log_prob(self, hidden: Tensor, found: StepOutput, last: Tensor, tokens: Tensor) -> Tensor:
         """log p of the tokens after the residual; the step's first token is judged without it, its touched state is
@@ -118,7 +119,7 @@ class CachedReader:
 
     def _sleep(self, piece: Piece) -> None:
         done = [s + n for s, n in zip(piece.start, piece.length, strict=True)]
-        ended = [r for r, d in enumerate(done) if d % self.model.config.segment_len == 0]
+        ended = [r for r, d in enumerate(done) if piece.length[r] and d % self.model.config.segment_len == 0]
         if ended:
             self.memory, _ = self.model.hippocampus.end_segment(self.memory, done, ended)
 
@@ -206,22 +207,35 @@ class CachedScore:
 
 @torch.no_grad()
 def score_cached(
-    model: HippoFormer, documents: HiddenStateCache, numbers: Sequence[int] | None = None
-) -> Iterator[CachedScore]:
+    model: HippoFormer, documents: HiddenStateCache, numbers: Sequence[int] | None = None, rows: int = 1
+) -> list[CachedScore]:
     """Streams each document from an empty memory; the base's part comes from the cache.
 
     Args:
         model: in evaluation mode. documents: read by its base, with its window.
         numbers: of the documents to score; all of them where it is None.
+        rows: documents side by side, those of like length.
     """
-    for number in range(len(documents)) if numbers is None else numbers:
-        reader, score = CachedReader(model, documents, 1), CachedScore(0, 0.0, 0.0, 0)
-        for reading in reader.through(number):
-            score.tokens += int(reading.counted.sum())
-            score.nll -= float(reading.target_log_prob.double().sum())
-            score.base_nll -= float(reading.base_log_prob[reading.counted].double().sum())
-        score.memory_nbytes = sum(t.numel() * t.element_size() for t in reader.memory.tensors().values())
-        yield score
+    chosen = list(range(len(documents)) if numbers is None else numbers)
+    found: dict[int, CachedScore] = {}
+    alike = sorted(chosen, key=lambda number: documents.lengths[number])
+    for low in range(0, len(alike), rows):
+        group = alike[low : low + rows]
+        reader, scores = CachedReader(model, documents, len(group)), [CachedScore(0, 0.0, 0.0, 0) for _ in group]
+        for reading in reader.through(group):
+            base = torch.where(reading.counted, reading.base_log_prob, 0.0)
+            sums = (reading.counted, reading.target_log_prob.double(), base.double())
+            for score, tokens, fused, alone in zip(scores, *(of.sum(-1).tolist() for of in sums), strict=True):
+                score.tokens, score.nll, score.base_nll = (
+                    score.tokens + tokens,
+                    score.nll - fused,
+                    score.base_nll - alone,
+                )
+        held = sum(t.numel() * t.element_size() for t in reader.memory.tensors().values())
+        for number, score in zip(group, scores, strict=True):
+            score.memory_nbytes = held // len(group)
+            found[number] = score
+    return [found[number] for number in chosen]
 
 
 @torch.no_grad()

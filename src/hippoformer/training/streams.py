@@ -19,7 +19,7 @@ class Piece:
 
     Attributes:
         documents: index of each row's document.
-        start: tokens of it already read. length: tokens to read now, at least 1.
+        start: tokens of it already read. length: tokens to read now; 0 for a row that waits.
         fresh: rows that begin a document with this piece and must forget what they knew.
     """
 

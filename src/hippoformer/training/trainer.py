@@ -395,9 +395,11 @@ class Trainer:
         # Processes that share one base in pieces must all read the same.
         divided = cached or not processes.is_sharded(self.accelerator)
         chosen = processes.share_of(everything, self.accelerator) if divided else everything
-        score: Any = score_cached if cached else score_live
         with self._phase():
-            scores = self.work(lambda: list(score(self.model, documents, chosen)))
+            if isinstance(documents, HiddenStateCache):
+                scores = self.work(lambda: score_cached(self.model, documents, chosen, self.options.rows))
+            else:
+                scores = self.work(lambda: list(score_live(self.model, documents, chosen)))
         if was_training:
             self._learning()
         sums = [float(sum(getattr(score, name) for score in scores)) for name in ("tokens", "nll", "base_nll")]
