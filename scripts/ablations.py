@@ -1,6 +1,6 @@
 """Trains the hippocampus again without each of its parts, over several seeds, and measures what that costs.
 
-    python scripts/ablations.py                            # what is missing: hours on two CPU cores
+    python scripts/ablations.py                            # what is missing: a night on two CPU cores
     python scripts/ablations.py --seeds 1 --only fifo      # these runs
     python scripts/ablations.py --list                     # every run
 
@@ -38,7 +38,8 @@ BUDGET = {
     "planted_documents": 20,
     "planted_facts": 16,
     "max_seq_length": 512,
-    "max_steps": 100,
+    "batch_size": 8,
+    "max_steps": 120,
     "recall_share": 0.6,
     "credit_documents": 24,
     "foresight_passes": 6,
@@ -108,10 +109,10 @@ class Run:
     def reports(self) -> dict[str, list[str]]:
         """Name of a report -> the command that makes it, without where to."""
         model = ("--model", str(self.folder))
-        trained = ("--variant", "trained")
+        trained, together = ("--variant", "trained"), ("--batch-size", "8")
         return {
-            "novels": ["eval", "variants", *model, "--text", NOVELS, "--limit-tokens", "12288", *trained],
-            "articles": ["eval", "variants", *model, "--text", ARTICLES, "--documents", "16", *trained],
+            "novels": ["eval", "variants", *model, "--text", NOVELS, "--limit-tokens", "12288", *together, *trained],
+            "articles": ["eval", "variants", *model, "--text", ARTICLES, "--documents", "16", *together, *trained],
             "recall": [
                 *("eval", "recall-variants", *model, "--text", NOVELS, "--streams", "3", "--facts", "9"),
                 *("--distances", "2000,8000", *trained),
