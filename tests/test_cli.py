@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import hippoformer
@@ -128,6 +129,15 @@ def test_texts_can_follow_one_another(calls: Calls, text: Path, tmp_path: Path) 
         assert run("eval", "perplexity", "--model", "m", *arguments).exit_code == 0
         titles = [document.title for document in calls["evaluate"]["documents"]]
         assert titles == ["One", "Two", "second"]
+
+
+@pytest.mark.parametrize(("there", "where"), [(True, "model on cuda"), (False, None)])
+def test_a_model_goes_to_the_gpu_where_there_is_one(
+    calls: Calls, text: Path, monkeypatch: pytest.MonkeyPatch, there: bool, where: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    run("eval", "perplexity", "--model", "m", "--text", str(text))
+    assert (calls["evaluate"]["model"] == where) == there
 
 
 @pytest.mark.parametrize(

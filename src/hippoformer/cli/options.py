@@ -64,7 +64,7 @@ class ModelOptions:
     decay_rate: Annotated[
         float | None, typer.Option("--decay-rate", help="What is left of a priority after a segment.")
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; default: cuda where it is.")] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
 
     def load(self, **more: Any) -> tuple[Any, Any]:
@@ -80,7 +80,7 @@ class ModelOptions:
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | more
         if self.dtype is not None:
             options["dtype"] = _dtype(self.dtype)
-        target = None if self.device is None else _device(self.device)
+        target = _device(self.device)
         model, tokenizer = hippoformer.load(self.model, **options)
         return (model if target is None else model.to(target)), tokenizer
 
@@ -190,15 +190,18 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         raise ConfigurationError(f"{option} {text}: expected numbers like 1000,4000") from error
 
 
-def _device(name: str) -> Any:
+def _device(name: str | None) -> Any:
+    """Where a model goes; None: where it is."""
     import torch
 
+    if name is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
     try:
         # A tensor put there tells a device that this machine lacks from one that it has.
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigurationError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out for the CPU."
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); say --device cpu."
         ) from error
 
 

@@ -91,7 +91,9 @@ class SalienceGate(nn.Module):
         return smooth - self.threshold + self.surprise_weight * surprise_odds(surprise.float()), extended
 
     def _local(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
-        both = self.local_norm(torch.cat((before, after), dim=-1))
+        both = torch.cat((before, after), dim=-1)
+        # A GPU normalises only in the dtype of the weights.
+        both = self.local_norm(both.to(self.local_norm.weight.dtype)).to(both.dtype)
         both = torch.cat((both, (surprise.unsqueeze(-1) / 10.0).to(both.dtype)), dim=-1)
         local = project(self.local_in, both).to(self.local_out.weight.dtype)
         return self.local_out(torch.nn.functional.gelu(local)).squeeze(-1)
