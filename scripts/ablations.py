@@ -1,6 +1,6 @@
 """Trains the hippocampus again without each of its parts, over several seeds, and measures what that costs.
 
-    python scripts/ablations.py                            # what is missing: a night on two CPU cores
+    python scripts/ablations.py                            # what is missing: hours on two CPU cores
     python scripts/ablations.py --seeds 1 --only fifo      # these runs
     python scripts/ablations.py --list                     # every run
 
@@ -38,8 +38,7 @@ BUDGET = {
     "planted_documents": 20,
     "planted_facts": 16,
     "max_seq_length": 512,
-    "batch_size": 8,
-    "max_steps": 120,
+    "max_steps": 100,
     "recall_share": 0.6,
     "credit_documents": 24,
     "foresight_passes": 6,

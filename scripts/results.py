@@ -188,8 +188,12 @@ PIECES = (
     Piece("trace.json", ("eval", "trace", *MODEL, "--text", TRACED, "--limit-tokens", "3000"), 1, True),
     Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
     Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
-    Piece("variants_wikitext2_256.json", variants(WIKI, 30000, 256), 20),
-    Piece("variants_wikitext2_1024.json", variants(WIKI, 30000, 1024), 22),
+    *(
+        Piece(
+            f"variants_wikitext2_{buffer}.json", compared(at_buffer(VARIANTS[:4], buffer), WIKI, "--documents", "16"), 6
+        )
+        for buffer in (256, 1024)
+    ),
     Piece("buffers_novels.json", buffers(NOVELS, 30000), 12),
     Piece("buffers_wikitext2.json", buffers(WIKI, 30000), 14),
     Piece(

@@ -16,7 +16,7 @@ from hippoformer.data.babilong import hidden_questions, hide, sentences, write_q
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import babilong
-from hippoformer.evaluation.babilong import BabilongReport, Told, evaluate_babilong
+from hippoformer.evaluation.babilong import BabilongReport, Told, evaluate_babilong, places_of
 from hippoformer.model import base_models
 from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
 
@@ -157,9 +157,9 @@ def test_questions_come_back_from_their_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- asked
 
 
-def loud() -> HippoFormer:
+def loud(buffer_size: int = 256) -> HippoFormer:
     """A model whose memory is heard, and whose base never hears it."""
-    model, _ = tiny_load(residual_readout=False, buffer_size=256)
+    model, _ = tiny_load(residual_readout=False, buffer_size=buffer_size)
     with torch.no_grad():
         model.hippocampus.recall.null_proj.bias.zero_()
         model.hippocampus.recall.log_scale.fill_(2.5)
@@ -233,6 +233,25 @@ def test_rows_side_by_side_answer_as_they_do_alone(tmp_path: Path) -> None:
     for one, other in zip(together, alone, strict=True):
         assert (one.name, one.tokens_read, one.right) == (other.name, other.tokens_read, other.right)
         assert one.nats == pytest.approx(other.nats, rel=1e-4)
+
+
+def test_what_the_answer_follows_from_is_found_where_it_was_said_last() -> None:
+    text = [7, 1, 2, 3, 9, 5, 2, 3, 9, 1, 2, 3]
+    assert places_of([[1, 2, 3]], text) == [9, 10, 11]
+    assert places_of([[2, 3, 9], [7, 1]], text) == [0, 1, 6, 7, 8]
+    assert places_of([[4, 7, 1, 2]], text) == [0, 1, 2], "its first token is missing where the text begins with it"
+    assert places_of([], text) == []
+    with pytest.raises(TextError, match="does not hold"):
+        places_of([[4, 5, 2]], text)
+
+
+def test_how_much_of_what_is_needed_is_stored(tmp_path: Path) -> None:
+    """All of it where the window holds the text; no more than a small store where it does not."""
+    model, tokenizer = loud(buffer_size=8), tiny_tokenizer()
+    report = evaluate_babilong(model, tokenizer, BOOKS, ("qa1",), (0, 600), 3, data_dir=babi(tmp_path), batch_size=2)
+    short, long = (report.cells()[place]["stored"] for place in (0, 3))
+    assert {told.stored for told in report.asked if told.tokens_read < 40} <= {1.0}
+    assert 0.0 <= long < 0.5 < short <= 1.0
 
 
 def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,18 @@ def test_numbers_are_those_of_the_streaming_protocol(options: dict, cache: Path)
     assert as_it_is.memory_nbytes == streamed["memory"].memory_nbytes
 
 
+def test_documents_side_by_side_are_scored_as_alone(cache: Path) -> None:
+    """Rows that are done wait, one of them at the end of a segment, without sleeping again."""
+    model, tokenizer = tiny_load()
+    texts = documents(400, 160, 23, 2, 300)
+    variants = {"salience": {}, "small": {"buffer_size": 8, "max_replay_rounds": 2}}
+    alone, together = (evaluate_variants(model, tokenizer, texts, variants, cache, None, n, 0, 20) for n in (1, 5))
+    assert alone.tokens == together.tokens and alone.documents == together.documents
+    assert together.base_nll == pytest.approx(alone.base_nll, rel=1e-6)
+    for one, other in zip(alone.variants, together.variants, strict=True):
+        assert other.nll == pytest.approx(one.nll, rel=1e-5) and other.memory_nbytes == one.memory_nbytes
+
+
 def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
     model, tokenizer = tiny_load()
     before = model.hippocampus.config

@@ -112,16 +112,19 @@ class BabilongReport(Report):
 
     def to_table(self) -> Table:
         """One line a task and length, for a terminal."""
-        caption = f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; windows: the base alone"
+        caption = (
+            f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; windows: the base alone; stored: of what is needed"
+        )
         table = Table(title=Text(f"Hidden stories, {self.model['base_model_name']}"), caption=Text(caption))
         table.add_column("task")
-        for heading in ("tokens", "cases", *self.conditions):
+        for heading in ("tokens", "cases", "stored", *self.conditions):
             table.add_column(heading, justify="right")
         cells = self.cells()
         for first in range(0, len(cells), len(self.conditions)):
             row = cells[first : first + len(self.conditions)]
             shown = [Text(with_range("{:.0%}", cell["right"], cell["low"], cell["high"])) for cell in row]
-            table.add_row(row[0]["task"], f"{row[0]['length']:,}", str(row[0]["cases"]), *shown)
+            stored = "-" if row[0]["stored"] is None else f"{row[0]['stored']:.0%}"
+            table.add_row(row[0]["task"], f"{row[0]['length']:,}", str(row[0]["cases"]), stored, *shown)
         return table
 
 
