@@ -30,13 +30,36 @@ def slowly(positions: list[int], tokens: list[int], cue: list[int], n_tokens: in
     """Slots of one row, by loops over plain numbers."""
     known = [slot for slot, position in enumerate(positions) if position >= 0]
     count = Counter(tokens[slot] for slot in known)
-    chosen: set[int] = set()
-    words = {word for word in cue if word >= 0}
-    worth = {}
-    for slot in known:
-        before = [s for s in known if tokens[s] == tokens[slot] and 0 < positions[slot] - positions[s] <= span]
-        if tokens[slot] in words and not before:
-            worth[slot] = math.log((len(known) + 1) / (count[tokens[slot]] + 1))
+    rarity = {slot: math.log((len(known) + 1) / (count[tokens[slot]] + 1)) for slot in known}
+    first = [
+        slot
+        for slot in known
+        if not any(tokens[s] == tokens[slot] and 0 < positions[slot] - positions[s] <= span for s in known)
+    ]
+    of_cue = {slot: rarity[slot] for slot in first if tokens[slot] in cue}
+    chosen = more_of(set(), of_cue, positions, int(0.4 * n_tokens), span)
+    passages: list[set[int]] = []
+    for slot in sorted(chosen):
+        if slot - 1 in chosen and positions[slot] - positions[slot - 1] <= span:
+            passages[-1].add(tokens[slot])
+        else:
+            passages.append({tokens[slot]})
+    having = Counter(word for passage in passages for word in passage)
+    found = {
+        slot: having[tokens[slot]] * rarity[slot] ** 3
+        for slot in first
+        if tokens[slot] not in cue and having[tokens[slot]] > 1
+    }
+    most = max(found.values(), default=0.0)
+    associated = {slot: value / most for slot, value in found.items() if most > 0}
+    chosen = more_of(chosen, associated, positions, n_tokens, span)
+    return more_of(chosen, of_cue, positions, n_tokens, span)
+
+
+def more_of(chosen: set[int], worth: dict[int, float], positions: list[int], n_tokens: int, span: int) -> set[int]:
+    """With the passages that are worth most, until one does not fit."""
+    known = [slot for slot, position in enumerate(positions) if position >= 0]
+    worth = {slot: value for slot, value in worth.items() if slot not in chosen}
     while True:
         score = {}
         for middle in known:
@@ -50,7 +73,7 @@ def slowly(positions: list[int], tokens: list[int], cue: list[int], n_tokens: in
         near = {slot for slot in known if abs(positions[slot] - positions[best]) <= span}
         if len(chosen | near) > n_tokens:
             return chosen
-        chosen |= near
+        chosen = chosen | near
         worth = {slot: value for slot, value in worth.items() if slot not in near}
 
 
@@ -100,6 +123,18 @@ def test_the_rarest_word_decides_and_then_the_newest() -> None:
     assert found([5], 6) == [6, 7, 8, 9, 10, 11]
     assert found([1, 7], 2) == [], "a passage that does not fit is not cut"
     assert found([8], 12) == [], "and nothing comes for a word that is not there"
+
+
+def test_what_was_found_leads_on() -> None:
+    """The football (7) was taken by 8 and left by 8, who is elsewhere now; 5 is there each time too, as everywhere."""
+    positions = [*range(0, 3), *range(10, 13), *range(20, 23), *range(30, 33), *range(40, 43), *range(50, 53)]
+    tokens = [8, 7, 5, 8, 7, 5, 8, 9, 5, 2, 3, 5, 4, 5, 5, 6, 1, 5]
+    episodes = remembered([positions], [tokens])
+    chosen = reinstated(episodes, episodes.token, torch.tensor([[7]]), 15, 1)
+    assert chosen[0].nonzero().flatten().tolist()[:8] == list(range(8)), "both passages of 7, then that of 8"
+    only = remembered([positions], [[8, 7, 5, 2, 3, 5, 8, 9, 5, 2, 3, 5, 4, 5, 5, 6, 1, 5]])
+    chosen = reinstated(only, only.token, torch.tensor([[7]]), 15, 1)
+    assert chosen[0].nonzero().flatten().tolist() == [0, 1, 2], "what stands there once is chance"
 
 
 def test_one_rare_word_is_worth_more_than_two_common_ones() -> None:

@@ -8,16 +8,26 @@ question, Lewis et al. 2020, arXiv:2005.11401, here from a memory that chose wha
 A passage is what is remembered within `span` tokens of its middle. It counts by the words of the cue that stand in it,
 each by how rare it is in this memory (inverse document frequency, Spärck Jones 1972), the less the farther from the
 middle; of passages that count the same the newest goes first.
+
+What was found is a cue in its turn: who asks for the football finds who took it, and has to find where she went. So a
+part of the room is for passages around what is associated, the words that stand in several of those found first, each
+by the number of these times the third power of its rarity (relevance feedback, Rocchio 1971). What is left of the room
+then goes to the cue again.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.tensors.selection import put, take
 
 # Of two passages that count the same the newer is preferred by less than any word is worth.
 _NEWER = 1e-4
+# Of the room for what the cue itself points to, before what is associated with it.
+_FIRST = 0.4
+_TINY = 1e-12
+_FEWEST, _RARE = 2, 3  # passages that an associated word stands in; the power of its rarity
 
 
 @torch.no_grad()
@@ -33,9 +43,23 @@ def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, sp
         (R, E) bool, what is read again.
     """
     position, words = episodes.position, torch.where(episodes.valid, words, -2)
-    worth = torch.where(_among(words, cue) & ~_repeated(words, position, span), _rarity(words), 0.0)
+    counts = episodes.valid & ~_repeated(words, position, span)
+    asked, rarity = _among(words, cue), _rarity(words)
+    of_cue = torch.where(counts & asked, rarity, 0.0)
+    chosen = _chosen(torch.zeros_like(counts), of_cue, episodes, int(_FIRST * n_tokens), span)
+    together = _passages_with(words, chosen, position, span)
+    associated = torch.where(counts & ~asked, together * rarity**_RARE, 0.0)
+    associated = associated / associated.amax(-1, keepdim=True).clamp_min(_TINY)
+    chosen = _chosen(chosen, associated, episodes, n_tokens, span)
+    return _chosen(chosen, of_cue, episodes, n_tokens, span)
+
+
+def _chosen(chosen: Tensor, worth: Tensor, episodes: Episodes, n_tokens: int, span: int) -> Tensor:
+    """(R, E) bool, with more passages by what their words are worth, until `n_tokens` are chosen in all."""
+    position = episodes.position
+    worth = torch.where(chosen, 0.0, worth)
     newer = torch.arange(worth.shape[1], device=worth.device) * (_NEWER / worth.shape[1])
-    chosen, going_on = torch.zeros_like(episodes.valid), worth.sum(-1) > 0
+    going_on = worth.sum(-1) > 0
     while going_on.any():
         score = _around(worth, position, span)
         best, middle = (score + newer).masked_fill(score <= 0, -torch.inf).max(-1, keepdim=True)
@@ -46,6 +70,26 @@ def reinstated(episodes: Episodes, words: Tensor, cue: Tensor, n_tokens: int, sp
         worth = torch.where(near, 0.0, worth)
         going_on = fits.squeeze(-1)
     return chosen
+
+
+def _passages_with(words: Tensor, chosen: Tensor, position: Tensor, span: int) -> Tensor:
+    """(R, E) in how many of the chosen passages each word stands; 0 if in fewer than `_FEWEST`.
+
+    A passage ends where the next slot is not chosen, or farther on in the text than `span`.
+    """
+    goes_on = chosen[:, 1:] & chosen[:, :-1] & (position.diff() <= span)
+    begins = chosen & ~pad(goes_on, (1, 0))
+    row, slot = chosen.nonzero(as_tuple=True)
+    in_passages = torch.stack((row, words[row, slot], begins.cumsum(-1)[row, slot])).unique(dim=1)
+    found, number = in_passages[:2].unique(dim=1, return_counts=True)  # (2, M) rows and words, in order
+    if not found.numel():
+        return torch.zeros(words.shape, device=words.device)
+    most = int(words.max()) + 3  # words are -2 and more
+    key = found[0] * most + found[1] + 2
+    wanted = torch.arange(words.shape[0], device=words.device).unsqueeze(-1) * most + words + 2
+    place = torch.searchsorted(key, wanted).clamp_max(key.numel() - 1)
+    count = torch.where(key[place] == wanted, number[place], 0).float()
+    return torch.where(count >= _FEWEST, count, 0.0)
 
 
 def _rarity(words: Tensor) -> Tensor:

@@ -147,9 +147,10 @@ class HippoCache(WindowCache):
         cue_ids: Tensor,
         attention_mask: Tensor | None = None,
         n_tokens: int = 256,
-        span: int = 8,
+        span: int = 6,
     ) -> tuple[Tensor, Tensor]:
-        """What each row remembers of a cue, as text: the passages that hold its rarest words, in their old order.
+        """What each row remembers of a cue, as text: the passages that hold its rarest words, and those that what is
+        found there leads to, in their old order.
 
         Args:
             cue_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
