@@ -477,9 +477,17 @@ MUTATIONS = [
         "7 references",
         "all words of a cue weigh the same",
         "hippocampus/reinstatement.py",
-        "_rarity(words), 0.0)",
-        "1.0, 0.0)",
+        "of_cue = torch.where(counts & asked, rarity, 0.0)",
+        "of_cue = torch.where(counts & asked, 1.0, 0.0)",
         "test_reinstatement.py::test_one_rare_word_is_worth_more_than_two_common_ones",
+    ),
+    Mutation(
+        "7 references",
+        "what stands in one passage by chance leads on",
+        "hippocampus/reinstatement.py",
+        "_FEWEST, _RARE = 2, 3",
+        "_FEWEST, _RARE = 1, 3",
+        "test_reinstatement.py::test_what_was_found_leads_on",
     ),
 ]
 
