@@ -12,11 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.training.hidden_states import ReadDocument
+from hippoformer.training.hidden_states import ReadDocument, side_by_side
 
 
 @contextmanager
@@ -50,18 +49,15 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
         "importance_weight_range": (1.0, 1.0),
     }
     with reconfigured(hippocampus, **everything) as config:
-        device, hidden = hippocampus.recall.key_proj.weight.device, documents[0].hidden
-        state = MemoryState.empty(len(documents), hidden.shape[-1], config, hidden.dtype, device)
+        device, read = hippocampus.recall.key_proj.weight.device, documents[0].hidden
+        state = MemoryState.empty(len(documents), read.shape[-1], config, read.dtype, device)
         for start in range(0, max(lengths), config.segment_len):
             begin = [min(start, length) for length in lengths]
             end = [min(start + config.segment_len, length) for length in lengths]
-
-            def part(name: str, begin: list[int] = begin, end: list[int] = end) -> Tensor:
-                parts = zip(documents, begin, end, strict=True)
-                return pad_sequence([getattr(d, name)[low:high] for d, low, high in parts], True).to(device)
-
+            parts = side_by_side(documents, [slice(low, high) for low, high in zip(begin, end, strict=True)])
+            hidden, tokens, log_prob = (part.to(device) for part in parts)
             new = [high - low for low, high in zip(begin, end, strict=True)]
-            _, state = hippocampus.step(state, begin, part("hidden"), part("tokens"), -part("log_prob"), new)
+            _, state = hippocampus.step(state, begin, hidden, tokens, -log_prob, new)
             if rows := [row for row, n in enumerate(new) if n == config.segment_len]:
                 state, _ = hippocampus.end_segment(state, end, rows)
         stored = state.episodes.slots(0, config.buffer_size)

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hippoformer.errors import TextError
 from hippoformer.model.checkpoint import write_tensors
@@ -39,6 +40,14 @@ class ReadDocument:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+
+def side_by_side(documents: Sequence[ReadDocument], parts: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
+    """A part of each document, padded on the right: hidden (R, N, D), tokens (R, N) and log_prob (R, N)."""
+    rows = list(zip(documents, parts, strict=True))
+    hidden = pad_sequence([document.hidden[part] for document, part in rows], batch_first=True)
+    tokens = pad_sequence([document.tokens[part] for document, part in rows], batch_first=True)
+    return hidden, tokens, pad_sequence([document.log_prob[part] for document, part in rows], batch_first=True)
 
 
 class HiddenStateCache:
@@ -115,7 +124,7 @@ class HiddenStateCache:
             for low in range(0, len(missing), batch_size):
                 chosen = missing[low : low + batch_size]
                 lengths = [self.lengths[i] for i in chosen]
-                ids = torch.nn.utils.rnn.pad_sequence([documents[i].long() for i in chosen], batch_first=True)
+                ids = pad_sequence([documents[i].long() for i in chosen], batch_first=True)
                 hidden: list[list[Tensor]] = [[] for _ in chosen]
                 log_prob: list[list[Tensor]] = [[] for _ in chosen]
                 for step in model.stream(ids.to(model.device), lengths, model.new_cache(len(chosen))):

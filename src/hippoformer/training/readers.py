@@ -16,7 +16,7 @@ from hippoformer.hippocampus.circuit import MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument
+from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument, side_by_side
 from hippoformer.training.streaming import StreamedTexts
 from hippoformer.training.streams import Piece
 
@@ -85,12 +85,7 @@ class CachedReader:
             self.memory = self.memory.without_rows(torch.tensor(piece.fresh, device=device))
         parts = [self._document(d) for d in piece.documents]
         spans = [slice(s, s + n) for s, n in zip(piece.start, piece.length, strict=True)]
-        hidden, tokens, log_prob = (
-            torch.nn.utils.rnn.pad_sequence([getattr(d, name)[s] for d, s in zip(parts, spans, strict=True)], True).to(
-                device
-            )
-            for name in ("hidden", "tokens", "log_prob")
-        )
+        hidden, tokens, log_prob = (part.to(device) for part in side_by_side(parts, spans))
         before = self.memory
         found, self.memory = model.hippocampus.step(before, piece.start, hidden, tokens, -log_prob, piece.length)
         counted = _counted(piece, tokens)
