@@ -287,15 +287,7 @@ MUTATIONS = [
         "training/readers.py",
         "if piece.length[r] and d %",
         "if d %",
-        "test_variants.py::test_documents_side_by_side_are_scored_as_alone",
-    ),
-    Mutation(
-        "2 rows",
-        "credit is measured as if all documents ended together",
-        "training/credit.py",
-        "if n == config.segment_len]",
-        "if n > 0]",
-        "test_training.py::test_credit_measured_side_by_side_is_that_of_each_alone",
+        "test_training.py::test_a_row_that_is_done_waits_as_it_is",
     ),
     Mutation(
         "devices",

@@ -178,6 +178,21 @@ def test_credit_measured_side_by_side_is_that_of_each_alone(tmp_path: Path) -> N
         torch.testing.assert_close(credit, alone, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
+def test_a_row_that_is_done_waits_as_it_is(tmp_path: Path) -> None:
+    """It ends with a segment, and must not sleep again while the other row reads on."""
+    m = model(window=6)
+    draws = torch.Generator().manual_seed(5)
+    segment = m.config.segment_len
+    texts = [torch.randint(0, 60, (length,), generator=draws) for length in (5 * segment, 9 * segment + 1)]
+    states = HiddenStateCache(m, texts, tmp_path)
+    together, alone = CachedReader(m, states, 2), CachedReader(m, states, 1)
+    with torch.no_grad():
+        for reader, numbers in ((together, [0, 1]), (alone, [0])):
+            assert all(reading.counted.any() for reading in reader.through(numbers))
+    for name, tensor in alone.memory.episodes.tensors().items():
+        torch.testing.assert_close(together.memory.episodes.tensors()[name][0], tensor[0], rtol=1e-4, atol=1e-5)
+
+
 def test_reconfigured_puts_the_options_back() -> None:
     m = model()
     before = m.hippocampus.config

@@ -344,8 +344,12 @@ def _turn_by_turn(
         shares[query], beside[query], last = share * rest, rest, query
         leading.append(lead)
         stories.append(story)
-    at_last = (torch.cat(leading, dim=-1), torch.cat(shares, dim=1), torch.cat(beside, dim=1), torch.cat(stories, -1))
-    return at_last[0].squeeze(1), at_last[1], at_last[2].squeeze(-1), at_last[3].squeeze(1)
+    return (
+        torch.cat(leading, dim=-1).squeeze(1),
+        torch.cat(shares, dim=1),
+        torch.cat(beside, dim=1).squeeze(-1),
+        torch.cat(stories, dim=-1).squeeze(1),
+    )
 
 
 def _at_once(leads: Leads, found: _Found, mixture: Tensor, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument, side_by_side
+from hippoformer.training.streams import whole_documents
 
 
 @contextmanager
@@ -51,14 +52,12 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
     with reconfigured(hippocampus, **everything) as config:
         device, read = hippocampus.recall.key_proj.weight.device, documents[0].hidden
         state = MemoryState.empty(len(documents), read.shape[-1], config, read.dtype, device)
-        for start in range(0, max(lengths), config.segment_len):
-            begin = [min(start, length) for length in lengths]
-            end = [min(start + config.segment_len, length) for length in lengths]
-            parts = side_by_side(documents, [slice(low, high) for low, high in zip(begin, end, strict=True)])
+        for piece in whole_documents(range(len(documents)), lengths, config.segment_len):
+            end = [low + n for low, n in zip(piece.start, piece.length, strict=True)]
+            parts = side_by_side(documents, [slice(low, high) for low, high in zip(piece.start, end, strict=True)])
             hidden, tokens, log_prob = (part.to(device) for part in parts)
-            new = [high - low for low, high in zip(begin, end, strict=True)]
-            _, state = hippocampus.step(state, begin, hidden, tokens, -log_prob, new)
-            if rows := [row for row, n in enumerate(new) if n == config.segment_len]:
+            _, state = hippocampus.step(state, piece.start, hidden, tokens, -log_prob, piece.length)
+            if rows := [row for row, n in enumerate(piece.length) if n == config.segment_len]:
                 state, _ = hippocampus.end_segment(state, end, rows)
         stored = state.episodes.slots(0, config.buffer_size)
         found = [torch.full((length,), torch.nan) for length in lengths]

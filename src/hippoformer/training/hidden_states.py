@@ -42,6 +42,12 @@ class ReadDocument:
         return self.tokens.shape[0]
 
 
+def of_like_length(numbers: Sequence[int], lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Documents in groups of so many, those of like length together, so that few rows idle."""
+    alike = sorted(numbers, key=lambda number: lengths[number])
+    return [alike[low : low + rows] for low in range(0, len(alike), rows)]
+
+
 def side_by_side(documents: Sequence[ReadDocument], parts: Sequence[slice]) -> tuple[Tensor, Tensor, Tensor]:
     """A part of each document, padded on the right: hidden (R, N, D), tokens (R, N) and log_prob (R, N)."""
     rows = list(zip(documents, parts, strict=True))
@@ -110,8 +116,6 @@ class HiddenStateCache:
         missing = [i for i in mine if not all(file.is_file() for file in self._files(i))]
         if not missing:
             return
-        # Side by side go documents of like length, so that few rows idle.
-        missing.sort(key=lambda i: self.lengths[i])
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -121,8 +125,7 @@ class HiddenStateCache:
         )
         with Progress(*columns, disable=index > 0) as progress, model.memory_off():
             task = progress.add_task("reading with the base (tokens)", total=sum(self.lengths[i] for i in missing))
-            for low in range(0, len(missing), batch_size):
-                chosen = missing[low : low + batch_size]
+            for chosen in of_like_length(missing, self.lengths, batch_size):
                 lengths = [self.lengths[i] for i in chosen]
                 ids = pad_sequence([documents[i].long() for i in chosen], batch_first=True)
                 hidden: list[list[Tensor]] = [[] for _ in chosen]

@@ -16,9 +16,9 @@ from hippoformer.hippocampus.circuit import MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument, side_by_side
+from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument, of_like_length, side_by_side
 from hippoformer.training.streaming import StreamedTexts
-from hippoformer.training.streams import Piece
+from hippoformer.training.streams import Piece, whole_documents
 
 _DOCUMENTS_HELD = 64
 
@@ -98,11 +98,9 @@ class CachedReader:
 
     def through(self, numbers: Sequence[int]) -> Iterator[Reading]:
         """Reads a document in each row from its beginning to its end, piece by piece; rows that are done wait."""
-        lengths, size = [self.documents.lengths[number] for number in numbers], self.model.config.segment_len
-        for start in range(0, max(lengths), size):
-            begin = [min(start, length) for length in lengths]
-            new = [min(size, length - low) for length, low in zip(lengths, begin, strict=True)]
-            yield self.read(Piece(list(numbers), begin, new, list(range(len(lengths))) if start == 0 else []))
+        lengths = [self.documents.lengths[number] for number in numbers]
+        for piece in whole_documents(numbers, lengths, self.model.config.segment_len):
+            yield self.read(piece)
 
     def _touched_log_prob(self, hidden: Tensor, found: StepOutput, last: Tensor, tokens: Tensor) -> Tensor:
         """log p of the tokens after the residual; the step's first token is judged without it, its touched state is
@@ -213,19 +211,15 @@ def score_cached(
     """
     chosen = list(range(len(documents)) if numbers is None else numbers)
     found: dict[int, CachedScore] = {}
-    alike = sorted(chosen, key=lambda number: documents.lengths[number])
-    for low in range(0, len(alike), rows):
-        group = alike[low : low + rows]
+    for group in of_like_length(chosen, documents.lengths, rows):
         reader, scores = CachedReader(model, documents, len(group)), [CachedScore(0, 0.0, 0.0, 0) for _ in group]
         for reading in reader.through(group):
             base = torch.where(reading.counted, reading.base_log_prob, 0.0)
             sums = (reading.counted, reading.target_log_prob.double(), base.double())
             for score, tokens, fused, alone in zip(scores, *(of.sum(-1).tolist() for of in sums), strict=True):
-                score.tokens, score.nll, score.base_nll = (
-                    score.tokens + tokens,
-                    score.nll - fused,
-                    score.base_nll - alone,
-                )
+                score.tokens += tokens
+                score.nll -= fused
+                score.base_nll -= alone
         held = sum(t.numel() * t.element_size() for t in reader.memory.tensors().values())
         for number, score in zip(group, scores, strict=True):
             score.memory_nbytes = held // len(group)

@@ -5,7 +5,7 @@ ever mixes two documents without a reset between them. The order is a permutatio
 epoch number alone: where training stands is four small lists of numbers, and resuming there is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,14 @@ class Piece:
         part = slice(rows.start, rows.stop)
         fresh = [row - rows.start for row in self.fresh if row in rows]
         return Piece(self.documents[part], self.start[part], self.length[part], fresh)
+
+
+def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len: int) -> Iterator[Piece]:
+    """The pieces of a document in each row, of these lengths, all from the beginning; rows that are done wait."""
+    for start in range(0, max(lengths), segment_len):
+        begin = [min(start, length) for length in lengths]
+        new = [min(segment_len, length - low) for length, low in zip(lengths, begin, strict=True)]
+        yield Piece(list(numbers), begin, new, list(range(len(lengths))) if start == 0 else [])
 
 
 class TextStreams:

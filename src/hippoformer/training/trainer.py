@@ -36,7 +36,7 @@ from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import layers, processes, resuming, tracking
 from hippoformer.training.credit import measure_credit, reconfigured, useful
 from hippoformer.training.foresight import teach_foresight
-from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.hidden_states import HiddenStateCache, of_like_length
 from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader, Reader, Reading, score_cached, score_live
 from hippoformer.training.streaming import StreamedTexts
@@ -339,10 +339,7 @@ class Trainer:
 
         def measure() -> dict[int, Tensor]:
             found: dict[int, Tensor] = {}
-            many = self.options.rows
-            # Side by side go documents of like length, so that few rows idle.
-            alike = sorted(chosen, key=lambda number: documents.lengths[number])
-            groups = [alike[low : low + many] for low in range(0, len(alike), many)]
+            groups = of_like_length(chosen, documents.lengths, self.options.rows)
             told = "measuring credit (groups of documents)"
             for group in track(groups, told, console=self.console, disable=not self.console.is_terminal):
                 credits = measure_credit(self.model.hippocampus, [documents[number] for number in group])
