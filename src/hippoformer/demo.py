@@ -111,7 +111,7 @@ def main(texts: list[Path] | None = None, fast: bool = False) -> None:
     # In a pipe or a log there is no terminal to fit the tables into.
     console = Console(width=None if sys.stdout.isatty() else 120)
     documents = user_documents(texts, plan.documents) if texts else speeches(plan.documents)
-    model, tokenizer = hippoformer.load(MODEL, dtype=torch.bfloat16)
+    model, tokenizer = hippoformer.load(MODEL)
     computing = time.perf_counter()
     encoded = long_enough(encode(tokenizer, text, i, plan.tokens) for i, text in enumerate(documents))
     planted = plant(tokenizer, [text.document for text in encoded], model.config.window + plan.gap)
