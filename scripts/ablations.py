@@ -33,15 +33,15 @@ NOVELS, ARTICLES = "data/public-domain-novels/validation", "data/wikitext-2-raw/
 SEEDS = (1, 2, 3)
 # The same for every run; a text is longer than window and buffer, so that there is something to choose.
 BUDGET = {
-    "max_samples": 60,
-    "max_document_tokens": 6144,
-    "planted_documents": 20,
+    "max_samples": 44,
+    "max_document_tokens": 4096,
+    "planted_documents": 16,
     "planted_facts": 16,
     "max_seq_length": 512,
     "max_steps": 100,
     "recall_share": 0.6,
-    "credit_documents": 24,
-    "foresight_passes": 6,
+    "credit_documents": 16,
+    "foresight_passes": 4,
     "save_steps": 1000,
 }
 OPTIONS: dict[str, Any] = {
