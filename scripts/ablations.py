@@ -5,8 +5,8 @@
     python scripts/ablations.py --list                     # every run
 
 Every run is small, the same steps and texts for all, so that differences mean something and absolute figures less. A
-run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. Of the runs with
-all three reports come `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each
+run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. The base reads
+every text once, and puts the planted facts to all runs of a seed together. Of the runs with all three reports come `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each
 variant's nats and answers are means over its seeds, paired with those of `shipped` over the same seeds.
 """
 
@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,33 +112,60 @@ class Run:
         return {
             "novels": ["eval", "variants", *model, "--text", NOVELS, "--limit-tokens", "12288", *together, *trained],
             "articles": ["eval", "variants", *model, "--text", ARTICLES, "--documents", "16", *together, *trained],
-            "recall": [
-                *("eval", "recall-variants", *model, "--text", NOVELS, "--streams", "3", "--facts", "9"),
-                *("--distances", "2000,8000", *trained),
-            ],
         }
 
     def report(self, name: str) -> Path:
-        """Where that report is."""
+        """Where that report, or "recall", is."""
         return self.folder / f"{name}.json"
+
+    def lacks(self, name: str) -> bool:
+        """Whether that report is still to be made."""
+        return not (ROOT / self.report(name)).is_file()
 
     def measured(self) -> bool:
         """Whether all its reports are there."""
-        return all((ROOT / self.report(name)).is_file() for name in self.reports())
+        return not any(self.lacks(name) for name in (*self.reports(), "recall"))
 
 
 def _set(options: dict[str, Any]) -> list[str]:
     return ["--set", *(f"{name}={json.dumps(value, separators=(',', ':'))}" for name, value in options.items())]
 
 
+def recall(runs: Sequence[Run]) -> list[str]:
+    """The command that asks all these runs for planted facts, in one reading of the base; without where to."""
+    first, *others = runs
+    planted = ("--text", NOVELS, "--streams", "3", "--facts", "9", "--distances", "2000,8000")
+    trained = [part for run in others for part in ("--trained", f"{run.folder.name}={run.folder}")]
+    command = ("eval", "recall-variants", "--model", str(first.folder), *planted)
+    return [*command, "--variant", first.folder.name, *trained]
+
+
 def make(run: Run) -> int:
-    """Trains and measures what is missing of a run; the exit status of the first command that fails."""
+    """Trains and measures what is missing of a run, but for recall; the exit status of the first command that fails."""
     commands: list[list[str]] = []
     if not (ROOT / run.folder / "config.json").is_file():
         commands.append(run.training())
     for name, command in run.reports().items():
-        if not (ROOT / run.report(name)).is_file():
+        if run.lacks(name):
             commands.append([*command, "--output", run.report(name).as_posix()])
+    return _call_all(commands)
+
+
+def ask(runs: Sequence[Run]) -> int:
+    """Asks all runs that were not yet asked, and gives each its own report; the exit status of the command."""
+    runs = [run for run in runs if run.lacks("recall")]
+    if not runs:
+        return 0
+    together = runs[0].folder / "recall_of_all.json"
+    if status := _call([*recall(runs), "--output", together.as_posix()]):
+        return status
+    report = json.loads((ROOT / together).read_text(encoding="utf-8"))
+    for run, variant in zip(runs, report["variants"], strict=True):
+        write_json(ROOT / run.report("recall"), report | {"reference": run.folder.name, "variants": [variant]})
+    return 0
+
+
+def _call_all(commands: Iterable[list[str]]) -> int:
     return next((status for command in commands if (status := _call(command))), 0)
 
 
@@ -147,11 +174,8 @@ def _call(command: list[str]) -> int:
 
 
 def read_all_layers() -> int:
-    """One reading of the training texts for every `memory_layer`: the fewest steps that a training can have."""
-    least = {"max_steps": 1, "credit_documents": 0, "output_dir": RUNS / "reading"}
-    if (ROOT / RUNS / "reading" / "config.json").is_file():
-        return 0
-    return _call(Run(Variant("reading", {"memory_layer": LAYERS}, least), SEEDS[0]).training())
+    """One reading of all texts for every `memory_layer`: the fewest steps that a training can have, and its reports."""
+    return make(Run(Variant("reading", {"memory_layer": LAYERS}, {"max_steps": 1, "credit_documents": 0}), SEEDS[0]))
 
 
 def collect(runs: Iterable[Run]) -> None:
@@ -273,14 +297,19 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(missing)} runs are missing", flush=True)
     if missing and (status := read_all_layers()):
         return status
-    for number, run in enumerate(missing, start=1):
-        began = time.monotonic()
-        print(f"[{number}/{len(missing)}] {run.folder.name}", flush=True)
-        if status := make(run):
-            print(f"{run.folder.name} failed with exit status {status}", file=sys.stderr)
+    for seed in arguments.seeds:
+        of_seed = [run for run in missing if run.seed == seed]
+        for number, run in enumerate(of_seed, start=1):
+            began = time.monotonic()
+            if status := make(run):
+                print(f"{run.folder.name} failed with exit status {status}", file=sys.stderr)
+                return status
+            took = (time.monotonic() - began) / 60
+            print(f"seed {seed}, {number}/{len(of_seed)}: {run.variant.name} took {took:.1f} min", flush=True)
+        if status := ask(of_seed):
+            print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
             return status
         collect(Run(v, s) for s in SEEDS for v in VARIANTS)
-        print(f"[{number}/{len(missing)}] {run.folder.name} took {(time.monotonic() - began) / 60:.1f} min", flush=True)
     return 0
 
 

@@ -33,7 +33,7 @@ def test_every_variant_is_a_command_of_the_package(script: ModuleType) -> None:
         arguments = parse(words)
         assert command == "train" and arguments.seed == 2 and Path(arguments.output_dir) == run.folder
         HippoFormerConfig(**config_options(arguments.set))
-        for report in run.reports().values():
+        for report in (*run.reports().values(), script.recall([run, script.Run(script.VARIANTS[0], 2)])):
             known = {option for p in evaluations.commands[report[1]].params for option in p.opts}
             assert {word for word in report if word.startswith("--")} <= known
 
@@ -80,27 +80,38 @@ def test_seeds_are_averaged_and_paired(script: ModuleType, monkeypatch: pytest.M
 
 
 def test_what_is_measured_is_not_made_again(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    fails = True
     lines: list[list[str]] = []
 
     def run(line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         lines.append(line[3:])
-        return subprocess.CompletedProcess(line, 1 if "recall-variants" in line else 0)
+        if "recall-variants" in line and not fails:
+            asked = [{"name": name, "asked": []} for name in ("fifo-1", "no-gate-1")]
+            (tmp_path / line[-1]).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / line[-1]).write_text(json.dumps({"reference": "fifo-1", "variants": asked}))
+        return subprocess.CompletedProcess(line, int(fails and "recall-variants" in line))
 
     monkeypatch.setattr(script.subprocess, "run", run)
-    done, missing = (script.Run(variant, 1) for variant in script.VARIANTS[:2])
+    variants = {variant.name: variant for variant in script.VARIANTS}
+    done, missing, other = (script.Run(variants[name], 1) for name in ("shipped", "fifo", "no-gate"))
     report(script, done, [1.0, 1.0], [True])
-    names = [done.variant.name, missing.variant.name]
+    names = [run.variant.name for run in (done, missing, other)]
     assert script.main(["--list", "--seeds", "1", "--only", *names]) == 0
     said = capsys.readouterr().out
     assert f"measured {done.folder}" in said and f"missing  {missing.folder}" in said and not lines
     assert script.main(["--seeds", "1", "--only", *names]) == 1, "the last command fails"
-    assert [line[:2] for line in lines] == [
-        ["train", "--text"],
-        ["train", "--text"],
-        ["eval", "variants"],
-        ["eval", "variants"],
-        ["eval", "recall-variants"],
-    ], "one reading of all layers first"
+    made = [["train", "--text"], ["eval", "variants"], ["eval", "variants"]]
+    assert [line[:2] for line in lines] == [*made, *made, *made, ["eval", "recall-variants"]], (
+        "all layers are read first"
+    )
     assert not any(str(done.folder) in word for line in lines for word in line)
+    fails = False
+    (tmp_path / other.folder).mkdir(parents=True)
+    assert script.ask([done, missing, other]) == 0
+    assert f"no-gate-1={other.folder}" in lines[-1] and lines[-1] == [*script.recall([missing, other]), *lines[-1][-2:]]
+    told = json.loads((tmp_path / other.report("recall")).read_text())
+    assert told == {"reference": "no-gate-1", "variants": [{"name": "no-gate-1", "asked": []}]}
+    count = len(lines)
+    assert script.ask([done, missing, other]) == 0 and len(lines) == count, "nobody is asked twice"

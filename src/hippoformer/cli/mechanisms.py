@@ -23,7 +23,7 @@ from hippoformer.cli.options import (
     with_groups,
 )
 from hippoformer.cli.terminal import reading, show
-from hippoformer.errors import TextError
+from hippoformer.errors import ConfigurationError, TextError
 
 VariantOption = Annotated[
     list[str], typer.Option("--variant", help="NAME or NAME:option=value,…; repeat it, the first is compared to.")
@@ -55,18 +55,29 @@ def eval_recall_variants(
     variant: VariantOption,
     texts: TextOptions,
     planted: PlantedOptions,
+    trained: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of another hippocampus that was trained on the same base; can be repeated."),
+    ] = None,
     output: OutputOption = None,
     resamples: ResamplesOption = 10_000,
     seed: Annotated[int, typer.Option(help="Of the replay draws, of the facts, and of the bootstrap.")] = 0,
 ) -> None:
-    """`eval recall` of one hippocampus under several options, in one reading of the base."""
+    """`eval recall` of one hippocampus under several options, or of several on one base, in one reading."""
     from hippoformer.evaluation.recall_variants import evaluate_recall_variants
+    from hippoformer.model.loading import load_beside
 
-    found, asked = texts.read(), planted.arguments()
+    found, asked, variants, folders = texts.read(), planted.arguments(), _named(variant), _folders(trained or [])
     loaded, tokenizer = model.load(seed=seed)
+    others = {name: load_beside(loaded, folder, seed=seed) for name, folder in folders.items()}
     with reading() as progress:
         report = evaluate_recall_variants(
-            loaded, tokenizer, found, _named(variant), **asked, seed=seed, resamples=resamples, progress=progress
+            *(loaded, tokenizer, found, variants),
+            **asked,
+            seed=seed,
+            resamples=resamples,
+            progress=progress,
+            trained=others,
         )
     show(report, output)
 
@@ -94,6 +105,20 @@ def _named(variants: list[str]) -> dict[str, dict[str, Any]]:
 
     named = [part.partition(":") for part in variants]
     return {name: config_options([pair for pair in options.split(",") if pair]) for name, _, options in named}
+
+
+def _folders(trained: list[str]) -> dict[str, str]:
+    """NAME=FOLDER as name -> folder.
+
+    Raises:
+        ConfigurationError: no folder, or one name twice.
+    """
+    named = [part.partition("=") for part in trained]
+    if bad := [name for name, _, folder in named if not name or not folder]:
+        raise ConfigurationError(f"--trained {bad[0]}: expected NAME=FOLDER")
+    if len({name for name, _, _ in named}) < len(named):
+        raise ConfigurationError("--trained names two hippocampi alike")
+    return {name: folder for name, _, folder in named}
 
 
 def _compare(

@@ -1,4 +1,4 @@
-"""Exact recall of one hippocampus under different options: what selection and replay are worth to facts.
+"""Exact recall of one hippocampus under different options, or of several on one base: what their parts are worth to facts.
 
 What the base reads does not depend on the memory. It reads each stream once, with the memory off, and the episodes of
 every variant are written beside it; every question is then put to a copy of the state with each of those memories in
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from hippoformer.data import Document
-from hippoformer.evaluation.examination import Asked, ask, plan, unaided
-from hippoformer.evaluation.needles import KINDS
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation.examination import Answer, Asked, ask, plan, unaided
+from hippoformer.evaluation.needles import KINDS, Planted
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.recall import SPACING, cells
 from hippoformer.evaluation.report import Report, shown
@@ -25,6 +28,8 @@ from hippoformer.evaluation.significance import TestResult, corrected, paired_te
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.evaluation.variants import check_variants
 from hippoformer.hippocampus.circuit import MemoryState
+from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.credit import reconfigured
 
 
@@ -33,7 +38,8 @@ class RecallOfVariant:
     """All questions under one variant.
 
     Attributes:
-        name, options: of the variant. cells: as in `evaluation.recall`. asked: every question.
+        name: of the variant. options: that differ from the model's; of one that was trained for itself, where it was.
+        cells: as in `evaluation.recall`. asked: every question.
         right: distance -> share of all facts right, memory on. against: distance -> right minus right of the reference
             variant, of the same questions; None for the reference itself. test: of all questions in pairs, p values
             corrected for the number of variants by Holm's method.
@@ -46,6 +52,43 @@ class RecallOfVariant:
     right: dict[int, Interval]
     against: dict[int, Interval] | None
     test: TestResult | None
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """A variant: whose hippocampus it is, and the options that differ."""
+
+    model: Any
+    options: Mapping[str, Any]
+
+    def empty(self, rows: int) -> MemoryState:
+        """What it remembers of rows that have read nothing."""
+        hippocampus = self.model.hippocampus
+        with reconfigured(hippocampus, **self.options) as config:
+            return MemoryState.empty(rows, hippocampus.width, config, self.model.dtype, self.model.device)
+
+    def written(self, memory: MemoryState, reader: Any, piece: Tensor, step: Any, read: Sequence[int]) -> MemoryState:
+        """The memory after a step of the base, in which every row has read equally many tokens."""
+        new, done = list(step.new), [total - n for total, n in zip(read, step.new, strict=True)]
+        tokens = piece[:, step.start[0] : step.start[0] + new[0]]
+        heard, own = reader.config.memory_layers, self.model.config.memory_layers
+        layers = dict(zip(heard, step.hidden.chunk(len(heard), dim=-1), strict=True))
+        hidden = step.hidden if heard == own else torch.cat([layers[layer] for layer in own], dim=-1)
+        with reconfigured(self.model.hippocampus, **self.options) as config:
+            _, memory = self.model.hippocampus.step(memory, done, hidden, tokens, -step.base_log_prob, new)
+            if read[0] % config.segment_len == 0:
+                memory, _ = self.model.hippocampus.end_segment(memory, list(read), list(range(len(new))))
+        return memory
+
+    def asked(
+        self, cache: Any, memory: MemoryState, ready: list[tuple[int, Planted]], read: int, without: list[Answer]
+    ) -> list[Asked]:
+        """The questions that are due, put to the state as it would be with this memory."""
+        with reconfigured(self.model.hippocampus, **self.options) as config:
+            remembering = copy.copy(cache)
+            remembering.model, remembering.config = self.model, config
+            remembering.memory, remembering.written = memory, True
+            return ask(self.model, remembering, ready, read, without)
 
 
 @dataclass(frozen=True)
@@ -93,6 +136,7 @@ def evaluate_recall_variants(
     resamples: int = RESAMPLES,
     progress: Callable[[int, int], None] | None = None,
     command: str | None = None,
+    trained: Mapping[str, HippoFormer] | None = None,
 ) -> RecallVariantsReport:
     """Plants facts in long streams and asks each variant for them later.
 
@@ -103,56 +147,66 @@ def evaluate_recall_variants(
         seed, resamples: also of the bootstrap over questions.
         progress: called with (tokens read, tokens in all).
         command: recorded in the report.
+        trained: name -> a model with a hippocampus of its own on `model.base` (`loading.load_beside`), which may read
+            other layers and have other shapes; asked as it is, after `variants`.
 
     Raises:
-        ConfigurationError: no variant, an option that cannot differ, a number out of range, or a residual at an inner
-            layer. TextError: no text.
+        ConfigurationError: no variant, an option that cannot differ, a number out of range, a residual at an inner
+            layer, two variants of one name, or a trained one with another base or window. TextError: no text.
     """
+    trained = {} if trained is None else trained
     check_untouched(model.config)
     check_variants(variants, model.config)
+    for name, other in trained.items():
+        _check_trained(name, other, model, variants)
+    contestants = {name: _Contestant(model, options) for name, options in variants.items()}
+    contestants |= {name: _Contestant(other, {}) for name, other in trained.items()}
     examination = plan(tokenizer, documents, distances, facts, kinds, haystacks, spacing, seed)
-    cache, rows = model.new_cache(examination.rows), examination.rows
-    asked: dict[str, list[Asked]] = {name: [] for name in variants}
+    reader, rows = _reader([model, *trained.values()]), examination.rows
+    cache = reader.new_cache(rows)
+    asked: dict[str, list[Asked]] = {name: [] for name in contestants}
     with reading(model):
-        memories = {name: _empty(model, rows, options) for name, options in variants.items()}
+        memories = {name: contestant.empty(rows) for name, contestant in contestants.items()}
         for piece, read, ready in examination.pieces(model.device):
-            with model.memory_off():
-                for step in model.stream(piece, [piece.shape[1]] * rows, cache):
-                    for name, options in variants.items():
-                        memories[name] = _written(model, memories[name], options, piece, step, cache.lengths)
-            without = unaided(model, cache, ready) if ready else []
-            for name, options in variants.items() if ready else ():
-                with reconfigured(model.hippocampus, **options) as config:
-                    remembering = copy.copy(cache)
-                    remembering.config, remembering.memory, remembering.written = config, memories[name], True
-                    asked[name] += ask(model, remembering, ready, read, without)
+            with reader.memory_off():
+                for step in reader.stream(piece, [piece.shape[1]] * rows, cache):
+                    for name, contestant in contestants.items():
+                        memories[name] = contestant.written(memories[name], reader, piece, step, cache.lengths)
+            without = unaided(reader, cache, ready) if ready else []
+            for name, contestant in contestants.items() if ready else ():
+                asked[name] += contestant.asked(cache, memories[name], ready, read, without)
             if progress is not None:
                 progress(read * rows, examination.ids.numel())
+    differing = dict(variants) | {name: {"trained": other.config.name_or_path} for name, other in trained.items()}
     return RecallVariantsReport(
         model=describe(model),
         settings=examination.settings | {"resamples": resamples},
         reference=next(iter(variants)),
-        variants=_compared(variants, asked, distances, seed, resamples),
+        variants=_compared(differing, asked, distances, seed, resamples),
         provenance=provenance(seed=seed, documents=list(documents), command=command),
     )
 
 
-def _empty(model: Any, rows: int, options: Mapping[str, Any]) -> MemoryState:
-    with reconfigured(model.hippocampus, **options) as config:
-        return MemoryState.empty(rows, model.hippocampus.width, config, model.dtype, model.device)
+def _check_trained(name: str, other: HippoFormer, model: Any, variants: Mapping[str, Any]) -> None:
+    check_untouched(other.config)
+    if other.base is not model.base:
+        raise ConfigurationError(f"variant {name} has a base of its own: load it with load_beside(model, folder)")
+    if name in variants:
+        raise ConfigurationError(f"two variants are named {name}")
+    shared = ("window", "sink_tokens", "segment_len")
+    if unlike := [o for o in shared if getattr(other.config, o) != getattr(model.config, o)]:
+        raise ConfigurationError(f"variant {name} has another {', '.join(unlike)}: one reading cannot serve both")
 
 
-def _written(
-    model: Any, memory: MemoryState, options: Mapping[str, Any], piece: Any, step: Any, read: Sequence[int]
-) -> MemoryState:
-    """The memory after a step of the base, in which every row has read equally many tokens."""
-    new, done = list(step.new), [total - n for total, n in zip(read, step.new, strict=True)]
-    tokens = piece[:, step.start[0] : step.start[0] + new[0]]
-    with reconfigured(model.hippocampus, **options) as config:
-        _, memory = model.hippocampus.step(memory, done, step.hidden, tokens, -step.base_log_prob, new)
-        if read[0] % config.segment_len == 0:
-            memory, _ = model.hippocampus.end_segment(memory, list(read), list(range(len(new))))
-    return memory
+def _reader(models: Sequence[Any]) -> Any:
+    """A model that hears all layers that these hear: the first of them, if that is enough."""
+    first = models[0]
+    layers = tuple(dict.fromkeys(layer for model in models for layer in model.config.memory_layers))
+    if set(layers) <= set(first.config.memory_layers):
+        return first
+    as_it_is = {"use_lora": False, "freeze_base": False}  # adapters, where there are some, are in the base already
+    options = first.config.to_dict() | as_it_is | {"memory_layer": list(layers), "residual_readout": False}
+    return HippoFormer(HippoFormerConfig(**options), first.base)
 
 
 def _compared(

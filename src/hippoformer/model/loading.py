@@ -9,6 +9,7 @@ from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
 
+from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model import checkpoint
 from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.configuration import HippoFormerConfig
@@ -55,6 +56,32 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
     if saved is None:
         model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
     return model, tokenizer
+
+
+def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFormer:
+    """Another trained hippocampus on the base of a model, which both share: no weight of it is loaded again.
+
+    Args:
+        name: as for `load`, of a HippoFormer that was trained on the same base, left as it was.
+        options: of `HippoFormerConfig`, to change.
+
+    Raises:
+        CheckpointError: no trained hippocampus there. ConfigurationError: one that names another base, or brings
+            adapters or base weights of its own.
+    """
+    saved = saved_hippocampus(name)
+    if saved is None:
+        raise CheckpointError(f"{name} holds no {checkpoint.WEIGHTS}: expected a saved HippoFormer")
+    config = HippoFormerConfig.from_pretrained(saved)
+    if config.use_lora or not config.freeze_base:
+        raise ConfigurationError(f"{name} was saved with weights of the base, which it cannot share: load it alone")
+    if config.base_model_name != model.config.base_model_name:
+        raise ConfigurationError(
+            f"{name} was trained on {config.base_model_name}, not on {model.config.base_model_name}"
+        )
+    found = HippoFormer.from_pretrained(saved, base_model=model.base, **options)
+    found.config.name_or_path = str(name)
+    return found
 
 
 def _holds(name: str, file: str) -> bool:
