@@ -6,8 +6,9 @@
 
 Every run is small, the same steps and texts for all, so that differences mean something and absolute figures less. A
 run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. The base reads
-every text once, and puts the planted facts to all runs of a seed together. Of the runs with all three reports come `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each
-variant's nats and answers are means over its seeds, paired with those of `shipped` over the same seeds.
+every text once, and planted facts are asked of all runs of a seed together. Of the runs with all three reports come
+`results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each variant's nats and answers
+are means over its seeds, paired with those of `shipped` over the same seeds.
 """
 
 import argparse

@@ -51,12 +51,12 @@ def test_hippocampi_of_other_layers_and_shapes_answer_as_they_would_alone(tmp_pa
         tiny_load(priority_threshold=0.0, residual_readout=False, **options)[0].save_pretrained(tmp_path / name)
         trained[name] = load_beside(model, tmp_path / name)
         assert trained[name].base is model.base
-    texts = documents(1500, 900)
-    together = evaluate_recall_variants(model, tokenizer, texts, {"as it is": {}}, **FAST, trained=trained)
+    texts, asked = documents(900), {"distances": (600,), "facts": 1}
+    together = evaluate_recall_variants(model, tokenizer, texts, {"as it is": {}}, **asked, trained=trained)
     assert [variant.name for variant in together.variants] == ["as it is", "last", "both"]
     assert together.variants[1].options == {"trained": str(tmp_path / "last")}
     for variant, alone_model in zip(together.variants, [model, *trained.values()], strict=True):
-        alone = evaluate_recall(alone_model, tokenizer, texts, **FAST)
+        alone = evaluate_recall(alone_model, tokenizer, texts, **asked)
         for one, other in zip(alone.asked, variant.asked, strict=True):
             assert one.nats == pytest.approx(other.nats, abs=1e-3) and one.nats_off == pytest.approx(other.nats_off)
             assert (one.right, one.kept, one.position) == (other.right, other.kept, other.position)

@@ -1,4 +1,4 @@
-"""Exact recall of one hippocampus under different options, or of several on one base: what their parts are worth to facts.
+"""Exact recall of one hippocampus under different options, or of several on one base: what parts are worth to facts.
 
 What the base reads does not depend on the memory. It reads each stream once, with the memory off, and the episodes of
 every variant are written beside it; every question is then put to a copy of the state with each of those memories in
