@@ -239,6 +239,11 @@ def test_the_lm_loss_reaches_everything_with_a_full_store() -> None:
         assert gradients.get(name, 0.0) > 1e-7 and math.isfinite(gradients[name]), f"no gradient reaches {name}"
 
 
+def test_without_a_store_the_lm_loss_reaches_recall() -> None:
+    model = awake(fusion_dropout=0.0, buffer_size=0)
+    assert gradients_of_lm_loss(model)["recall.key_proj.weight"] > 1e-7
+
+
 def test_a_fresh_global_pathway_is_silent_and_can_learn_to_speak() -> None:
     """Random words of its own would undo what the local pathway has been taught alone."""
     gate = fresh().hippocampus.salience_gate

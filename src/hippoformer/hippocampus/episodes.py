@@ -156,7 +156,7 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     holds = take(contender, kept)
     moved = episodes.map(lambda tensor: take(tensor, index))
     moved.position[:, :n_stored].masked_fill_(~holds, -1)
-    if moved.priority.requires_grad:
+    if moved.priority.requires_grad and n_stored:  # of an empty store nobody is put out
         moved.priority = _let_gradient_reach_priority(moved.priority, moved, contender, config)
     return moved
 
