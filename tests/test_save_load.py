@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from hippoformer import HippoCache, HippoFormer
-from hippoformer.errors import CheckpointError, HippoFormerError, MemoryFileError
+import hippoformer
+from hippoformer import HippoCache, HippoFormer, HippoFormerConfig, cli
+from hippoformer.errors import CheckpointError, ConfigurationError, HippoFormerError, MemoryFileError
 from hippoformer.model import checkpoint
 from tiny import awake, same_state, state_of, text, tiny_base
+from tiny_texts import tiny_load, tiny_tokenizer
 
 LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
 
@@ -56,6 +60,40 @@ def test_a_model_comes_back_bit_for_bit(lora: bool, tmp_path: Path) -> None:
     theirs = again.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     assert not again.training
+
+
+@torch.no_grad()
+def test_merged_adapters_are_the_bases_own(tmp_path: Path) -> None:
+    model, ids = with_adapters(), text(rows=2, length=50)
+    before = model(ids).logits
+    base = model.merge_lora()
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name in base.state_dict())
+    base.save_pretrained(tmp_path / "base")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert type(exported) is type(base) and torch.equal(exported(ids).logits, base(ids).logits)
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(HippoFormer.from_pretrained(tmp_path / "whole")(ids).logits, model(ids).logits)
+    with pytest.raises(ConfigurationError, match="no adapters"):
+        model.merge_lora()
+
+
+def test_a_base_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
+    base = tiny_load()[0].base
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = HippoFormer(
+        HippoFormerConfig(base_model_name=str(tmp_path / "base"), window=64, segment_len=32, **LORA), base
+    )
+    change_adapters(model, 3, 0.3).save_pretrained(tmp_path / "saved")
+    arguments = ["export-base", "--model", str(tmp_path / "saved"), "--output", str(tmp_path / "exported")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    exported, tokenizer = hippoformer.load(tmp_path / "exported", window=64, segment_len=32)
+    ids = tokenizer("some text to read", return_tensors="pt").input_ids
+    with torch.no_grad(), model.memory_off():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert not exported.config.use_lora
 
 
 @torch.no_grad()

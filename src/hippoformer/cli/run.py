@@ -1,11 +1,13 @@
-"""`hippoformer train` and `hippoformer demo`."""
+"""`hippoformer train`, `hippoformer export-base` and `hippoformer demo`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from hippoformer.cli.app import app
+from hippoformer.cli.terminal import console
 
 # `train` hands everything on, its own --help included.
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -17,6 +19,20 @@ def train(context: typer.Context) -> None:
     from hippoformer.train import main as train_main
 
     raise typer.Exit(train_main(list(context.args)))
+
+
+@app.command("export-base")
+def export_base(
+    model: Annotated[str, typer.Option("--model", help="Saved HippoFormer with adapters: folder, hub name.")],
+    output: Annotated[Path, typer.Option(help="Folder for the base and its tokenizer.")],
+) -> None:
+    """Write the base of a HippoFormer, its adapters merged, as an ordinary model of transformers."""
+    import hippoformer
+
+    loaded, tokenizer = hippoformer.load(model)
+    loaded.merge_lora().save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    console().print(Text(f"Written to {output}. Train a hippocampus on it: --base_model {output}"), soft_wrap=True)
 
 
 @app.command("demo")

@@ -1,6 +1,7 @@
 """LoRA on the base model, by peft, injected in place so that the base keeps its class."""
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,6 +37,15 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
             parameter.data = parameter.data.float()
     if not config.freeze_base:
         base.requires_grad_(True)
+
+
+def merge_lora(base: PreTrainedModel) -> None:
+    """Adds what the adapters do to the weights that they stand beside, and takes the adapters away."""
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True)
+            parent, _, own_name = name.rpartition(".")
+            setattr(base.get_submodule(parent), own_name, layer.get_base_layer())
 
 
 def lora_state(base: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

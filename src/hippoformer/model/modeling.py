@@ -20,7 +20,7 @@ from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model import checkpoint
-from hippoformer.model.adapters import add_lora
+from hippoformer.model.adapters import add_lora, merge_lora
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig
@@ -422,6 +422,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         `checkpoint.load`.
         """
         return checkpoint.load(cls, name_or_path, base_model, **options)
+
+    def merge_lora(self) -> PreTrainedModel:
+        """Makes the adapters part of the base's weights; the model reads on as before, and is saved with its own base.
+
+        Returns:
+            The base, an ordinary model of transformers: save it, and train a hippocampus on it with its weights frozen.
+
+        Raises:
+            ConfigurationError: no adapters.
+        """
+        if not self.config.use_lora:
+            raise ConfigurationError("this model has no adapters to merge: use_lora is False")
+        merge_lora(self.base)
+        self.config.use_lora = self.config.freeze_base = False
+        return self.base
 
     def get_num_trainable_params(self) -> int:
         """Number of parameters that training changes."""
