@@ -282,6 +282,12 @@ def test_a_run_can_go_on_from_a_saved_hippocampus(
             torch.testing.assert_close(saved[1][name], tensor, rtol=0.0, atol=1e-6)
     assert main([*arguments(folder, "third", *more), "--set", "segment_len=6", "recall_n_heads=8"]) == 2
     assert "does not fit" in capsys.readouterr().err
+    words = arguments(folder, "fourth", *more, "--learning_rate", "1e-12", "--seed", "5")
+    assert main([*words[: words.index("--set")], "--set", "decay_rate=0.7"]) == 0, (
+        "shapes and segments are those of the first"
+    )
+    went_on, before = (json.loads((path / "config.json").read_text()) for path in (folder / "fourth", first))
+    assert {name for name in before if went_on[name] != before[name]} == {"decay_rate", "seed", "learning_rate"}
 
 
 def test_with_the_memory_off_the_base_learns_alone(folder: Path) -> None:

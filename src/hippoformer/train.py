@@ -119,9 +119,8 @@ def _model(arguments: TrainArguments) -> HippoFormer:
         "lora_alpha": arguments.lora_alpha,
         "learning_rate": rate,
     }
-    known_hippocampus = arguments.hippocampus and (shipped_hippocampus(arguments.hippocampus) or arguments.hippocampus)
-    carried = known_hippocampus if arguments.memory_off else None
-    if carried is None:
+    given = arguments.hippocampus and (shipped_hippocampus(arguments.hippocampus) or arguments.hippocampus)
+    if not (given and arguments.memory_off):  # one that is only carried along stays as it is
         options["seed"] = arguments.seed
     sizes = {"window": arguments.window, "buffer_size": arguments.buffer_size}
     options |= {name: value for name, value in sizes.items() if value is not None}
@@ -138,13 +137,13 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
     if arguments.dtype is None:
         base = in_computing_dtype(base)
-    if carried is not None:
-        config = HippoFormerConfig.from_pretrained(carried, **(options | extra))  # type: ignore[arg-type]
+    if given:
+        config = HippoFormerConfig.from_pretrained(given, **(options | extra))  # type: ignore[arg-type]
     else:
         config = HippoFormerConfig(**(options | extra))  # type: ignore[arg-type]
     model = HippoFormer(config, base)
-    if known_hippocampus is not None:
-        load_hippocampus(model, known_hippocampus)
+    if given:
+        load_hippocampus(model, given)
     return model
 
 

@@ -64,12 +64,8 @@ class TrainArguments:
         default=False,
         metadata={"help": "train LoRA or the base alone, by its own loss; --hippocampus is carried along untouched"},
     )
-    window: int | None = field(
-        default=None, metadata={"help": "default 512; with --memory_off as --hippocampus has it"}
-    )
-    buffer_size: int | None = field(
-        default=None, metadata={"help": "default 2048; with --memory_off as --hippocampus has it"}
-    )
+    window: int | None = field(default=None, metadata={"help": "default 512, or what --hippocampus has"})
+    buffer_size: int | None = field(default=None, metadata={"help": "default 2048, or what --hippocampus has"})
     set: list[str] = field(
         default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"}
     )
