@@ -1,12 +1,15 @@
 """Stories hidden in books: order and length, what each condition reads, the report, the commands."""
 
+import io
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import hippoformer
@@ -252,6 +255,18 @@ def test_how_much_of_what_is_needed_is_stored(tmp_path: Path) -> None:
     short, long = (report.cells()[place]["stored"] for place in (0, 3))
     assert {told.stored for told in report.asked if told.tokens_read < 40} <= {1.0}
     assert 0.0 <= long < 0.5 < short <= 1.0
+
+
+def test_how_much_of_what_is_needed_is_read_again(tmp_path: Path) -> None:
+    """All of it where there is room for the whole text, and no more than what is stored where little is."""
+    model, tokenizer = loud(buffer_size=1024), tiny_tokenizer()
+    asked = partial(evaluate_babilong, model, tokenizer, BOOKS, ("qa1",), (600,), 3, data_dir=babi(tmp_path))
+    assert {told.reread for told in asked(reread_tokens=700).asked} == {1.0}
+    assert {told.reread for told in asked(reread_tokens=0).asked} == {None}
+    assert asked(reread_tokens=3).cells()[0]["reread"] < 0.5
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(asked(reread_tokens=700).to_table())
+    assert "brought back" in shown.getvalue() and "100%" in shown.getvalue()
 
 
 def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,7 @@ def test_passages_are_text_that_was_read() -> None:
     assert told.shape == mask.shape and 3 <= told.shape[1] <= 12
     for row in range(2):
         own = told[row][mask[row] == 1].tolist()
+        assert own == ids[row, cache.places(ids[:, 20:22], n_tokens=12, span=2)[row]].tolist()
         stored = {episode.token for episode in cache.episodes(row)}
         assert set(own) <= stored and {int(ids[row, 20]), int(ids[row, 21])} & stored <= set(own)
     unknown = torch.tensor([[VOCAB - 1]]).expand(2, 1)

@@ -21,7 +21,7 @@ from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.examination import answer_nats, answers
-from hippoformer.evaluation.generation import decoded, first_line, read_texts, reminded
+from hippoformer.evaluation.generation import decoded, first_line, left_padded, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
@@ -56,6 +56,7 @@ class Told:
 
     Attributes:
         name: of the question. task, length: the cell it belongs to. tokens_read: before the question.
+        reread: share of these tokens that are read again; None without that condition too.
         right: condition -> every token decoded is that of the answer, or the reply ends in it.
         stored: share of the tokens that the answer follows from that memory and window hold; None
             where the data does not say which these are.
@@ -67,6 +68,7 @@ class Told:
     length: int
     tokens_read: int
     stored: float | None
+    reread: float | None
     right: dict[str, bool]
     said: dict[str, str]
     nats: dict[str, float]
@@ -89,15 +91,18 @@ class BabilongReport(Report):
     provenance: dict[str, Any]
 
     def cells(self) -> list[dict[str, Any]]:
-        """Per task, length and condition: cases, tokens read on average, share right with its interval, nats."""
+        """Per task, length and condition: cases, tokens read on average, what of the needed is stored and read again,
+        share right with its interval, nats.
+        """
         found = []
         for task in self.settings["tasks"]:
             for length in self.settings["lengths"]:
                 of = [told for told in self.asked if (told.task, told.length) == (task, length)]
                 shared: dict[str, Any] = {"task": task, "length": length, "cases": len(of)}
                 shared["tokens_read"] = sum(told.tokens_read for told in of) / len(of)
-                stored = [told.stored for told in of if told.stored is not None]
-                shared["stored"] = sum(stored) / len(stored) if stored else None
+                for name in ("stored", "reread"):
+                    known = [part for told in of if (part := getattr(told, name)) is not None]
+                    shared[name] = sum(known) / len(known) if known else None
                 for condition in self.conditions:
                     right, low, high = share([told.right[condition] for told in of])
                     nats = sum(told.nats[condition] for told in of) / len(of)
@@ -113,18 +118,19 @@ class BabilongReport(Report):
     def to_table(self) -> Table:
         """One line a task and length, for a terminal."""
         caption = (
-            f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; windows: the base alone; stored: of what is needed"
+            f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; windows: the base alone; stored, brought back: "
+            "of what is needed"
         )
         table = Table(title=Text(f"Hidden stories, {self.model['base_model_name']}"), caption=Text(caption))
         table.add_column("task")
-        for heading in ("tokens", "cases", "stored", *self.conditions):
+        for heading in ("tokens", "cases", "stored", "brought back", *self.conditions):
             table.add_column(heading, justify="right")
         cells = self.cells()
         for first in range(0, len(cells), len(self.conditions)):
             row = cells[first : first + len(self.conditions)]
             shown = [Text(with_range("{:.0%}", cell["right"], cell["low"], cell["high"])) for cell in row]
-            stored = "-" if row[0]["stored"] is None else f"{row[0]['stored']:.0%}"
-            table.add_row(row[0]["task"], f"{row[0]['length']:,}", str(row[0]["cases"]), stored, *shown)
+            parts = ["-" if row[0][name] is None else f"{row[0][name]:.0%}" for name in ("stored", "reread")]
+            table.add_row(row[0]["task"], f"{row[0]['length']:,}", str(row[0]["cases"]), *parts, *shown)
         return table
 
 
@@ -269,11 +275,15 @@ def _asked(
     cache = read_texts(model, [case.text for case in batch])
     positions = cache.memory.episodes.position.tolist()
     stored = [_part_of(case.needed, held) for case, held in zip(batch, positions, strict=True)]
+    reread: list[float | None] = [None] * len(batch)
     found = {"memory": put(model, cache.copy())}
     with model.memory_off():
         found["off"] = put(model, cache.copy())
         if reread_tokens:
-            found["reread"] = put(model, reminded(cache, [case.cue for case in batch], reread_tokens))
+            cues = [case.cue for case in batch]
+            again = cache.places(*left_padded(cues, model.device), n_tokens=reread_tokens)
+            reread = [_part_of(case.needed, places) for case, places in zip(batch, again, strict=True)]
+            found["reread"] = put(model, reminded(cache, cues, reread_tokens))
     for name, view in views.items():
         held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
         with view.memory_off():
@@ -285,6 +295,7 @@ def _asked(
             length=case.length,
             tokens_read=len(case.text),
             stored=stored[row],
+            reread=reread[row],
             right={name: of[row][1] for name, of in found.items()},
             said={name: of[row][0] for name, of in found.items()},
             nats={name: of[row][2] for name, of in found.items()},

@@ -166,6 +166,14 @@ class HippoCache(WindowCache):
 
         return passages(self, cue_ids, attention_mask, n_tokens, span)
 
+    def places(
+        self, cue_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256, span: int = 6
+    ) -> list[list[int]]:
+        """Where each row read the tokens of `passages`, counted from the beginning of its own text."""
+        from hippoformer.model.rereading import places
+
+        return places(self, cue_ids, attention_mask, n_tokens, span)
+
     def reminded_of(self, cue_ids: Tensor, attention_mask: Tensor | None = None, **options: int) -> "HippoCache":
         """A copy that has read again what it remembers of a cue, and in which the cue can be read next.
 
