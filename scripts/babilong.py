@@ -3,8 +3,9 @@
     python scripts/babilong.py                 # about an hour and a half on two CPU cores
 
 Stories of bAbI's training files in training novels, at most 400 tokens of each, teach LoRA to say first what was told
-and then the answer; the shipped hippocampus is carried along untouched. Then official test questions are asked in test
-novels, up to 64,000 tokens long: `results/babilong*_test.json`. What is already there is not made again.
+and then the answer. On the base that has learned this, the shipped hippocampus learns from other stories, some of them
+longer than the window, when to speak and when to leave the reply to the base. Then official test questions are asked in
+test novels, up to 64,000 tokens long: `results/babilong*_test.json`. What is already there is not made again.
 """
 
 import json
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS, TRAINED, RESULTS = Path("runs"), Path("runs/babi"), Path("results")
+RUNS, RESULTS = Path("runs"), Path("results")
+ADAPTED, BASE, TRAINED = RUNS / "babi", RUNS / "babi-base", RUNS / "babi-memory"
 TRAINING, TEST = "data/public-domain-novels/train", "data/public-domain-novels/test"
 SHIPPED = "smollm2-135m"
-# Task, tokens of its texts, seed of the draw, and how many of the shorter texts are learned.
+# For LoRA: task, tokens of its texts, seed of the draw, and how many of the shorter texts are learned.
 LEARNED = (("10k-qa1", "0,100,400", 1, 380), ("10k-qa2", "0,300", 2, 150))
 LONGEST = 1_000  # characters
+# For the hippocampus: task, tokens, seed, and how many are drawn of each length; all are learned.
+REMEMBERED = (("10k-qa1", "0,200", 11, 60), ("10k-qa2", "0,300", 12, 30), ("10k-qa1", "1100", 13, 40))
 # As many episodes as reach back 128,000 tokens.
 MEMORY = ("--buffer-size", "16384", "--decay-rate", "0.99975")
 # As many as a text of 64,000 tokens has: what is wrong then is not the choice of what to keep.
@@ -43,28 +47,42 @@ def _call(*command: Any) -> None:
     subprocess.run([sys.executable, "-m", "hippoformer.cli", *map(str, command)], cwd=ROOT, check=True)
 
 
-def stories() -> Path:
-    """The questions that are learned, one file."""
-    made, learned = RUNS / "stories.jsonl", []
+def _drawn(task: str, lengths: str, seed: int, samples: int) -> list[str]:
+    """Lines of questions about stories of training files in training novels."""
+    file = RUNS / f"{task}-{seed}.jsonl"
+    options = ("--task", task, "--lengths", lengths, "--samples", samples, "--seed", seed)
+    _call("hide-stories", "--text", TRAINING, "--reasons", *options, "--output", file)
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()
+
+
+def _written(lines: list[str], file: Path) -> Path:
+    (ROOT / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def adapt() -> None:
+    """LoRA learns the answers alone; then a base that has learned them is written."""
+    learned = []
     for task, lengths, seed, number in LEARNED:
-        file = RUNS / f"{task}.jsonl"
-        drawn = ("--task", task, "--lengths", lengths, "--samples", 200, "--seed", seed)
-        _call("hide-stories", "--text", TRAINING, "--reasons", *drawn, "--output", file)
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        short = [line for line in lines if len(json.loads(line)["context"]) < LONGEST]
+        short = [s for s in _drawn(task, lengths, seed, 200) if len(json.loads(s)["context"]) < LONGEST]
         random.Random(0).shuffle(short)
         learned += short[:number]
     random.Random(1).shuffle(learned)
-    (ROOT / made).write_text("".join(f"{line}\n" for line in learned), encoding="utf-8")
-    return made
-
-
-def train(questions: Path) -> None:
-    """LoRA on the answers alone."""
+    questions = _written(learned, RUNS / "stories.jsonl")
     size = ("--num_epochs", 1, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
     rate = ("--lora_r", 16, "--learning_rate", "1e-2", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    carried = ("--memory_off", "--hippocampus", SHIPPED)
-    _call("train", "--questions", questions, *carried, *size, *rate, "--output_dir", TRAINED)
+    _call("train", "--questions", questions, "--memory_off", *size, *rate, "--output_dir", ADAPTED)
+    _call("export-base", "--model", ADAPTED, "--output", BASE)
+
+
+def train() -> None:
+    """The shipped hippocampus goes on with questions, on the base that answers them; its gate stays as it is."""
+    questions = _written([line for of in REMEMBERED for line in _drawn(*of)], RUNS / "remembered.jsonl")
+    size = ("--num_epochs", 4, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
+    rate = ("--learning_rate", "5e-4", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
+    recall_alone = ("--recall_share", "1.0", "--credit_documents", 0, "--cache_dir", "hidden_states")
+    base = ("--base_model", BASE, "--hippocampus", SHIPPED)
+    _call("train", *base, "--questions", questions, *size, *rate, *recall_alone, "--output_dir", TRAINED)
 
 
 def ask(file: str, tasks: str, lengths: str, cases: str, memory: tuple[str, ...]) -> None:
@@ -78,8 +96,9 @@ def main() -> int:
     """Makes what is missing; the exit status of the first command that fails."""
     (ROOT / RUNS).mkdir(exist_ok=True)
     try:
-        if not (ROOT / TRAINED / "config.json").is_file():
-            train(stories())
+        for folder, make in ((BASE, adapt), (TRAINED, train)):
+            if not (ROOT / folder / "config.json").is_file():
+                make()
         for report in REPORTS:
             if not (ROOT / RESULTS / report[0]).is_file():
                 ask(*report)

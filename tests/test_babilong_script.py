@@ -48,19 +48,25 @@ def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[lis
         assert line[1:3] == ["-m", "hippoformer.cli"]
         if line[3] == "train":
             arguments = parse(line[4:])
-            assert arguments.memory_off and arguments.questions == ["runs/stories.jsonl"]
-            assert shipped_hippocampus(arguments.hippocampus) is not None
+            if arguments.memory_off:
+                assert arguments.questions == ["runs/stories.jsonl"] and arguments.lora_r == 16
+            else:
+                assert arguments.questions == ["runs/remembered.jsonl"] and arguments.base_model == "runs/babi-base"
+                assert shipped_hippocampus(arguments.hippocampus) is not None and arguments.recall_share == 1.0
             continue
         command = root.commands["eval"].commands[line[4]] if line[3] == "eval" else root.commands[line[3]]
         assert {word for word in line if word.startswith("--")} <= {o for p in command.params for o in p.opts}
-    assert [line[3] for line in ran[:-1]] == ["hide-stories", "hide-stories", "train", *["eval"] * 4]
+    adapts, learns = [*["hide-stories"] * 2, "train", "export-base"], [*["hide-stories"] * 3, "train"]
+    assert [line[3] for line in ran[:-1]] == [*adapts, *learns, *["eval"] * 4]
+    assert all("runs/babi-memory" in line for line in ran[-5:-1])
     assert ran[-1][-1] == "scripts/readme_results.py"
 
 
 def test_short_stories_of_both_tasks_are_learned(script: ModuleType, ran: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    rows = [json.loads(line) for line in (tmp_path / script.stories()).read_text().splitlines()]
-    assert len(ran) == 2 and len(rows) == 380 + 150
+    script.adapt()
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "stories.jsonl").read_text().splitlines()]
+    assert len(ran) == 4 and len(rows) == 380 + 150
     assert max(len(row["context"]) for row in rows) < 1_000
     assert sum("football" in row["context"] for row in rows) == 150
     assert any("football" in row["context"] for row in rows[:50]), "shuffled"
@@ -69,7 +75,7 @@ def test_short_stories_of_both_tasks_are_learned(script: ModuleType, ran: list[l
 def test_what_is_there_is_not_made_again(
     script: ModuleType, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for made in ("runs/babi/config.json", "results/babilong_test.json"):
+    for made in ("runs/babi-base/config.json", "runs/babi-memory/config.json", "results/babilong_test.json"):
         (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / made).write_text("{}")
     assert script.main() == 0
