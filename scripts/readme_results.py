@@ -66,7 +66,9 @@ PERPLEXITY_HEADINGS = (
 RECALL_HEADINGS = ("report", "fact", "tokens ago", "cases", "right", "right, memory off", "answer still stored")
 VARIANTS_HEADINGS = ("report", "variant", "token perplexity", "against the base", "against the first", "memory")
 RECALL_VARIANTS_HEADINGS = ("report", "variant", "tokens ago", "cases", "right", "against the first, points")
-BABILONG_HEADINGS = ("report", "task", "tokens", "reading", "cases", "right", "nats")
+BABILONG_HEADINGS = (
+    "report", "task", "tokens", "reading", "cases", "right", "nats", "needed: stored", "needed: read again"
+)  # fmt: skip
 COMPARISON_HEADINGS = ("report", "who", "state per row", "token perplexity", "bits/byte", "bits against the first")
 SPEED_HEADINGS = ("report", "measured", "value", "reference", "ratio", "tokens")
 
@@ -155,6 +157,7 @@ def _babilong_rows(name: str, report: Content) -> list[list[str]]:
             str(cell["cases"]),
             _right(cell),
             f"{cell['nats']:.2f}",
+            *("" if cell.get(part) is None else f"{100 * cell[part]:.0f} %" for part in ("stored", "reread")),
         ]
         for cell in report["cells"]
     ]
