@@ -76,7 +76,7 @@ def adapt() -> None:
 
 
 def train() -> None:
-    """The shipped hippocampus goes on with questions, on the base that answers them; its gate stays as it is."""
+    """The shipped hippocampus goes on with questions, on the base that answers them."""
     questions = _written([line for of in REMEMBERED for line in _drawn(*of)], RUNS / "remembered.jsonl")
     size = ("--num_epochs", 4, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
     rate = ("--learning_rate", "5e-4", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
