@@ -29,12 +29,14 @@ REMEMBERED = (("10k-qa1", "0,200", 11, 60), ("10k-qa2", "0,300", 12, 30), ("10k-
 MEMORY = ("--buffer-size", "16384", "--decay-rate", "0.99975")
 # As many as a text of 64,000 tokens has: what is wrong then is not the choice of what to keep.
 EVERYTHING = ("--buffer-size", "65536", "--decay-rate", "0.99994")
-# The longer a text, the fewer questions: file, tasks, lengths, cases, memory.
+WINDOW = ("--windows", "4608")
+# The longer a text, the fewer questions: file, model, tasks, lengths, cases, memory, and longer windows of the base.
 REPORTS = (
-    ("babilong_test.json", "qa1,qa2", "0,1000,4000", "10,10,6", MEMORY),
-    ("babilong_16k_test.json", "qa1", "16000", "5", MEMORY),
-    ("babilong_64k_test.json", "qa1", "64000", "3", MEMORY),
-    ("babilong_64k_all_test.json", "qa1", "64000", "3", EVERYTHING),
+    ("babilong_test.json", ADAPTED, "qa1,qa2", "0,1000,4000", "10,10,6", MEMORY, WINDOW),
+    ("babilong_16k_test.json", ADAPTED, "qa1", "16000", "5", MEMORY, WINDOW),
+    ("babilong_64k_test.json", ADAPTED, "qa1", "64000", "3", MEMORY, WINDOW),
+    ("babilong_64k_all_test.json", ADAPTED, "qa1", "64000", "3", EVERYTHING, WINDOW),
+    ("babilong_memory_test.json", TRAINED, "qa1", "0,1000,4000", "10,10,6", MEMORY, ()),
 )
 
 
@@ -71,7 +73,8 @@ def adapt() -> None:
     questions = _written(learned, RUNS / "stories.jsonl")
     size = ("--num_epochs", 1, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
     rate = ("--lora_r", 16, "--learning_rate", "1e-2", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    _call("train", "--questions", questions, "--memory_off", *size, *rate, "--output_dir", ADAPTED)
+    carried = ("--memory_off", "--hippocampus", SHIPPED)
+    _call("train", "--questions", questions, *carried, *size, *rate, "--output_dir", ADAPTED)
     _call("export-base", "--model", ADAPTED, "--output", BASE)
 
 
@@ -85,11 +88,13 @@ def train() -> None:
     _call("train", *base, "--questions", questions, *size, *rate, *recall_alone, "--output_dir", TRAINED)
 
 
-def ask(file: str, tasks: str, lengths: str, cases: str, memory: tuple[str, ...]) -> None:
+def ask(
+    file: str, model: Path, tasks: str, lengths: str, cases: str, memory: tuple[str, ...], windows: tuple[str, ...]
+) -> None:
     """One table of results."""
     cells = ("--tasks", tasks, "--lengths", lengths, "--cases", cases)
-    asked = (*cells, "--windows", "4608", "--reply-tokens", 32, "--output", RESULTS / file)
-    _call("eval", "babilong", "--model", TRAINED, *memory, "--text", TEST, *asked)
+    asked = (*cells, *windows, "--reply-tokens", 32, "--output", RESULTS / file)
+    _call("eval", "babilong", "--model", model, *memory, "--text", TEST, *asked)
 
 
 def main() -> int:
