@@ -4,13 +4,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from typer.main import get_command
 
+from hippoformer import cli
 from hippoformer.errors import ConfigurationError
 from hippoformer.training import processes
 from hippoformer.training.arguments import parse
@@ -41,6 +44,10 @@ def test_every_training_command_is_accepted(command: list[str]) -> None:
         assert launch.module and launch.training_script == "hippoformer.train"
         assert Path(launch.config_file) in [file.relative_to(ROOT) for file in CONFIGS]
         rest = launch.training_script_args
+    elif command[:2] == ["hippoformer", "export-base"]:
+        export: Any = get_command(cli.app).commands["export-base"]  # type: ignore[attr-defined]
+        assert set(export.make_context("export-base", command[2:]).params) == {"model", "output"}
+        return
     else:
         assert command[:2] == ["hippoformer", "train"]
         rest = command[2:]
