@@ -6,7 +6,7 @@
 
 Every run is small, the same steps and texts for all, so that differences mean something and absolute figures less. A
 run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. The base reads
-every text once, and planted facts are asked of all runs of a seed together. Of the runs with all three reports come
+every text once, and planted facts are asked of all runs of a seed together. Of these reports come
 `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each variant's nats and answers
 are means over its seeds, paired with those of `shipped` over the same seeds.
 """
@@ -180,16 +180,15 @@ def read_all_layers() -> int:
 
 
 def collect(runs: Iterable[Run]) -> None:
-    """Writes the three files of results from all runs that are measured, if `shipped` is among them."""
-    seeds: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.measured():
-            seeds.setdefault(run.variant.name, []).append(run)
-    if "shipped" not in seeds:
-        return
+    """Writes each of the three files of results from the runs that have its report, if `shipped` is among them."""
+    runs = list(runs)
     for name, combined in (("novels", perplexities), ("articles", perplexities), ("recall", answers)):
-        loaded = {variant: [_load(run, name) for run in of] for variant, of in seeds.items()}
-        write_json(ROOT / RESULTS / f"retrained_{name}.json", combined(loaded, _shared(loaded["shipped"])))
+        loaded: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            if not run.lacks(name):
+                loaded.setdefault(run.variant.name, []).append(_load(run, name))
+        if "shipped" in loaded:
+            write_json(ROOT / RESULTS / f"retrained_{name}.json", combined(loaded, _shared(loaded["shipped"])))
 
 
 def _load(run: Run, name: str) -> dict[str, Any]:
