@@ -225,7 +225,7 @@ def test_a_report_of_the_package_is_understood(script: ModuleType, tmp_path: Pat
         tmp_path / "asked.json"
     )
     said, nats = {"memory": "garden", "off": "it"}, {"memory": 0.5, "off": 2.0}
-    told = [Told(f"q{i}", "qa1", 4000, 4010, 1.0, {"memory": i < 3, "off": False}, said, nats) for i in range(4)]
+    told = [Told(f"q{i}", "qa1", 4000, 4010, 1.0, 0.5, {"memory": i < 3, "off": False}, said, nats) for i in range(4)]
     settings = {"tasks": ["qa1"], "lengths": [4000]}
     BabilongReport(describe(model), settings, ("memory", "off"), tuple(told), report.provenance).save(
         tmp_path / "hidden.json"
