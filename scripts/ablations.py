@@ -149,7 +149,7 @@ def make(run: Run) -> int:
     for name, command in run.reports().items():
         if run.lacks(name):
             commands.append([*command, "--output", run.report(name).as_posix()])
-    return _call_all(commands)
+    return next((status for command in commands if (status := _call(command))), 0)
 
 
 def ask(runs: Sequence[Run]) -> int:
@@ -164,10 +164,6 @@ def ask(runs: Sequence[Run]) -> int:
     for run, variant in zip(runs, report["variants"], strict=True):
         write_json(ROOT / run.report("recall"), report | {"reference": run.folder.name, "variants": [variant]})
     return 0
-
-
-def _call_all(commands: Iterable[list[str]]) -> int:
-    return next((status for command in commands if (status := _call(command))), 0)
 
 
 def _call(command: list[str]) -> int:
