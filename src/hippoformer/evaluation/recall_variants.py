@@ -75,7 +75,7 @@ class _Contestant:
         layers = dict(zip(heard, step.hidden.chunk(len(heard), dim=-1), strict=True))
         hidden = step.hidden if heard == own else torch.cat([layers[layer] for layer in own], dim=-1)
         with reconfigured(self.model.hippocampus, **self.options) as config:
-            _, memory = self.model.hippocampus.step(memory, done, hidden, tokens, -step.base_log_prob, new)
+            _, memory = self.model.hippocampus.step(memory, done, hidden, tokens, -step.prior_log_prob, new)
             if read[0] % config.segment_len == 0:
                 memory, _ = self.model.hippocampus.end_segment(memory, list(read), list(range(len(new))))
         return memory

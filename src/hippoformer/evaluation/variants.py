@@ -39,6 +39,8 @@ _FIXED = (
     "salience_min_duration",
     "salience_hidden_size",
     "residual_readout",
+    "marginal_weight",
+    "marginal_prior",
 )
 
 # What each mechanism is worth, without training anything again; the first is the model as it is.

@@ -19,6 +19,7 @@ from torch.nn.functional import layer_norm
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.fusion import Fusion
+from hippoformer.hippocampus.marginals import Marginals
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import ReplayReport, consolidate
 from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row
@@ -70,6 +71,7 @@ class MemoryState:
         vote: of the last query.
         last_hidden: (R, n D) hidden state of the last token read.
         recent_salience: (R, salience_min_duration - 1) unsmoothed salience logits of the last transitions.
+        marginals: of all that was read; the base's predictions move by them, whoever reads with it keeps them.
         stored_bound: no row has more stored episodes than this, known without asking the device.
     """
 
@@ -77,6 +79,7 @@ class MemoryState:
     vote: Vote
     last_hidden: Tensor
     recent_salience: Tensor
+    marginals: Marginals
     stored_bound: int = 0
 
     @classmethod
@@ -90,12 +93,15 @@ class MemoryState:
             Vote.none(rows, episodes.position.shape[1], device),
             torch.zeros(rows, width, dtype=dtype, device=device),
             torch.zeros(rows, config.salience_min_duration - 1, device=device),
+            Marginals.empty(rows, config, device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, flat."""
         carried = {"last_hidden": self.last_hidden, "recent_salience": self.recent_salience}
-        return self.episodes.tensors() | {f"vote_{k}": v for k, v in self.vote.tensors().items()} | carried
+        carried |= {f"vote_{name}": tensor for name, tensor in self.vote.tensors().items()}
+        carried |= {f"marginal_{name}": tensor for name, tensor in self.marginals.tensors().items()}
+        return self.episodes.tensors() | carried
 
     def map(self, function) -> "MemoryState":  # type: ignore[no-untyped-def]
         """A new state with `function` applied to every tensor."""
@@ -105,6 +111,7 @@ class MemoryState:
             vote=Vote(**{name: function(tensor) for name, tensor in self.vote.tensors().items()}),
             last_hidden=function(self.last_hidden),
             recent_salience=function(self.recent_salience),
+            marginals=Marginals(**{name: function(tensor) for name, tensor in self.marginals.tensors().items()}),
         )
 
     def with_tensors(self, tensors: dict[str, Tensor], stored_bound: int) -> "MemoryState":
@@ -114,6 +121,7 @@ class MemoryState:
             Vote(**{name: tensors[f"vote_{name}"] for name in self.vote.tensors()}),
             tensors["last_hidden"],
             tensors["recent_salience"],
+            Marginals(**{name: tensors[f"marginal_{name}"] for name in self.marginals.tensors()}),
             stored_bound,
         )
 

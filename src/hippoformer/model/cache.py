@@ -193,7 +193,7 @@ class HippoCache(WindowCache):
         self.frozen = frozen
 
     def adopt_memory(self, other: "HippoCache") -> None:
-        """Replaces the store by that of another cache of the same model; the window and working episodes stay.
+        """Replaces store and marginals by those of another cache of the same model; window and working episodes stay.
 
         Args:
             other: of the same number of rows, or of one row that every row here gets.
@@ -210,6 +210,8 @@ class HippoCache(WindowCache):
         for name, tensor in mine.items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
         mine["recalled"][:, : self.config.buffer_size] = 0.0  # by a query of another text
+        for name, tensor in self.memory.marginals.tensors().items():
+            tensor[:] = other.memory.marginals.tensors()[name]
         self.memory.stored_bound = other.memory.stored_bound
         self.written = self.written or other.written
 

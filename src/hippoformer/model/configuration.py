@@ -65,6 +65,11 @@ class HippoFormerConfig(PreTrainedConfig):
             this times log(m / 3): what was told last is what is recalled. 0: all count the same.
         residual_readout, distribution_readout: the two ways recall changes a prediction.
         fusion_dropout: dropout on the residual read-out in training.
+    Marginals:
+        marginal_weight: how far the base's predictions follow how often each token came in the text so far, against
+            how often the base expected it; 1 all the way, 0 switches it off. Without the residual read-out only. Three
+            numbers of each row for every token of the vocabulary. See `hippocampus.marginals`.
+        marginal_prior: tokens that are believed to have come as expected before the first is counted.
     Drift calibrator:
         n_anchors, anchor_len: number and tokens of the probe inputs.
         drift_threshold: drift, relative to the anchors' own spread, above which a loaded memory is mapped.
@@ -129,6 +134,8 @@ class HippoFormerConfig(PreTrainedConfig):
         distribution_readout: bool = True,
         fusion_n_heads: int | None = None,
         fusion_dropout: float = 0.1,
+        marginal_weight: float = 0.0,
+        marginal_prior: float = 2.0,
         n_anchors: int = 64,
         anchor_len: int = 16,
         drift_threshold: float = 0.3,
@@ -193,6 +200,8 @@ class HippoFormerConfig(PreTrainedConfig):
         self.residual_readout = residual_readout
         self.distribution_readout = distribution_readout
         self.fusion_dropout = fusion_dropout
+        self.marginal_weight = marginal_weight
+        self.marginal_prior = marginal_prior
         self.n_anchors = n_anchors
         self.anchor_len = anchor_len
         self.drift_threshold = drift_threshold
@@ -277,6 +286,9 @@ class HippoFormerConfig(PreTrainedConfig):
             "0 <= match_power <= 10": 0 <= self.match_power <= 10,
             "match_characters == 0 or >= 1": self.match_characters == 0 or self.match_characters >= 1,
             "match_recency >= 0": self.match_recency >= 0,
+            "0 <= marginal_weight <= 1": 0 <= self.marginal_weight <= 1,
+            "marginal_prior > 0": self.marginal_prior > 0,
+            "residual_readout=False with a marginal_weight": not (self.marginal_weight and self.residual_readout),
             "n_anchors >= 1 and anchor_len >= 2": self.n_anchors >= 1 and self.anchor_len >= 2,
             "0 <= drift_update_momentum < 1": 0 <= self.drift_update_momentum < 1,
         }

@@ -111,6 +111,10 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         differing = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in ours if ours[n] != other.get(n))
         raise MemoryFileError(f"{path} was written by a model of another shape: {differing}; load that model")
     cache = model.new_cache(len(counters["lengths"]))
+    for name, tensor in cache.memory.marginals.tensors().items():
+        written = tensors.get(f"memory.marginal_{name}")
+        if written is None or 0 in (written.numel(), tensor.numel()):  # one of both keeps none: they begin anew
+            tensors[f"memory.marginal_{name}"] = tensor
     _check_tensors(tensors, cache, str(path))
     unchanged = mine == theirs
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}

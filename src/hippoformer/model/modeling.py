@@ -8,6 +8,7 @@ stream.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
         self.window = window
         self.generation_config = base_model.generation_config
-        self._memory_on = True
+        self._memory_on = self._marginals_on = True
         self.eval()
 
     # ---------------------------------------------------------------- state
@@ -86,6 +87,16 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @contextmanager
     def memory_off(self) -> Iterator[None]:
         """Within it the model is exactly its base with the same window and sinks: nothing is recalled or stored."""
+        before, self._marginals_on = self._marginals_on, False
+        try:
+            with self.episodes_off():
+                yield
+        finally:
+            self._marginals_on = before
+
+    @contextmanager
+    def episodes_off(self) -> Iterator[None]:
+        """Within it nothing is recalled or stored; marginals, where they are kept, go on moving the predictions."""
         before, self._memory_on = self._memory_on, False
         try:
             yield
@@ -130,12 +141,13 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         # A row's very first token is predicted by nothing.
         predicted = (column_of(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
         found: StepOutput | None = None
-        untouched = base_log_prob = memory.last_hidden
+        untouched = prior_log_prob = memory.last_hidden
+        base_log_prob: Tensor | None = None
 
         def recall(hidden: Tensor, log_prob: Tensor) -> Tensor:
             """Hands untouched hidden states to the hippocampus; returns them as recall leaves them."""
-            nonlocal found, untouched, base_log_prob
-            untouched, base_log_prob = hidden, log_prob
+            nonlocal found, untouched, prior_log_prob
+            untouched, prior_log_prob = hidden, log_prob
             if not torch.isfinite(hidden).all():
                 raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
             if not self._memory_on:
@@ -160,7 +172,11 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             with self.window.tapped() as states:
                 hidden = self.window.read(cache, ids, done, new)
             last = memory.last_hidden if layers == (-1,) else cache.last_output
-            log_prob = self._target_log_prob(last, hidden, ids, predicted)
+            if memory.marginals.are_kept and self._marginals_on:
+                base_log_prob, log_prob = self._moved_log_prob(last, hidden, ids, predicted, new, cache)
+                memory = cache.memory
+            else:
+                log_prob = self._target_log_prob(last, hidden, ids, predicted)
             source = states(hidden)
             touched = recall(source, log_prob)
             if touched is not source:
@@ -170,9 +186,20 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
             log_prob = torch.where(predicted, fused, 0.0)
         cache.last_output = last_of(hidden, new, cache.last_output)
-        step = Step(start, new, base_log_prob, log_prob, untouched, hidden, self.window, found)
-        step.report = self._advance(cache, new)
-        return step
+        within, report = cache.memory.marginals.shift, self._advance(cache, new)
+        return Step(
+            start,
+            new,
+            base_log_prob=prior_log_prob if base_log_prob is None else base_log_prob,
+            prior_log_prob=prior_log_prob,
+            target_log_prob=log_prob,
+            hidden=untouched,
+            output=hidden,
+            window=self.window,
+            found=found,
+            report=report,
+            shifts=None if base_log_prob is None else (within, cache.memory.marginals.shift),
+        )
 
     def _advance(self, cache: HippoCache, new: list[int]) -> ReplayReport | None:
         """Counts the step's tokens, and lets rows that ended a segment sleep."""
@@ -181,6 +208,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if not ended:
             return None
         self.window.end_segment(cache, cache.lengths, ended)
+        if self._marginals_on and not cache.frozen:
+            marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
+            cache.memory = replace(cache.memory, marginals=marginals)
         if not cache.written:
             return None
         frozen = cache.frozen or not self._memory_on
@@ -193,6 +223,19 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """
         before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
         return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
+
+    def _moved_log_prob(
+        self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor, new: list[int], cache: HippoCache
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and as the row's marginals move it; unless the memory is frozen they count the tokens."""
+        marginals = cache.memory.marginals
+        before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
+        real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(new, device=ids.device).unsqueeze(-1)
+        counted = predicted & real
+        plain, moved, expected = self.window.moved_log_prob_of(before, ids, marginals.shift, counted)
+        if not cache.frozen:
+            cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
+        return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
 
     @contextmanager
     def _recall_at_layer(

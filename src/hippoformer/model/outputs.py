@@ -43,27 +43,38 @@ class Step:
 
     Attributes:
         start: tokens of this call each row had read before the step. new: tokens it reads in it.
-        base_log_prob: (R, N) log-probability of the step's tokens as the hippocampus saw it, untouched by recall.
-        target_log_prob: (R, N) the same, fused; both 0 for a row's very first token.
+        base_log_prob: (R, N) log-probability of the step's tokens under the base, untouched by recall.
+        prior_log_prob: (R, N) the same as the row's marginals move it: as the hippocampus saw it.
+        target_log_prob: (R, N) the same, fused; all 0 for a row's very first token.
         hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
         output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
         found: what the hippocampus found, or None with memory off.
         report: replay at the segment end this step came to, if it came to one.
+        shifts: (R, V) what marginals add to the logits after the step's tokens, and after the last token of a row that
+            ended a segment with it; None where they move nothing.
     """
 
     start: list[int]
     new: list[int]
     base_log_prob: Tensor
+    prior_log_prob: Tensor
     target_log_prob: Tensor
     hidden: Tensor
     output: Tensor
     window: WindowedBase
     found: StepOutput | None
-    report: ReplayReport | None = None
+    report: ReplayReport | None
+    shifts: tuple[Tensor, Tensor] | None
 
     def log_probs(self, first: int) -> Tensor:
         """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
-        log_probs = torch.log_softmax(self.window.head(self.output[:, first:]).float(), dim=-1)
+        logits = self.window.head(self.output[:, first:]).float()
+        if self.shifts is not None:
+            within, after = self.shifts
+            last = torch.tensor(self.new, device=logits.device).unsqueeze(-1) - 1
+            is_last = torch.arange(first, first + logits.shape[1], device=logits.device) == last
+            logits = logits + torch.where(is_last.unsqueeze(-1), after.unsqueeze(1), within.unsqueeze(1))
+        log_probs = torch.log_softmax(logits, dim=-1)
         if self.found is None:
             return log_probs
         recollection = self.found.recollection.since(first)

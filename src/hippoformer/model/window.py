@@ -229,6 +229,38 @@ class WindowedBase:
             parts = [of_block(states, targets) for states, targets in blocks]
         return torch.cat(parts).view(ids.shape)
 
+    def moved_log_prob_of(
+        self, hidden: Tensor, ids: Tensor, shift: Tensor, counted: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of one token each with and without numbers added to a row's logits, in one pass.
+
+        Args:
+            hidden: (R, N, D). ids: (R, N). shift: (R, V), to add. counted: (R, N), which places the sum is over.
+
+        Returns:
+            (R, N) float32 under the head, (R, N) under the head with the shift, and (R, V) the probabilities of every
+            token under the head, summed over the places that count.
+        """
+
+        def of_block(states: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.head(states).float()
+            top = logits.amax(-1, keepdim=True)
+            likelihood = torch.exp(logits - top)
+            total, moved_total = likelihood.sum(-1), (likelihood @ factor).squeeze(-1)
+            own = (logits - top).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            expected = ((chosen / total).unsqueeze(1) @ likelihood).squeeze(1)
+            return own - total.log(), own + shift.gather(1, targets) - moved_total.log(), expected.detach()
+
+        factor = torch.exp(shift).unsqueeze(-1)  # (R, V, 1)
+        columns = max(1, _HEAD_BLOCK // hidden.shape[0])
+        blocks = zip(*(part.split(columns, dim=1) for part in (hidden, ids, counted)), strict=True)
+        if torch.is_grad_enabled():
+            parts = [checkpoint(of_block, *block, use_reentrant=False) for block in blocks]
+        else:
+            parts = [of_block(*block) for block in blocks]
+        plain, moved, expected = zip(*parts, strict=True)
+        return torch.cat(plain, dim=1), torch.cat(moved, dim=1), torch.stack(expected).sum(0)
+
     def layer(self, number: int) -> nn.Module:
         """Decoder layer `number`, counted from 1."""
         stacks = [m for m in self.body.children() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]

@@ -54,9 +54,9 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
         state = MemoryState.empty(len(documents), read.shape[-1], config, read.dtype, device)
         for piece in whole_documents(range(len(documents)), lengths, config.segment_len):
             end = [low + n for low, n in zip(piece.start, piece.length, strict=True)]
-            parts = side_by_side(documents, [slice(low, high) for low, high in zip(piece.start, end, strict=True)])
-            hidden, tokens, log_prob = (part.to(device) for part in parts)
-            _, state = hippocampus.step(state, piece.start, hidden, tokens, -log_prob, piece.length)
+            spans = [slice(low, high) for low, high in zip(piece.start, end, strict=True)]
+            part = side_by_side(documents, spans, device)
+            _, state = hippocampus.step(state, piece.start, part.hidden, part.tokens, -part.log_prob, piece.length)
             if rows := [row for row, n in enumerate(piece.length) if n == config.segment_len]:
                 state, _ = hippocampus.end_segment(state, end, rows)
         stored = state.episodes.slots(0, config.buffer_size)

@@ -85,16 +85,16 @@ class CachedReader:
             self.memory = self.memory.without_rows(torch.tensor(piece.fresh, device=device))
         parts = [self._document(d) for d in piece.documents]
         spans = [slice(s, s + n) for s, n in zip(piece.start, piece.length, strict=True)]
-        hidden, tokens, log_prob = (part.to(device) for part in side_by_side(parts, spans))
+        read = side_by_side(parts, spans, device)
+        hidden, tokens, log_prob = read.hidden, read.tokens, read.log_prob
         before = self.memory
         found, self.memory = model.hippocampus.step(before, piece.start, hidden, tokens, -log_prob, piece.length)
         counted = _counted(piece, tokens)
-        base_log_prob = log_prob
         if found.residual is not None:
             log_prob = self._touched_log_prob(hidden, found, before.last_hidden, tokens)
         fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
         self._sleep(piece)
-        return Reading(found, torch.where(counted, fused, 0.0), base_log_prob, counted, tokens)
+        return Reading(found, torch.where(counted, fused, 0.0), read.base_log_prob, counted, tokens)
 
     def through(self, numbers: Sequence[int]) -> Iterator[Reading]:
         """Reads a document in each row from its beginning to its end, piece by piece; rows that are done wait."""

@@ -1,0 +1,63 @@
+"""Marginals: what kind of text this is, learned slowly and kept for ever.
+
+Episodes tell what followed what, once. Beside them each row counts how often every token of the vocabulary came, and
+sums up how often the base expected it: the slow statistics of complementary learning systems (McClelland et al. 1995).
+The base's predictions are moved by the ratio of both (fast marginal adaptation: Kneser, Peters and Klakow 1997),
+
+    p(v) ~ p_base(v) ((count_v + k) / (expected_v + k)) ^ w,
+
+k observations as expected being believed in advance. Their size is fixed and nothing of them is trained. Predictions
+follow them only from segment end to segment end, so that any chunking of a stream gives the same numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hippoformer.model.configuration import HippoFormerConfig
+
+
+@dataclass
+class Marginals:
+    """The statistics of R rows; V is the vocabulary, or 0 where they are switched off (`marginal_weight`).
+
+    Attributes:
+        count: (R, V) how often each token was read. expected: (R, V) the base's probabilities of it, summed.
+        shift: (R, V) what they add to the base's logits, as of the row's last segment end.
+    """
+
+    count: Tensor
+    expected: Tensor
+    shift: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, config: HippoFormerConfig, device: torch.device | str) -> "Marginals":
+        """Of rows that have read nothing: the base's own predictions."""
+        width = config.vocab_size if config.marginal_weight else 0
+        return cls(*(torch.zeros(rows, width, device=device) for _ in range(3)))
+
+    @property
+    def are_kept(self) -> bool:
+        """False where they are switched off."""
+        return self.shift.shape[-1] > 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor."""
+        return vars(self)
+
+    def read(self, tokens: Tensor, predicted: Tensor, expected: Tensor) -> "Marginals":
+        """After more tokens; predictions stay as they are until the segment ends.
+
+        Args:
+            tokens: (R, N). predicted: (R, N) bool, which of them the base had something to expect.
+            expected: (R, V) its probabilities of every token at these places, summed.
+        """
+        count = self.count.scatter_add(1, tokens, predicted.to(self.count.dtype))
+        return Marginals(count, self.expected + expected, self.shift)
+
+    def renewed(self, rows: Tensor, config: HippoFormerConfig) -> "Marginals":
+        """With what was read in the segment that the given rows, (J,), have come to the end of."""
+        prior = config.marginal_prior
+        ratio = torch.log((self.count[rows] + prior) / (self.expected[rows] + prior))
+        return Marginals(self.count, self.expected, self.shift.index_copy(0, rows, config.marginal_weight * ratio))

@@ -1,0 +1,160 @@
+"""Marginals: what is counted, what predictions make of it, and that nothing of it leaks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hippoformer.errors import ConfigurationError
+from hippoformer.model.cache import HippoCache
+from hippoformer.model.modeling import HippoFormer
+from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.readers import score_cached
+from tiny import VOCAB, awake, fresh, read_in_chunks, text
+
+KEPT = {"residual_readout": False, "marginal_weight": 0.75, "marginal_prior": 2.0}
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def by_hand(model: HippoFormer, ids: Tensor) -> Tensor:
+    """(R, T, V) of a fresh model: the base's predictions moved row by row, count by count."""
+    with torch.no_grad(), model.memory_off():
+        base = model(ids).logits
+    weight, prior, segment = model.config.marginal_weight, model.config.marginal_prior, model.config.segment_len
+    moved = torch.empty_like(base)
+    for row in range(len(ids)):
+        for t in range(ids.shape[1]):
+            done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
+            for v in range(VOCAB):
+                count = sum(int(ids[row, i] == v) for i in range(1, done))
+                expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
+                moved[row, t, v] = base[row, t, v] + weight * torch.log(
+                    torch.tensor((count + prior) / (expected + prior))
+                )
+    return moved.log_softmax(-1)
+
+
+@torch.no_grad()
+def test_predictions_move_by_what_came_against_what_was_expected() -> None:
+    model, ids = fresh(**KEPT), text(rows=2, length=20)
+    found = model(ids).logits
+    torch.testing.assert_close(found, by_hand(model, ids), **TOLERANCE)
+    with model.memory_off():
+        assert (found - model(ids).logits)[:, 6:].abs().amax(-1).min() > 0.05, "nothing is moved"
+
+
+@torch.no_grad()
+def test_off_is_the_base_to_the_last_bit() -> None:
+    ids = text(rows=2, length=40)
+    kept, plain = fresh(**KEPT), fresh(residual_readout=False)
+    with kept.memory_off():
+        assert torch.equal(kept(ids).logits, plain(ids).logits)
+    assert plain.new_cache(1).memory.marginals.shift.shape == (1, 0)
+    with kept.episodes_off():
+        torch.testing.assert_close(kept(ids).logits, fresh(**KEPT)(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 13])
+@torch.no_grad()
+def test_chunks_and_scores_agree(size: int) -> None:
+    model, ids = awake(**KEPT), text(rows=2, length=53)
+    whole = model(ids).logits
+    torch.testing.assert_close(read_in_chunks(model, ids, size), whole, **TOLERANCE)
+    chosen = whole[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(model.score(ids), chosen, **TOLERANCE)
+    assert whole.exp().sum(-1).sub(1).abs().max() < 1e-5, "not a distribution"
+
+
+@torch.no_grad()
+def test_neither_the_future_nor_a_neighbour_nor_padding_is_counted() -> None:
+    model, ids = awake(**KEPT), text(rows=3, length=50)
+    whole = model(ids).logits
+    torch.testing.assert_close(model(torch.cat((ids[:, :31], ids[:, :19]), 1)).logits[:, :31], whole[:, :31])
+    torch.testing.assert_close(model(ids[1:2]).logits, whole[1:2], **TOLERANCE)
+    mask = torch.ones(3, 50, dtype=torch.long)
+    mask[1, :17], mask[2, 31:] = 0, 0
+    padded, alone = model(ids, attention_mask=mask).logits, model(ids[1:2, 17:]).logits
+    torch.testing.assert_close(padded[1:2, 17:], alone, **TOLERANCE)
+    cache = model.new_cache(3)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.memory.marginals.count.sum(-1).tolist() == [49.0, 32.0, 30.0]
+
+
+@torch.no_grad()
+def test_generation_is_what_reading_everything_again_gives() -> None:
+    model, ids = awake(**KEPT), text(rows=2, length=29)
+    generated = model.generate(ids, max_new_tokens=20, do_sample=False)
+    again = model(generated).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
+    assert torch.equal(generated[:, ids.shape[1] :], again)
+
+
+@torch.no_grad()
+def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path) -> None:
+    model, ids, ahead = awake(**KEPT), text(rows=1, length=40), text(rows=1, length=20, seed=3)
+    cache = model.new_cache(1)
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "memory.safetensors")
+    again = HippoCache.load(tmp_path / "memory.safetensors", model)
+    frozen, elsewhere = cache.copy(), model.new_cache(1)
+    frozen.freeze_memory()
+    elsewhere.adopt_memory(cache)
+    kept = frozen.memory.marginals.tensors()
+    model(ahead, past_key_values=frozen)
+    for name, tensor in frozen.memory.marginals.tensors().items():
+        assert torch.equal(tensor, kept[name]), f"{name} changed though it was frozen"
+        assert torch.equal(again.memory.marginals.tensors()[name], kept[name]), f"{name} was not saved"
+        assert torch.equal(elsewhere.memory.marginals.tensors()[name], kept[name]), f"{name} was not adopted"
+    model(ahead, past_key_values=elsewhere)
+    assert not torch.equal(elsewhere.memory.marginals.count, cache.memory.marginals.count)
+    assert torch.equal(again.memory.marginals.count, cache.memory.marginals.count), "adopted is not copied"
+    cache.reset()
+    assert all(not tensor.any() for tensor in cache.memory.marginals.tensors().values())
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["to a model without", "from a model without"])
+@torch.no_grad()
+def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: Path) -> None:
+    with_, without = awake(**KEPT), awake(residual_readout=False)
+    writer, reader = (with_, without) if writes else (without, with_)
+    cache = writer.new_cache(1)
+    writer(text(rows=1, length=40), past_key_values=cache)
+    cache.save(tmp_path / "memory.safetensors")
+    loaded = HippoCache.load(tmp_path / "memory.safetensors", reader)
+    assert torch.equal(loaded.memory.episodes.token, cache.memory.episodes.token)
+    assert not loaded.memory.marginals.count.any()
+
+
+@torch.no_grad()
+def test_cached_states_give_the_same_numbers_and_are_not_read_twice(tmp_path: Path) -> None:
+    model = awake(**KEPT)
+    documents = [text(rows=1, length=n, seed=n)[0] for n in (50, 33)]
+    scores = score_cached(model, HiddenStateCache(model, documents, tmp_path))
+    for document, score in zip(documents, scores, strict=True):
+        assert score.nll == pytest.approx(-float(model.score(document[None]).sum()), rel=1e-5)
+        with model.memory_off():
+            assert score.base_nll == pytest.approx(-float(model.score(document[None]).sum()), rel=1e-5)
+        assert score.memory_nbytes == model.new_cache(1).memory_nbytes
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    HiddenStateCache(model, documents, tmp_path)
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+
+
+def test_the_base_learns_through_them() -> None:
+    """A step's loss has the gradient of the moved prediction, and none through what was counted."""
+    model, ids = awake(**KEPT), text(rows=2, length=30)
+    model.base.requires_grad_(True)
+    model(ids, labels=ids).loss.backward()
+    by_logits = model.base.get_input_embeddings().weight.grad.clone()
+    model.zero_grad()
+    cache = model.new_cache(2)
+    sum(-step.target_log_prob.sum() for step in model.stream(ids, [30, 30], cache)).div(58).backward()
+    torch.testing.assert_close(model.base.get_input_embeddings().weight.grad, by_logits, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"marginal_weight": 1.5}, {"marginal_prior": 0.0}, {"residual_readout": True}], ids=str
+)
+def test_options_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        fresh(**(KEPT | options))
