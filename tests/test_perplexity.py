@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.data import Document
-from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
+from hippoformer.errors import ConfigurationError, InputError, NonFiniteError, TextError
 from hippoformer.evaluation import CONDITIONS, PerplexityReport, evaluate_perplexity
 from hippoformer.evaluation.causality import check
-from hippoformer.evaluation.scoring import reading
+from hippoformer.evaluation.scoring import EncodedDocument, reading, score_batch, score_together
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
+from tiny import awake, text
 from tiny_texts import byte_tokenizer
 
 WINDOW = 5
@@ -40,7 +41,7 @@ TABLE = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_s
 
 class FakeConfig:
     base_model_name, window, sink_tokens, segment_len, buffer_size = "fake [model]", WINDOW, 0, 4, 1000
-    vocab_size = VOCABULARY
+    vocab_size, residual_readout = VOCABULARY, True
 
     def to_dict(self) -> dict[str, Any]:
         return {"window": WINDOW, "dtype": torch.float32, "limit": math.inf}
@@ -414,3 +415,37 @@ def test_the_real_model_on_a_tiny_base(tokenizer: PreTrainedTokenizerFast) -> No
             assert document.nll["off"] == pytest.approx(expected[report.documents.index(document)], rel=1e-5)
             assert document.nll["memory"] == document.nll["window-only"]  # nothing has left the window
     assert 0 < report["memory"].memory_nbytes == report["other-document"].memory_nbytes
+
+
+@pytest.mark.parametrize("options", [{}, {"marginal_weight": 0.75}], ids=["episodes", "and marginals"])
+@torch.no_grad()
+def test_conditions_read_together_are_those_read_alone(options: dict[str, Any]) -> None:
+    model = awake(residual_readout=False, **options)
+    texts, elsewhere = ([text(rows=1, length=n, seed=n)[0] for n in lengths] for lengths in ((50, 33, 7), (40, 20, 9)))
+    batch = [EncodedDocument(i, Document(f"{i}", "", ""), ids, 1, 0, 0) for i, ids in enumerate(texts)]
+    read: list[int] = []
+    body = model.window.body
+    counter = body.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    together = score_together(model, CONDITIONS, batch, elsewhere)
+    counter.remove()
+    assert sum(read) == 50 + 40, "the base has read more than the documents and the others, once each"
+    for condition, found in zip(CONDITIONS, together, strict=True):
+        alone = score_batch(model, condition, batch, elsewhere)
+        for one, other in zip(found.log_probs, alone.log_probs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.0, atol=1e-4)
+        assert found.nll == pytest.approx(alone.nll, abs=1e-3)
+        assert (found.window_nbytes, found.memory_nbytes) == (alone.window_nbytes, alone.memory_nbytes)
+    assert len({round(found.nll[0], 3) for found in together}) == 4, "two conditions are the same"
+
+
+def test_memories_follow_one_reading_only_from_its_beginning() -> None:
+    model, ids = awake(residual_readout=False), text(rows=1, length=10)
+    cache = model.new_cache(1)
+    model(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="from its beginning"):
+        next(model.stream(ids, [10], cache, [model.new_cache(1)]))
+    with pytest.raises(InputError, match="without the residual"):
+        touched = awake()
+        next(touched.stream(ids, [10], touched.new_cache(1), [touched.new_cache(1)]))

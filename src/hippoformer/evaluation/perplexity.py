@@ -2,9 +2,9 @@
 
 Every document is read in order, from its first token, as one stream; the state is empty at the start of each; every
 token after the first is scored exactly once; all averages are over tokens, never over documents or batches. Documents
-are read side by side in ragged rows, which do not see each other. All conditions of a batch run one after the other
-before the next batch begins, so that a slow minute of the machine meets them all. First of all the model must show that
-it does not look ahead (`causality`).
+are read side by side in ragged rows, which do not see each other. The base reads a batch once for all conditions, each
+with a memory of its own (once for each where a residual read-out changes the base's states). First of all the model
+must show that it does not look ahead (`causality`).
 
     report = evaluate_perplexity(model, tokenizer, read_documents("wiki.test.raw"))
     rich.print(report.to_table())
@@ -71,7 +71,7 @@ def evaluate_perplexity(
         max_documents: score only the first so many documents; the next ones may still serve as other documents.
         other_documents: what `other-document` reads first; the documents that follow in the list where it is None.
         seed, resamples: of the bootstrap over documents.
-        progress: called with (tokens read so far, tokens in all) after each batch and condition.
+        progress: called with (tokens read so far, tokens in all) after each batch, every condition counted.
         command: recorded in the report; the process's own command line where it is None.
         on_scores: called with a condition, a document, and log p of each of its tokens but the first, (T - 1,).
 

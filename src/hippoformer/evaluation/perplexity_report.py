@@ -44,7 +44,7 @@ class ConditionResult:
         tokens_scored, tokens_read, words, utf8_bytes: sums over the documents.
         token_perplexity: with its interval; comparable only between models with the same tokenizer.
         window_nbytes, memory_nbytes: largest bytes of state of one row: window keys and values, and memory.
-        seconds: wall time of reading.
+        seconds: wall time of reading, together with the other conditions.
         against_off: paired comparison with the condition off; None for off itself or where off was not run.
     """
 

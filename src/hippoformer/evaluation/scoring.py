@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError
+from hippoformer.tensors.ragged import place
 from hippoformer.training.hidden_states import HiddenStateCache
 
 CONDITIONS = ("memory", "off", "window-only", "other-document")
@@ -72,7 +73,8 @@ class BatchScores:
         nll: R sums of −log p over the scored tokens, in nats.
         log_probs: R tensors (T - 1,) float32, log p of each token but the first, also of those that only were read.
         window_nbytes, memory_nbytes: bytes of state of one row at the end of the batch; no memory under `off`.
-        seconds: wall time of reading the documents; for `other-document` without the reading of the others.
+        seconds: wall time of reading the documents, under all conditions that were read together; without the reading
+            of other documents.
     """
 
     nll: list[float]
@@ -185,25 +187,77 @@ def score_batch(
         ConfigurationError: an unknown condition.
         NonFiniteError: a probability of a scored token is NaN or zero; the message names the document.
     """
-    rows = [document.input_ids for document in batch]
-    if condition == "off":
-        with model.memory_off():
-            cache = model.new_cache(len(rows))
-            log_probs, seconds = _timed_score(model, rows, cache)
-    elif condition in CONDITIONS:
-        cache = model.new_cache(len(rows))
-        if condition == "other-document":
-            elsewhere = model.new_cache(len(rows))
-            _timed_score(model, others, elsewhere)
-            cache.adopt_memory(elsewhere)
-        if condition != "memory":
-            cache.freeze_memory()
-        log_probs, seconds = _timed_score(model, rows, cache)
-    else:
+    cache = _new_cache(model, condition, len(batch), others)
+    with model.memory_off() if condition == "off" else contextlib.nullcontext():
+        log_probs, seconds = _timed_score(model, [document.input_ids for document in batch], cache)
+    return _batch_scores(condition, batch, log_probs, cache.window_nbytes, cache.memory_nbytes, seconds)
+
+
+def score_together(
+    model: Any, conditions: Sequence[str], batch: Sequence[EncodedDocument], others: Sequence[Tensor] = ()
+) -> list[BatchScores]:
+    """The same under several conditions: the base reads once for all, unless recall changes its own states."""
+    with_memory = [condition for condition in conditions if condition != "off"]
+    if len(conditions) == 1 or not with_memory or model.config.residual_readout:
+        return [score_batch(model, condition, batch, others) for condition in conditions]
+    caches = {condition: _new_cache(model, condition, len(batch), others) for condition in with_memory}
+    first, *beside = caches.values()
+    ids, lengths = _padded([document.input_ids for document in batch], model.device)
+    columns = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
+    log_probs = {condition: torch.zeros(ids.shape, device=model.device) for condition in [*caches, "off"]}
+    began = time.perf_counter()
+    for step in model.stream(ids, lengths.tolist(), first, beside):
+        found = [step.target_log_prob, *(other.target_log_prob for other in step.beside), step.base_log_prob]
+        for score, part in zip(log_probs.values(), found, strict=True):
+            place(score, part, step.start, step.new, columns)
+    cut = {condition: score[:, 1:].cpu() for condition, score in log_probs.items()}  # waits for the device
+    seconds = time.perf_counter() - began
+    return [
+        _batch_scores(
+            condition,
+            batch,
+            cut[condition],
+            first.window_nbytes,
+            caches.get(condition, first).memory_nbytes,
+            seconds,
+        )
+        for condition in conditions
+    ]
+
+
+def _new_cache(model: Any, condition: str, rows: int, others: Sequence[Tensor]) -> Any:
+    """The state that a condition begins with.
+
+    Raises:
+        ConfigurationError: an unknown condition.
+    """
+    if condition not in CONDITIONS:
         raise ConfigurationError(f"The condition {condition!r} is unknown; choose among {', '.join(CONDITIONS)}.")
+    cache = model.new_cache(rows)
+    if condition == "other-document":
+        elsewhere = model.new_cache(rows)
+        _timed_score(model, others, elsewhere)
+        cache.adopt_memory(elsewhere)
+    if condition in ("window-only", "other-document"):
+        cache.freeze_memory()
+    return cache
+
+
+def _batch_scores(
+    condition: str,
+    batch: Sequence[EncodedDocument],
+    log_probs: Tensor,
+    window_nbytes: int,
+    memory_nbytes: int,
+    seconds: float,
+) -> BatchScores:
+    """Of (R, T - 1) log p, column j of token j + 1; bytes are of all rows together.
+
+    Raises:
+        NonFiniteError: a probability of a scored token is NaN or zero; the message names the document.
+    """
     nll = []
     for document, log_prob in zip(batch, log_probs.double(), strict=True):
-        # Column j is token j + 1.
         scored = log_prob[document.first_scored - 1 : document.tokens_read - 1]
         if not torch.isfinite(scored).all():
             raise NonFiniteError(
@@ -214,9 +268,9 @@ def score_batch(
     return BatchScores(
         nll=nll,
         log_probs=[row[: document.tokens_read - 1].clone() for document, row in zip(batch, log_probs, strict=True)],
-        window_nbytes=cache.window_nbytes // len(rows),
+        window_nbytes=window_nbytes // len(batch),
         # With memory off, the cache still holds room for one; it is no part of what this condition needs.
-        memory_nbytes=0 if condition == "off" else cache.memory_nbytes // len(rows),
+        memory_nbytes=0 if condition == "off" else memory_nbytes // len(batch),
         seconds=seconds,
     )
 
@@ -228,24 +282,26 @@ def score_batches(
     others: Sequence[Sequence[Tensor]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Sequence[EncodedDocument], BatchScores]]:
-    """Reads every batch of a plan under every condition, all conditions of a batch before the next batch begins.
+    """Reads every batch of a plan under every condition, all conditions of a batch before the next batch begins, and
+    together where one reading of the base serves them all.
 
     Args:
         model, conditions: as for `score_batch`.
         plan: from `batches`.
         others: per batch, the rows for `other-document`.
-        progress: called with (tokens read so far, tokens in all) after each batch and condition.
+        progress: called with (tokens read so far, tokens in all) after each batch, every condition counted.
 
     Yields:
         The condition, the batch, and its scores.
     """
     done, total = 0, len(conditions) * sum(document.tokens_read for batch in plan for document in batch)
     for number, batch in enumerate(plan):
-        for condition in conditions:
-            yield condition, batch, score_batch(model, condition, batch, others[number] if others else ())
-            done += sum(document.tokens_read for document in batch)
-            if progress is not None:
-                progress(done, total)
+        together = score_together(model, conditions, batch, others[number] if others else ())
+        for condition, found in zip(conditions, together, strict=True):
+            yield condition, batch, found
+        done += len(conditions) * sum(document.tokens_read for document in batch)
+        if progress is not None:
+            progress(done, total)
 
 
 def check_untouched(config: Any) -> None:
@@ -301,11 +357,16 @@ def describe(model: Any) -> dict[str, Any]:
 
 def _timed_score(model: Any, rows: Sequence[Tensor], cache: Any) -> tuple[Tensor, float]:
     """((R, T-1) log p(x_t | x_<t) on the CPU, seconds); the cache is updated in place."""
-    input_ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (R, T)
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = (torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]).to(torch.int64)  # (R, T)
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    input_ids, lengths = _padded(rows, model.device)
+    column = torch.arange(input_ids.shape[1], device=model.device)
+    attention_mask = (column < lengths.unsqueeze(-1)).to(torch.int64)  # (R, T)
     began = time.perf_counter()
     log_probs = model.score(input_ids, attention_mask=attention_mask, past_key_values=cache)
     log_probs = log_probs.cpu()  # waits for the device
     return log_probs, time.perf_counter() - began
+
+
+def _padded(rows: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (R, T), padded on the right, and the rows' lengths (R,)."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)

@@ -6,7 +6,7 @@ of any padding advance by their own tokens. Prefill, chunks, single tokens, scor
 stream.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +70,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
         self.window = window
         self.generation_config = base_model.generation_config
-        self._memory_on = self._marginals_on = True
+        self._episodes_on = self._marginals_on = True
         self.eval()
 
     # ---------------------------------------------------------------- state
@@ -97,11 +97,11 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @contextmanager
     def episodes_off(self) -> Iterator[None]:
         """Within it nothing is recalled or stored; marginals, where they are kept, go on moving the predictions."""
-        before, self._memory_on = self._memory_on, False
+        before, self._episodes_on = self._episodes_on, False
         try:
             yield
         finally:
-            self._memory_on = before
+            self._episodes_on = before
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,17 +115,29 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     # ---------------------------------------------------------------- reading
 
-    def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
+    def stream(
+        self, ids: Tensor, lengths: list[int], cache: HippoCache, beside: Sequence[HippoCache] = ()
+    ) -> Iterator[Step]:
         """Reads text step by step; the cache moves along, except for `cache.columns`, which counts what calls were
         given.
 
         Args:
             ids: (R, L) int64 without padding on the left.
             lengths: real tokens of each row, at most L.
+            beside: states with other memories, whose rows have read as much: what they make of the same text, the base
+                reading it once, is in `Step.beside`. Their own windows stay empty.
 
         Yields:
             One Step per piece of a segment.
+
+        Raises:
+            InputError: states that have read another number of tokens, or a base whose states recall changes.
         """
+        if beside and (self.config.residual_readout or any(other.lengths != cache.lengths for other in beside)):
+            raise InputError(
+                "memories follow one reading only side by side from its beginning, and without the residual read-out: "
+                "use new caches, and a model with residual_readout=False"
+            )
         start = [0] * len(lengths)
         segment_len = self.config.segment_len
         while any(s < n for s, n in zip(start, lengths, strict=True)):
@@ -133,87 +145,121 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 min(n - s, segment_len - done % segment_len)
                 for s, n, done in zip(start, lengths, cache.lengths, strict=True)
             ]
-            yield self._step(piece(ids, start, new), start, new, cache)
+            yield self._step(piece(ids, start, new), start, new, cache, beside)
             start = [s + n for s, n in zip(start, new, strict=True)]
 
-    def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
-        done, memory = cache.lengths, cache.memory
-        # A row's very first token is predicted by nothing.
-        predicted = (column_of(done, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
-        found: StepOutput | None = None
-        untouched = prior_log_prob = memory.last_hidden
-        base_log_prob: Tensor | None = None
-
-        def recall(hidden: Tensor, log_prob: Tensor) -> Tensor:
-            """Hands untouched hidden states to the hippocampus; returns them as recall leaves them."""
-            nonlocal found, untouched, prior_log_prob
-            untouched, prior_log_prob = hidden, log_prob
-            if not torch.isfinite(hidden).all():
-                raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
-            if not self._memory_on:
-                cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
-                return hidden
-            found, after = self.hippocampus.step(memory, done, hidden, ids, -log_prob, new)
-            heard = (found.mixture, found.recollection.nothing, found.forecast, found.residual)
-            if not all(torch.isfinite(part).all() for part in heard if part is not None):
-                raise NonFiniteError(
-                    "the hippocampus computed NaN or infinity: its weights are damaged, load them again"
-                )
-            cache.memory = after
-            cache.written = True
-            return hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
-
-        layers = self.config.memory_layers
-        if layers != (-1,) and self.config.residual_readout:
-            with self._recall_at_layer(memory.last_hidden, ids, predicted, recall):
-                hidden = self.window.read(cache, ids, done, new)
-            log_prob = self._target_log_prob(cache.last_output, hidden, ids, predicted)
+    def _step(
+        self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache, beside: Sequence[HippoCache]
+    ) -> Step:
+        if self.config.memory_layers != (-1,) and self.config.residual_readout:
+            step = self._step_within(ids, start, new, cache)
         else:
             with self.window.tapped() as states:
-                hidden = self.window.read(cache, ids, done, new)
-            last = memory.last_hidden if layers == (-1,) else cache.last_output
-            if memory.marginals.are_kept and self._marginals_on:
-                base_log_prob, log_prob = self._moved_log_prob(last, hidden, ids, predicted, new, cache)
-                memory = cache.memory
-            else:
-                log_prob = self._target_log_prob(last, hidden, ids, predicted)
-            source = states(hidden)
-            touched = recall(source, log_prob)
-            if touched is not source:
-                hidden = touched
-                log_prob = self._target_log_prob(cache.last_output, hidden, ids, predicted)
-        if found is not None:
-            fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
-            log_prob = torch.where(predicted, fused, 0.0)
-        cache.last_output = last_of(hidden, new, cache.last_output)
-        within, report = cache.memory.marginals.shift, self._advance(cache, new)
+                final = self.window.read(cache, ids, cache.lengths, new)
+            source = states(final)
+            step = self._remembered(source, final, ids, start, new, cache)
+            step.beside = tuple(self._remembered(source, final, ids, start, new, other) for other in beside)
+        self.window.end_segment(cache, cache.lengths, _ended(cache, new))
+        return step
+
+    def _remembered(
+        self, source: Tensor, final: Tensor, ids: Tensor, start: list[int], new: list[int], cache: HippoCache
+    ) -> Step:
+        """What one memory makes of a step: of the states that it reads, (R, N, n D), and the final ones, (R, N, D)."""
+        predicted = _predicted(cache, ids)
+        last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
+        if moves := cache.memory.marginals.are_kept and self._marginals_on:
+            base_log_prob, log_prob = self._moved_log_prob(last, final, ids, predicted, new, cache)
+        else:
+            base_log_prob = log_prob = self._target_log_prob(last, final, ids, predicted)
+        prior_log_prob = log_prob
+        found, touched = self._recall(source, log_prob, ids, new, cache)
+        if touched is not source:
+            final, log_prob = touched, self._target_log_prob(cache.last_output, touched, ids, predicted)
+        cache.last_output = last_of(final, new, cache.last_output)
+        shift, report = cache.memory.marginals.shift, self._advance(cache, new)
         return Step(
             start,
             new,
-            base_log_prob=prior_log_prob if base_log_prob is None else base_log_prob,
-            prior_log_prob=prior_log_prob,
-            target_log_prob=log_prob,
-            hidden=untouched,
-            output=hidden,
+            base_log_prob,
+            prior_log_prob,
+            _fused(log_prob, found, predicted),
+            hidden=source,
+            output=final,
             window=self.window,
             found=found,
             report=report,
-            shifts=None if base_log_prob is None else (within, cache.memory.marginals.shift),
+            shifts=(shift, cache.memory.marginals.shift) if moves else None,
         )
+
+    def _step_within(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
+        """The step of a residual that enters at an inner layer.
+
+        The surprise of a token must not depend on recall, so it is read off that layer by the base's own final norm and
+        head (the logit lens).
+        """
+        predicted, norm, before = _predicted(cache, ids), self.window.final_norm, cache.memory.last_hidden
+        source = prior_log_prob = before
+        found: StepOutput | None = None
+
+        def touch(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal source, prior_log_prob, found
+            source = output[0] if isinstance(output, tuple) else output
+            prior_log_prob = self._target_log_prob(norm(before), norm(source), ids, predicted)
+            found, touched = self._recall(source, prior_log_prob, ids, new, cache)
+            return (touched, *output[1:]) if isinstance(output, tuple) else touched
+
+        (layer,) = self.config.memory_layers
+        handle = self.window.layer(layer).register_forward_hook(touch)
+        try:
+            final = self.window.read(cache, ids, cache.lengths, new)
+        finally:
+            handle.remove()
+        log_prob = self._target_log_prob(cache.last_output, final, ids, predicted)
+        cache.last_output = last_of(final, new, cache.last_output)
+        return Step(
+            start,
+            new,
+            prior_log_prob,
+            prior_log_prob,
+            _fused(log_prob, found, predicted),
+            hidden=source,
+            output=final,
+            window=self.window,
+            found=found,
+            report=self._advance(cache, new),
+        )
+
+    def _recall(
+        self, hidden: Tensor, log_prob: Tensor, ids: Tensor, new: list[int], cache: HippoCache
+    ) -> tuple[StepOutput | None, Tensor]:
+        """Hands untouched hidden states to the hippocampus; what it found, and the states as recall leaves them."""
+        memory = cache.memory
+        if not torch.isfinite(hidden).all():
+            raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
+        if not self._episodes_on:
+            cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
+            return None, hidden
+        found, cache.memory = self.hippocampus.step(memory, cache.lengths, hidden, ids, -log_prob, new)
+        heard = (found.mixture, found.recollection.nothing, found.forecast, found.residual)
+        if not all(torch.isfinite(part).all() for part in heard if part is not None):
+            cache.memory = memory
+            raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load them again")
+        cache.written = True
+        return found, hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
 
     def _advance(self, cache: HippoCache, new: list[int]) -> ReplayReport | None:
         """Counts the step's tokens, and lets rows that ended a segment sleep."""
         cache.lengths = [done + n for done, n in zip(cache.lengths, new, strict=True)]
-        ended = [r for r, n in enumerate(new) if n and cache.lengths[r] % self.config.segment_len == 0]
+        ended = _ended(cache, new)
         if not ended:
             return None
-        self.window.end_segment(cache, cache.lengths, ended)
         if self._marginals_on and not cache.frozen:
             marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
             cache.memory = replace(cache.memory, marginals=marginals)
         if not cache.written:
             return None
-        frozen = cache.frozen or not self._memory_on
+        frozen = cache.frozen or not self._episodes_on
         cache.memory, report = self.hippocampus.end_segment(cache.memory, cache.lengths, ended, frozen)
         return report
 
@@ -236,30 +282,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if not cache.frozen:
             cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
         return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
-
-    @contextmanager
-    def _recall_at_layer(
-        self, last_hidden: Tensor, ids: Tensor, predicted: Tensor, recall: Callable[[Tensor, Tensor], Tensor]
-    ) -> Iterator[None]:
-        """Lets the hippocampus work on the output of an inner layer while the base reads.
-
-        For the residual read-out, which enters there. The surprise of a token must not depend on recall, so it is read
-        off that layer by the base's own final norm and head (the logit lens).
-        """
-        norm = self.window.final_norm
-
-        def touch(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            log_prob = self._target_log_prob(norm(last_hidden), norm(hidden), ids, predicted)
-            touched = recall(hidden, log_prob)
-            return (touched, *output[1:]) if isinstance(output, tuple) else touched
-
-        (layer,) = self.config.memory_layers
-        handle = self.window.layer(layer).register_forward_hook(touch)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def score(
         self,
@@ -496,6 +518,24 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             InputError: always, naming what to call.
         """
         raise InputError("the memory is in the cache object: call cache.reset(), or start with model.new_cache()")
+
+
+def _predicted(cache: HippoCache, ids: Tensor) -> Tensor:
+    """(R, N) bool: a row's very first token is predicted by nothing."""
+    return (column_of(cache.lengths, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
+
+
+def _fused(log_prob: Tensor, found: StepOutput | None, predicted: Tensor) -> Tensor:
+    """(R, N) log p of each token, with what recall had said of it before."""
+    if found is None:
+        return log_prob
+    fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
+    return torch.where(predicted, fused, 0.0)
+
+
+def _ended(cache: HippoCache, new: list[int]) -> list[int]:
+    """The rows that have just come to the end of a segment."""
+    return [r for r, n in enumerate(new) if n and cache.lengths[r] % cache.config.segment_len == 0]
 
 
 _PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}

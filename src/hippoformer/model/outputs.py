@@ -52,6 +52,7 @@ class Step:
         report: replay at the segment end this step came to, if it came to one.
         shifts: (R, V) what marginals add to the logits after the step's tokens, and after the last token of a row that
             ended a segment with it; None where they move nothing.
+        beside: the same step as other memories took it, where several follow one reading.
     """
 
     start: list[int]
@@ -63,8 +64,9 @@ class Step:
     output: Tensor
     window: WindowedBase
     found: StepOutput | None
-    report: ReplayReport | None
-    shifts: tuple[Tensor, Tensor] | None
+    report: ReplayReport | None = None
+    shifts: tuple[Tensor, Tensor] | None = None
+    beside: tuple["Step", ...] = ()
 
     def log_probs(self, first: int) -> Tensor:
         """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
