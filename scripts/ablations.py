@@ -8,7 +8,8 @@ Every run is small, the same steps and texts for all, so that differences mean s
 run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. The base reads
 every text once, and planted facts are asked of all runs of a seed together. Of these reports come
 `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each variant's nats and answers
-are means over its seeds, paired with those of `shipped` over the same seeds.
+are means over its seeds, paired with those of `shipped` over the same seeds: the shipped memory without its marginals,
+which is what the other variants change.
 """
 
 import argparse
@@ -82,6 +83,7 @@ VARIANTS = (
     Variant("layer-8", {"memory_layer": 8}),
     Variant("last-residual-too", {"memory_layer": -1, "residual_readout": True}),
     Variant("last-residual-only", {"memory_layer": -1, "residual_readout": True, "distribution_readout": False}),
+    Variant("marginals", {"marginal_weight": 0.75}),
     Variant("no-following", {"match_power": 0.0, "match_characters": 0.0, "match_recency": 0.0}),
     Variant("buffer-512", {"buffer_size": 512}),
     Variant("buffer-4096", {"buffer_size": 4096}),
