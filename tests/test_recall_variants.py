@@ -41,14 +41,16 @@ def test_each_variant_answers_as_it_would_alone() -> None:
     assert together.variants[1].against is not None and set(together.variants[1].against) == {600, 1200}
 
 
-def test_hippocampi_of_other_layers_and_shapes_answer_as_they_would_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marginals", [{}, {"marginal_weight": 0.75}], ids=["episodes", "and marginals"])
+def test_hippocampi_of_other_layers_and_shapes_answer_as_they_would_alone(marginals: dict, tmp_path: Path) -> None:
     """Three hippocampi, one reading of their base; the second hears a layer that the first does not."""
-    model, tokenizer = tiny_load(priority_threshold=0.0, memory_layer=1, residual_readout=False)
+    common = {"priority_threshold": 0.0, "residual_readout": False, **marginals}
+    model, tokenizer = tiny_load(memory_layer=1, **common)
     others = {"last": {"memory_layer": -1, "recall_n_heads": 2}, "both": {"memory_layer": [2, 1], "buffer_size": 16}}
     trained = {}
     for seed, (name, options) in enumerate(others.items()):
         torch.manual_seed(seed)
-        tiny_load(priority_threshold=0.0, residual_readout=False, **options)[0].save_pretrained(tmp_path / name)
+        tiny_load(**common, **options)[0].save_pretrained(tmp_path / name)
         trained[name] = load_beside(model, tmp_path / name)
         assert trained[name].base is model.base
     texts, asked = documents(900), {"distances": (600,), "facts": 1}

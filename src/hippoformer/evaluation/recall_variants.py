@@ -7,7 +7,7 @@ turn. The answers are those of `evaluate_recall` under the same options.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -168,10 +168,11 @@ def evaluate_recall_variants(
     with reading(model):
         memories = {name: contestant.empty(rows) for name, contestant in contestants.items()}
         for piece, read, ready in examination.pieces(model.device):
-            with reader.memory_off():
+            with reader.episodes_off():
                 for step in reader.stream(piece, [piece.shape[1]] * rows, cache):
                     for name, contestant in contestants.items():
                         memories[name] = contestant.written(memories[name], reader, piece, step, cache.lengths)
+                memories = {name: replace(of, marginals=cache.memory.marginals) for name, of in memories.items()}
             without = unaided(reader, cache, ready) if ready else []
             for name, contestant in contestants.items() if ready else ():
                 asked[name] += contestant.asked(cache, memories[name], ready, read, without)
@@ -193,7 +194,7 @@ def _check_trained(name: str, other: HippoFormer, model: Any, variants: Mapping[
         raise ConfigurationError(f"variant {name} has a base of its own: load it with load_beside(model, folder)")
     if name in variants:
         raise ConfigurationError(f"two variants are named {name}")
-    shared = ("window", "sink_tokens", "segment_len")
+    shared = ("window", "sink_tokens", "segment_len", "marginal_weight", "marginal_prior")
     if unlike := [o for o in shared if getattr(other.config, o) != getattr(model.config, o)]:
         raise ConfigurationError(f"variant {name} has another {', '.join(unlike)}: one reading cannot serve both")
 
