@@ -149,8 +149,8 @@ MUTATIONS = [
         "3 streaming",
         "a frozen memory goes on counting",
         "model/modeling.py",
-        "if not cache.frozen:\n            cache.memory = replace(cache.memory, marginals=marginals.read(",
-        "if True:\n            cache.memory = replace(cache.memory, marginals=marginals.read(",
+        "if not one.frozen:",
+        "if True:",
         "test_marginals.py::test_they_are_frozen_reset_adopted_and_saved_with_the_memory",
     ),
     Mutation(

@@ -157,22 +157,55 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             with self.window.tapped() as states:
                 final = self.window.read(cache, ids, cache.lengths, new)
             source = states(final)
-            step = self._remembered(source, final, ids, start, new, cache)
-            step.beside = tuple(self._remembered(source, final, ids, start, new, other) for other in beside)
+            foretold = self._foretold(final, ids, new, [cache, *beside])
+            parts = zip([cache, *beside], *foretold, strict=True)
+            step, *others = [self._remembered(source, final, ids, start, new, *part) for part in parts]
+            step.beside = tuple(others)
         self.window.end_segment(cache, cache.lengths, _ended(cache, new))
         return step
 
-    def _remembered(
-        self, source: Tensor, final: Tensor, ids: Tensor, start: list[int], new: list[int], cache: HippoCache
-    ) -> Step:
-        """What one memory makes of a step: of the states that it reads, (R, N, n D), and the final ones, (R, N, D)."""
+    def _foretold(
+        self, final: Tensor, ids: Tensor, new: list[int], caches: Sequence[HippoCache]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """For each memory (R, N) log p of a step's tokens under the base, and as the memory's marginals move it.
+
+        Marginals count the tokens, unless their memory is frozen.
+        """
+        cache = caches[0]
         predicted = _predicted(cache, ids)
         last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
-        if moves := cache.memory.marginals.are_kept and self._marginals_on:
-            base_log_prob, log_prob = self._moved_log_prob(last, final, ids, predicted, new, cache)
-        else:
-            base_log_prob = log_prob = self._target_log_prob(last, final, ids, predicted)
-        prior_log_prob = log_prob
+        if not self._moves(cache):
+            log_prob = self._target_log_prob(last, final, ids, predicted)
+            return [log_prob] * len(caches), [log_prob] * len(caches)
+        before = torch.cat((last.unsqueeze(1), final[:, :-1]), dim=1)
+        real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(new, device=ids.device).unsqueeze(-1)
+        counted = predicted & real
+        shifts = torch.stack([one.memory.marginals.shift for one in caches], dim=-1)
+        plain, moved, expected = self.window.moved_log_prob_of(before, ids, shifts, counted)
+        for one in caches:
+            if not one.frozen:
+                one.memory = replace(one.memory, marginals=one.memory.marginals.read(ids, counted, expected))
+        plain = torch.where(predicted, plain, 0.0)
+        return [plain] * len(caches), [torch.where(predicted, part, 0.0) for part in moved.unbind(-1)]
+
+    def _moves(self, cache: HippoCache) -> bool:
+        return cache.memory.marginals.are_kept and self._marginals_on
+
+    def _remembered(
+        self,
+        source: Tensor,
+        final: Tensor,
+        ids: Tensor,
+        start: list[int],
+        new: list[int],
+        cache: HippoCache,
+        base_log_prob: Tensor,
+        prior_log_prob: Tensor,
+    ) -> Step:
+        """What one memory makes of a step: the states that it reads, (R, N, n D), the final ones, (R, N, D), and what was
+        foretold of the tokens, (R, N).
+        """
+        predicted, log_prob = _predicted(cache, ids), prior_log_prob
         found, touched = self._recall(source, log_prob, ids, new, cache)
         if touched is not source:
             final, log_prob = touched, self._target_log_prob(cache.last_output, touched, ids, predicted)
@@ -189,7 +222,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             window=self.window,
             found=found,
             report=report,
-            shifts=(shift, cache.memory.marginals.shift) if moves else None,
+            shifts=(shift, cache.memory.marginals.shift) if self._moves(cache) else None,
         )
 
     def _step_within(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
@@ -269,19 +302,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """
         before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
         return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
-
-    def _moved_log_prob(
-        self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor, new: list[int], cache: HippoCache
-    ) -> tuple[Tensor, Tensor]:
-        """The same, and as the row's marginals move it; unless the memory is frozen they count the tokens."""
-        marginals = cache.memory.marginals
-        before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
-        real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(new, device=ids.device).unsqueeze(-1)
-        counted = predicted & real
-        plain, moved, expected = self.window.moved_log_prob_of(before, ids, marginals.shift, counted)
-        if not cache.frozen:
-            cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
-        return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
 
     def score(
         self,

@@ -230,28 +230,30 @@ class WindowedBase:
         return torch.cat(parts).view(ids.shape)
 
     def moved_log_prob_of(
-        self, hidden: Tensor, ids: Tensor, shift: Tensor, counted: Tensor
+        self, hidden: Tensor, ids: Tensor, shifts: Tensor, counted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of one token each with and without numbers added to a row's logits, in one pass.
 
         Args:
-            hidden: (R, N, D). ids: (R, N). shift: (R, V), to add. counted: (R, N), which places the sum is over.
+            hidden: (R, N, D). ids: (R, N). shifts: (R, V, K), K ways to add to the logits.
+            counted: (R, N), which places the sum is over.
 
         Returns:
-            (R, N) float32 under the head, (R, N) under the head with the shift, and (R, V) the probabilities of every
-            token under the head, summed over the places that count.
+            (R, N) float32 under the head; (R, N, K) under the head with each of the shifts; and (R, V) the
+            probabilities of every token under the head, summed over the places that count.
         """
 
         def of_block(states: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits = self.head(states).float()
             top = logits.amax(-1, keepdim=True)
             likelihood = torch.exp(logits - top)
-            total, moved_total = likelihood.sum(-1), (likelihood @ factor).squeeze(-1)
-            own = (logits - top).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            total = likelihood.sum(-1)
+            own = (logits - top).gather(-1, targets.unsqueeze(-1))
+            added = shifts.gather(1, targets.unsqueeze(-1).expand(-1, -1, shifts.shape[-1]))
             expected = ((chosen / total).unsqueeze(1) @ likelihood).squeeze(1)
-            return own - total.log(), own + shift.gather(1, targets) - moved_total.log(), expected.detach()
+            return own.squeeze(-1) - total.log(), own + added - (likelihood @ factors).log(), expected.detach()
 
-        factor = torch.exp(shift).unsqueeze(-1)  # (R, V, 1)
+        factors = torch.exp(shifts)
         columns = max(1, _HEAD_BLOCK // hidden.shape[0])
         blocks = zip(*(part.split(columns, dim=1) for part in (hidden, ids, counted)), strict=True)
         if torch.is_grad_enabled():
