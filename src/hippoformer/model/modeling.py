@@ -202,8 +202,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         base_log_prob: Tensor,
         prior_log_prob: Tensor,
     ) -> Step:
-        """What one memory makes of a step: the states that it reads, (R, N, n D), the final ones, (R, N, D), and what was
-        foretold of the tokens, (R, N).
+        """What one memory makes of a step, of the states it reads (R, N, n D), the final ones (R, N, D), and what was
+        foretold of the tokens (R, N).
         """
         predicted, log_prob = _predicted(cache, ids), prior_log_prob
         found, touched = self._recall(source, log_prob, ids, new, cache)
