@@ -124,7 +124,22 @@ def perplexity(text: str, *more: str) -> tuple[str, ...]:
 
 
 PIECES = (
-    Piece("novels_test.json", perplexity(NOVELS, "--limit-tokens", "30000", "--batch-size", "6"), 12, True),
+    Piece(
+        "novels_test.json",
+        perplexity(
+            *(NOVELS, "--limit-tokens", "30000", "--batch-size", "6", "--conditions", "memory,off,window-only"),
+        ),
+        5,
+        True,
+    ),
+    # What of the gain is owed to any novel: as much of another one is read first.
+    Piece(
+        "novels_other_test.json",
+        perplexity(
+            *(NOVELS, "--limit-tokens", "8192", "--batch-size", "6", "--conditions", "memory,off,other-document"),
+        ),
+        3,
+    ),
     Piece("full/perplexity.json", (*SUITE, "--parts", "perplexity"), 15, True),
     Piece("full/recall.json", SUITE, 20),
     Piece(
