@@ -127,7 +127,15 @@ PIECES = (
     Piece(
         "novels_test.json",
         perplexity(
-            *(NOVELS, "--limit-tokens", "30000", "--batch-size", "6", "--conditions", "memory,off,window-only"),
+            *(
+                NOVELS,
+                "--limit-tokens",
+                "30000",
+                "--batch-size",
+                "6",
+                "--conditions",
+                "memory,off,window-only,marginals",
+            ),
         ),
         5,
         True,

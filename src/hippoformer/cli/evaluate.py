@@ -33,7 +33,8 @@ def eval_perplexity(
     conditions: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: memory, off, window-only, other-document. All, if there are two documents."
+            help="Comma-separated: memory, off, window-only, other-document, marginals. "
+            "The first four, if there are two documents."
         ),
     ] = None,
     limit_tokens: LimitOption = None,

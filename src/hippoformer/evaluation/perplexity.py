@@ -23,6 +23,7 @@ from hippoformer.evaluation.perplexity_report import ConditionResult, DocumentRe
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.scoring import (
     CONDITIONS,
+    KNOWN_CONDITIONS,
     BatchScores,
     EncodedDocument,
     batches,
@@ -63,8 +64,8 @@ def evaluate_perplexity(
         model: a HippoFormer; its training mode is put back afterwards.
         tokenizer: its fast tokenizer.
         documents: texts to read, each with a state of its own.
-        conditions: some of memory, off, window-only, other-document. With off among them, each other condition is also
-            compared with it, document by document.
+        conditions: some of memory, off, window-only, other-document, marginals. With off among them, each other
+            condition is also compared with it, document by document.
         batch_size: documents read side by side.
         limit_tokens: read only the first so many tokens of each document.
         skip_tokens: read but do not score the first so many tokens of each document.
@@ -200,10 +201,10 @@ def _check(
     skip_tokens: int,
     max_documents: int | None,
 ) -> None:
-    unknown = [condition for condition in conditions if condition not in CONDITIONS]
+    unknown = [condition for condition in conditions if condition not in KNOWN_CONDITIONS]
     if unknown or not conditions or len(set(conditions)) < len(conditions):
         raise ConfigurationError(
-            f"conditions={list(conditions)}; expected each of {', '.join(CONDITIONS)} at most once, and at least one."
+            f"conditions={list(conditions)}; expected some of {', '.join(KNOWN_CONDITIONS)}, none of them twice."
         )
     for name, value, least in (
         ("batch_size", batch_size, 1),

@@ -4,13 +4,14 @@ A document is tokenised whole and read as one stream from an empty state. Every 
 the scored tokens cover of the text (whitespace words, UTF-8 bytes) is measured on the text itself by the tokenizer's
 offsets, so word perplexity and bits per byte stay right under a limit on the tokens.
 
-The four conditions differ only in the memory they hand to the model:
+The conditions differ only in the memory they hand to the model:
 
     memory          the memory as it is: written, replayed and recalled while reading
     off             no memory: the base model with the same window and sinks
     window-only     recall over the working window, with a store that stays empty
     other-document  a far store of the same size about something else: as many tokens of other documents as the document
                     itself has are read first, and what was remembered of them is put, read-only, behind an empty window
+    marginals       no episodes: the base's predictions as the marginals of the text move them; on request
 
 What `memory` gains over `window-only` is owed to the far store, and only if `other-document` does not gain it as well.
 
@@ -34,6 +35,7 @@ from hippoformer.tensors.ragged import place
 from hippoformer.training.hidden_states import HiddenStateCache
 
 CONDITIONS = ("memory", "off", "window-only", "other-document")
+KNOWN_CONDITIONS = (*CONDITIONS, "marginals")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def score_batch(
 
     Args:
         model: a HippoFormer in evaluation mode.
-        condition: one of `CONDITIONS`.
+        condition: one of `KNOWN_CONDITIONS`.
         batch: R documents, each with at least one scored token.
         others: R rows of token ids for `other-document`, from `other_rows`.
 
@@ -188,26 +190,32 @@ def score_batch(
         NonFiniteError: a probability of a scored token is NaN or zero; the message names the document.
     """
     cache = _new_cache(model, condition, len(batch), others)
-    with model.memory_off() if condition == "off" else contextlib.nullcontext():
+    with contextlib.ExitStack() as silent:
+        if condition == "off":
+            silent.enter_context(model.memory_off())
+        elif condition == "marginals":
+            silent.enter_context(model.episodes_off())
         log_probs, seconds = _timed_score(model, [document.input_ids for document in batch], cache)
-    return _batch_scores(condition, batch, log_probs, cache.window_nbytes, cache.memory_nbytes, seconds)
+    return _batch_scores(condition, batch, log_probs, cache, cache, seconds)
 
 
 def score_together(
     model: Any, conditions: Sequence[str], batch: Sequence[EncodedDocument], others: Sequence[Tensor] = ()
 ) -> list[BatchScores]:
     """The same under several conditions: the base reads once for all, unless recall changes its own states."""
-    with_memory = [condition for condition in conditions if condition != "off"]
-    if len(conditions) == 1 or not with_memory or model.config.residual_readout:
+    # Of the memory's own reading the base and its marginals are known by the way.
+    own = [condition for condition in conditions if condition not in ("memory", "off", "marginals")]
+    if len(conditions) == 1 or "memory" not in conditions or model.config.residual_readout:
         return [score_batch(model, condition, batch, others) for condition in conditions]
-    caches = {condition: _new_cache(model, condition, len(batch), others) for condition in with_memory}
+    caches = {condition: _new_cache(model, condition, len(batch), others) for condition in ("memory", *own)}
     first, *beside = caches.values()
     ids, lengths = _padded([document.input_ids for document in batch], model.device)
     columns = torch.arange(ids.shape[1], device=model.device).expand(ids.shape)
-    log_probs = {condition: torch.zeros(ids.shape, device=model.device) for condition in [*caches, "off"]}
+    log_probs = {condition: torch.zeros(ids.shape, device=model.device) for condition in [*caches, "off", "marginals"]}
     began = time.perf_counter()
     for step in model.stream(ids, lengths.tolist(), first, beside):
-        found = [step.target_log_prob, *(other.target_log_prob for other in step.beside), step.base_log_prob]
+        found = [step.target_log_prob, *(other.target_log_prob for other in step.beside)]
+        found += [step.base_log_prob, step.prior_log_prob]
         for score, part in zip(log_probs.values(), found, strict=True):
             place(score, part, step.start, step.new, columns)
     cut = {condition: score[:, 1:].cpu() for condition, score in log_probs.items()}  # waits for the device
@@ -217,8 +225,8 @@ def score_together(
             condition,
             batch,
             cut[condition],
-            first.window_nbytes,
-            caches.get(condition, first).memory_nbytes,
+            first,
+            caches.get(condition, first),
             seconds,
         )
         for condition in conditions
@@ -231,8 +239,8 @@ def _new_cache(model: Any, condition: str, rows: int, others: Sequence[Tensor]) 
     Raises:
         ConfigurationError: an unknown condition.
     """
-    if condition not in CONDITIONS:
-        raise ConfigurationError(f"The condition {condition!r} is unknown; choose among {', '.join(CONDITIONS)}.")
+    if condition not in KNOWN_CONDITIONS:
+        raise ConfigurationError(f"The condition {condition!r} is unknown; choose among {', '.join(KNOWN_CONDITIONS)}.")
     cache = model.new_cache(rows)
     if condition == "other-document":
         elsewhere = model.new_cache(rows)
@@ -247,11 +255,11 @@ def _batch_scores(
     condition: str,
     batch: Sequence[EncodedDocument],
     log_probs: Tensor,
-    window_nbytes: int,
-    memory_nbytes: int,
+    window: Any,
+    memory: Any,
     seconds: float,
 ) -> BatchScores:
-    """Of (R, T - 1) log p, column j of token j + 1; bytes are of all rows together.
+    """Of (R, T - 1) log p, column j of token j + 1, by the caches that hold the window and the memory.
 
     Raises:
         NonFiniteError: a probability of a scored token is NaN or zero; the message names the document.
@@ -268,11 +276,17 @@ def _batch_scores(
     return BatchScores(
         nll=nll,
         log_probs=[row[: document.tokens_read - 1].clone() for document, row in zip(batch, log_probs, strict=True)],
-        window_nbytes=window_nbytes // len(batch),
-        # With memory off, the cache still holds room for one; it is no part of what this condition needs.
-        memory_nbytes=0 if condition == "off" else memory_nbytes // len(batch),
+        window_nbytes=window.window_nbytes // len(batch),
+        # Where a condition does without a memory, the cache still holds room for one; it is no part of what is needed.
+        memory_nbytes=_needed_nbytes(condition, memory) // len(batch),
         seconds=seconds,
     )
+
+
+def _needed_nbytes(condition: str, cache: Any) -> int:
+    if condition == "off":
+        return 0
+    return int(cache.marginals_nbytes if condition == "marginals" else cache.memory_nbytes)
 
 
 def score_batches(

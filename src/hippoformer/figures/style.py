@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
 # Text and lines on a coloured ground, which stays light whatever the page.
 ON_COLOUR = "#14161a"
 SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
-CONDITIONS = {"memory": BLUE, "off": GREY, "window-only": GREEN, "other-document": ORANGE}
+CONDITIONS = {"memory": BLUE, "off": GREY, "window-only": GREEN, "other-document": ORANGE, "marginals": SKY}
 SALIENCE = LinearSegmentedColormap.from_list("salience", ["#fffdf8", "#ffe9b8", "#f7b84b", "#d9730d"])
 FORMATS = ("png", "pdf", "svg")
 

@@ -101,8 +101,13 @@ class HippoCache(WindowCache):
 
     @property
     def memory_nbytes(self) -> int:
-        """Bytes of the episodes and what encoding carries."""
+        """Bytes of the episodes, the marginals, and what encoding carries."""
         return sum(_nbytes(tensor) for tensor in self.memory.tensors().values())
+
+    @property
+    def marginals_nbytes(self) -> int:
+        """Bytes of the marginals, which are part of the memory."""
+        return sum(_nbytes(tensor) for tensor in self.memory.marginals.tensors().values())
 
     @property
     def nbytes(self) -> int:
