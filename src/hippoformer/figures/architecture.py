@@ -65,6 +65,12 @@ def _texts(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
             f"{config['n_anchors']} anchors × {config['anchor_len']} tokens\nmaps above {config['drift_threshold']:g}",
         ),
         "recall": ("Recall", f"{config['recall_n_heads']} heads and nothing\nqueries from {read}\nfollows the text"),
+        "marginals": (
+            "Marginals",
+            f"of every token:\ncame / expected\nfollowed {config['marginal_weight']:.0%}"
+            if config.get("marginal_weight")
+            else "not kept",
+        ),
         "fusion": (
             "Fusion",
             " + ".join(
@@ -87,7 +93,8 @@ _PLACES: dict[str, tuple[float, float, float, float, str]] = {
     "replay": (78, 40, 26, 12, GREEN),
     "drift": (78, 21, 26, 10, PURPLE),
     "recall": (40, 20, 27, 12, BLUE),
-    "fusion": (62, 1.5, 29, 10, VERMILLION),
+    "marginals": (41, 1, 17, 12, PURPLE),
+    "fusion": (66, 1.5, 27, 10, VERMILLION),
 }
 # From, to, label, where its left end stands.
 _ARROWS: tuple[tuple[Point, Point, str, Point], ...] = (
@@ -98,9 +105,10 @@ _ARROWS: tuple[tuple[Point, Point, str, Point], ...] = (
     ((78, 29), (67, 40.5), "new code", (74, 35)),
     ((53.5, 40), (53.5, 32), "episodes", (54.5, 36)),
     ((26, 13), (40, 24), "queries", (26, 20)),
-    ((59, 20), (70, 11.5), "what came next then", (66.5, 15.5)),
-    ((31, 6.5), (62, 6.5), "next-token distribution", (37, 7.5)),
-    ((91, 6.5), (103.5, 6.5), "next token", (92.2, 7.5)),
+    ((59, 20), (72, 11.5), "what came next then", (67.5, 15.5)),
+    ((31, 6.5), (41, 6.5), "foretold", (32, 7.5)),
+    ((58, 6.5), (66, 6.5), "moved", (58.6, 7.5)),
+    ((93, 6.5), (104.5, 6.5), "next token", (93.8, 7.5)),
 )
 
 
