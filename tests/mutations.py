@@ -130,7 +130,7 @@ MUTATIONS = [
         "test_memory_layer.py::test_keys_come_from_the_layers_named",
     ),
     Mutation(
-        "3 streaming",
+        "marginals",
         "predictions follow the marginals before the segment has ended",
         "model/modeling.py",
         "ended = _ended(cache, new)\n        if not ended:",
@@ -138,7 +138,7 @@ MUTATIONS = [
         "test_marginals.py::test_chunks_and_scores_agree[5]",
     ),
     Mutation(
-        "2 rows",
+        "marginals",
         "padding is counted",
         "model/modeling.py",
         "counted = predicted & real",
@@ -146,7 +146,7 @@ MUTATIONS = [
         "test_marginals.py::test_neither_the_future_nor_a_neighbour_nor_padding_is_counted",
     ),
     Mutation(
-        "3 streaming",
+        "marginals",
         "a frozen memory goes on counting",
         "model/modeling.py",
         "if not one.frozen:",
