@@ -14,8 +14,9 @@ Point = tuple[float, float]
 
 
 def draw(results: Sequence[Result]) -> Figure:
-    """Boxes and arrows; the configuration is that of the first result that has one."""
-    config = next(result.config for result in results if result.config)
+    """Boxes and arrows; the configuration is that of the newest result that has one."""
+    configured = [(result.provenance.get("date", ""), result.config) for result in results if result.config]
+    _, config = max(configured, key=lambda found: found[0])
     figure = canvas(10.5, 5.3)
     axes = figure.subplots()
     axes.set(xlim=(0, 105), ylim=(0, 53))
