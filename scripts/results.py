@@ -123,29 +123,22 @@ def perplexity(text: str, *more: str) -> tuple[str, ...]:
     return ("eval", "perplexity", *MODEL, "--text", text, *more)
 
 
+def novels(limit: int, conditions: str) -> tuple[str, ...]:
+    """The same of the first so many tokens of each test novel, all novels side by side."""
+    return perplexity(NOVELS, "--limit-tokens", str(limit), "--batch-size", "6", "--conditions", conditions)
+
+
 PIECES = (
     Piece(
         "novels_test.json",
-        perplexity(
-            *(
-                NOVELS,
-                "--limit-tokens",
-                "30000",
-                "--batch-size",
-                "6",
-                "--conditions",
-                "memory,off,window-only,marginals",
-            ),
-        ),
+        novels(30000, "memory,off,window-only,marginals"),
         5,
         True,
     ),
     # What of the gain is owed to any novel: as much of another one is read first.
     Piece(
         "novels_other_test.json",
-        perplexity(
-            *(NOVELS, "--limit-tokens", "8192", "--batch-size", "6", "--conditions", "memory,off,other-document"),
-        ),
+        novels(8192, "memory,off,other-document"),
         3,
     ),
     Piece("full/perplexity.json", (*SUITE, "--parts", "perplexity"), 15, True),

@@ -221,14 +221,7 @@ def score_together(
     cut = {condition: score[:, 1:].cpu() for condition, score in log_probs.items()}  # waits for the device
     seconds = time.perf_counter() - began
     return [
-        _batch_scores(
-            condition,
-            batch,
-            cut[condition],
-            first,
-            caches.get(condition, first),
-            seconds,
-        )
+        _batch_scores(condition, batch, cut[condition], first, caches.get(condition, first), seconds)
         for condition in conditions
     ]
 

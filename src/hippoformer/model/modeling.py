@@ -209,14 +209,26 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         found, touched = self._recall(source, log_prob, ids, new, cache)
         if touched is not source:
             final, log_prob = touched, self._target_log_prob(cache.last_output, touched, ids, predicted)
+        foretold = (base_log_prob, prior_log_prob, _fused(log_prob, found, predicted))
+        return self._taken(start, new, cache, foretold, source, final, found)
+
+    def _taken(
+        self,
+        start: list[int],
+        new: list[int],
+        cache: HippoCache,
+        foretold: tuple[Tensor, Tensor, Tensor],
+        source: Tensor,
+        final: Tensor,
+        found: StepOutput | None,
+    ) -> Step:
+        """The step with all that came of it; the cache has read its tokens now."""
         cache.last_output = last_of(final, new, cache.last_output)
         shift, report = cache.memory.marginals.shift, self._advance(cache, new)
         return Step(
             start,
             new,
-            base_log_prob,
-            prior_log_prob,
-            _fused(log_prob, found, predicted),
+            *foretold,
             hidden=source,
             output=final,
             window=self.window,
@@ -249,19 +261,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         finally:
             handle.remove()
         log_prob = self._target_log_prob(cache.last_output, final, ids, predicted)
-        cache.last_output = last_of(final, new, cache.last_output)
-        return Step(
-            start,
-            new,
-            prior_log_prob,
-            prior_log_prob,
-            _fused(log_prob, found, predicted),
-            hidden=source,
-            output=final,
-            window=self.window,
-            found=found,
-            report=self._advance(cache, new),
-        )
+        foretold = (prior_log_prob, prior_log_prob, _fused(log_prob, found, predicted))
+        return self._taken(start, new, cache, foretold, source, final, found)
 
     def _recall(
         self, hidden: Tensor, log_prob: Tensor, ids: Tensor, new: list[int], cache: HippoCache

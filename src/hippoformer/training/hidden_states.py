@@ -140,7 +140,8 @@ class HiddenStateCache:
                     for row, n in enumerate(step.new):
                         hidden[row].append(step.hidden[row, :n].cpu())
                         log_prob[row].append(step.base_log_prob[row, :n].cpu())
-                        moved[row].append(step.target_log_prob[row, :n].cpu())
+                        if self._moved:
+                            moved[row].append(step.target_log_prob[row, :n].cpu())
                     progress.advance(task, sum(step.new))
                 for row, i in enumerate(chosen):
                     told, *files = self._files(i)
