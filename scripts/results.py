@@ -193,6 +193,10 @@ PIECES = (
     # All at most a megabyte more than the window, and what nearly full attention reaches.
     Piece("bytes_novels_1mb.json", equal_bytes("555,7932", "640", "h2o:43,snapkv:43"), 20),
     *(Piece(f"replay_{name}_validation.json", compared(REPLAY, *text), 8) for name, text in VALIDATION.items()),
+    *(
+        Piece(f"salience_{name}_validation.json", ("eval", "salience", *MODEL, "--text", *text), 4)
+        for name, text in VALIDATION.items()
+    ),
     Piece(
         "drift_3_bits_validation.json",
         (

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from hippoformer import cli
 from hippoformer.evaluation import salience
 from hippoformer.evaluation.salience import RULES, evaluate_salience
-from hippoformer.training.credit import measure_credit
+from hippoformer.training.credit import measure_credit, measure_credit_by_halves
 from hippoformer.training.hidden_states import HiddenStateCache
 from tiny_texts import documents, tiny_load
 
@@ -69,3 +69,38 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "untrained gate" in result.output and (tmp_path / "salience.json").is_file()
+
+
+def test_halves_of_credit_that_agree_set_no_limit_and_halves_that_do_not_forbid_everything() -> None:
+    draws = np.random.default_rng(0)
+    worth, chance = draws.normal(size=100_000), draws.normal(size=(2, 100_000))
+    assert salience._ceiling(np.stack([worth, worth])) == pytest.approx([1.0])
+    # Of each half's variance a third is worth: reliability of their sum 1/2, and no more than that can be foreseen.
+    measured = worth + np.sqrt(2.0) * chance
+    (most,) = salience._ceiling(measured)
+    assert most == pytest.approx(np.sqrt(0.5), abs=0.01)
+    assert most == pytest.approx(stats.pearsonr(worth, measured.sum(0)).statistic, abs=0.01)
+    assert salience._ceiling(np.stack([worth, -worth])) == [0.0]
+    assert salience._ceiling(np.zeros((2, 5))) == salience._ceiling(np.ones((2, 1))) == []
+
+
+@torch.no_grad()
+def test_halves_of_credit_are_what_every_second_segment_owes(cache: Path) -> None:
+    model, tokenizer = tiny_load(residual_readout=False)
+    (text,) = documents(400)
+    ids = tokenizer(text.text, return_tensors="pt").input_ids
+    read = HiddenStateCache(model, [ids[0]], cache)[0]
+    (credit,) = measure_credit(model.hippocampus, [read])
+    halves = measure_credit_by_halves(model.hippocampus, read)
+    assert torch.allclose(halves.sum(0), credit, atol=1e-4, equal_nan=True)
+    assert (halves[:, ~credit.isnan()] >= 0).all() and (halves.nansum(1) > 0).all()
+    # Cut after an odd number of segments, the last one of which only the first half can owe to.
+    length, window = model.config.segment_len, model.config.window
+    cuts = [length * (n + window // length) for n in (3, 4)]
+    shorter, longer = (
+        measure_credit_by_halves(model.hippocampus, HiddenStateCache(model, [ids[0, :cut]], cache)[0]) for cut in cuts
+    )
+    known = ~shorter.isnan().any(0)
+    grown = [half[: cuts[0]][known] for half in longer]
+    same = [torch.equal(now, before[known]) for now, before in zip(grown, shorter, strict=True)]
+    assert sorted(same) == [False, True], "one more segment changed more than its own half, or nothing"

@@ -6,7 +6,11 @@ later tokens beyond the window. The two are compared token by token: Spearman's 
 Pearson's with it (the consolidation R-score of the original, retrieval quality being the credit), and how much of all
 credit the transitions hold that a rule would keep if it could keep one in ten.
 
-Each figure stands beside that of plain surprise, and of the same gate before training.
+Each figure stands beside that of plain surprise, and of the same gate before training. And beside what nobody could do
+better: credit depends on a future that chance has a part in. What every second segment owes to a transition is one
+measure of its worth, what the segments between owe another; from how far they agree follows how reliable their sum is
+(Spearman 1910, Brown 1910), and no forecast can correlate with a measure by more than the root of its reliability
+(Spearman 1904). That is an upper bound: what both halves owe to the same turn of the story counts as foreseeable.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +32,13 @@ from hippoformer.evaluation.report import Report, shown
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.evaluation.views import untrained_gate
-from hippoformer.training.credit import measure_credit
+from hippoformer.training.credit import measure_credit_by_halves
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader
 
 RULES = ("salience", "surprise", "untrained gate")
 _KEPT = 0.1
+_PROVING = 4
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class SalienceReport(Report):
 
     Attributes:
         perfect: what `held` would be for a rule that knew the credit.
+        ceiling: what `pearson` could be at most, of the transitions with at least four segments to prove themselves in;
+            None if no document is long enough.
     """
 
     FORMAT: ClassVar[str] = "hippoformer.salience/1"
@@ -65,6 +72,7 @@ class SalienceReport(Report):
     documents: list[str]
     transitions: int
     perfect: Interval
+    ceiling: Interval | None
     rules: tuple[RuleResult, ...]
     provenance: dict[str, Any]
 
@@ -74,6 +82,8 @@ class SalienceReport(Report):
             f"{len(self.documents)} documents, {self.transitions:,} transitions; credit held by the best tenth, had it "
             f"been known: {self.perfect.estimate:.2f}"
         )
+        if self.ceiling is not None:
+            caption += f"; no forecast could reach a Pearson above {self.ceiling.estimate:.2f}"
         table = Table(title=Text(f"Salience and credit of {self.model['base_model_name']}"), caption=Text(caption))
         table.add_column("rule")
         for heading in ("Spearman with credit", "Pearson with credit", "credit held by its best tenth"):
@@ -111,11 +121,12 @@ def evaluate_salience(
     encoded = [encode(tokenizer, document, i, limit_tokens) for i, document in enumerate(documents)]
     encoded = [document for document in encoded if document.tokens_scored > 0]
     figures: dict[str, list[tuple[float, float, float]]] = {rule: [] for rule in RULES}
-    perfect, titles, transitions = [], [], 0
+    perfect, ceilings, titles, transitions = [], [], [], 0
     with reading(model):
         cache = hidden_states(model, encoded, cache_dir)
         for number, document in enumerate(encoded):
-            (credit,) = measure_credit(model.hippocampus, [cache[number]])
+            halves = measure_credit_by_halves(model.hippocampus, cache[number])
+            credit = halves.sum(0)
             known = ~credit.isnan()
             if known.sum() > 1 and credit[known].max() > 0:
                 measured = {
@@ -127,6 +138,8 @@ def evaluate_salience(
                 for rule, values in measured.items():
                     figures[rule].append(_compared(values[known].double().numpy(), worth))
                 perfect.append(_held(worth, worth))
+                proven = known[: max(0, len(known) - model.config.window - _PROVING * model.config.segment_len)]
+                ceilings += _ceiling(halves[:, : len(proven)][:, proven].double().numpy())
                 titles.append(document.document.title)
                 transitions += int(known.sum())
             if progress is not None:
@@ -144,6 +157,7 @@ def evaluate_salience(
         documents=titles,
         transitions=transitions,
         perfect=mean_interval(perfect, seed, resamples),
+        ceiling=mean_interval(ceilings, seed, resamples) if ceilings else None,
         rules=tuple(RuleResult(rule, *of) for rule, of in intervals.items()),
         provenance=provenance(seed=seed, documents=list(documents), command=command),
     )
@@ -162,6 +176,14 @@ def _compared(values: Any, credit: Any) -> tuple[float, float, float]:
         float(stats.pearsonr(values, credit).statistic),
         _held(values, credit),
     )
+
+
+def _ceiling(halves: Any) -> list[float]:
+    """The most that anything can correlate with the sum of two (T,) halves; nothing where one does not vary."""
+    if halves.shape[1] < 2 or not halves.std(axis=1).all():
+        return []
+    agree = max(0.0, float(stats.pearsonr(*halves).statistic))
+    return [float(np.sqrt(2 * agree / (1 + agree)))]
 
 
 def _held(values: Any, credit: Any) -> float:

@@ -133,6 +133,8 @@ def _long_range(part: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _salience(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     rules = {rule["rule"]: rule for rule in part["rules"]}
     trained, untrained = rules["salience"], rules["untrained gate"]
+    ceiling = part.get("ceiling")
+    at_most = [_row("the most that a forecast could reach", "Pearson", ceiling)] if ceiling else []
     return [
         _row(
             "consolidation R (salience and credit)",
@@ -142,6 +144,7 @@ def _salience(part: Mapping[str, Any]) -> list[dict[str, Any]]:
             _UNTRAINED,
             _R_TARGET,
         ),
+        *at_most,
         _row(
             "salience and credit, by rank",
             "Spearman",

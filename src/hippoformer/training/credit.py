@@ -30,7 +30,6 @@ def reconfigured(hippocampus: Hippocampus, **options: object) -> Iterator[HippoF
         hippocampus.configure(before)
 
 
-@torch.no_grad()
 def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) -> list[Tensor]:
     """Credit of each token's episode.
 
@@ -41,6 +40,27 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
         (T,) float32 for each document of T tokens; NaN for the first token, which has no episode, and for those that
         never left the window.
     """
+    *_, credit = _after_each_segment(hippocampus, documents)
+    return credit
+
+
+def measure_credit_by_halves(hippocampus: Hippocampus, document: ReadDocument) -> Tensor:
+    """The same of one document, what every second segment owes to an episode apart from what those between owe.
+
+    Returns:
+        (2, T) float32, the halves of `measure_credit`; NaN as there.
+    """
+    halves = torch.zeros(2, len(document))
+    before = credit = torch.zeros(len(document))
+    for segment, (credit,) in enumerate(_after_each_segment(hippocampus, [document])):
+        halves[segment % 2] += credit.nan_to_num() - before
+        before = credit.nan_to_num()
+    return torch.where(credit.isnan(), torch.nan, halves)
+
+
+@torch.no_grad()
+def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) -> Iterator[list[Tensor]]:
+    """The credit that episodes have earned so far, (T,) for each document."""
     lengths = [len(document) for document in documents]
     everything = {
         "buffer_size": max(lengths),
@@ -59,12 +79,12 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
             _, state = hippocampus.step(state, piece.start, part.hidden, part.tokens, -part.log_prob, piece.length)
             if rows := [row for row, n in enumerate(piece.length) if n == config.segment_len]:
                 state, _ = hippocampus.end_segment(state, end, rows)
-        stored = state.episodes.slots(0, config.buffer_size)
-        found = [torch.full((length,), torch.nan) for length in lengths]
-        for row, credit in enumerate(found):
-            kept = stored.valid[row]
-            credit[stored.position[row, kept].long().cpu()] = stored.credit[row, kept].cpu()
-    return found
+            stored = state.episodes.slots(0, config.buffer_size)
+            found = [torch.full((length,), torch.nan) for length in lengths]
+            for row, credit in enumerate(found):
+                kept = stored.valid[row]
+                credit[stored.position[row, kept].long().cpu()] = stored.credit[row, kept].cpu()
+            yield found
 
 
 def useful(credit: Tensor) -> Tensor:
