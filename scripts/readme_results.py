@@ -31,9 +31,8 @@ Content = dict[str, Any]
 
 
 def read_results(folder: Path) -> dict[str, Content]:
-    """File name -> content of every JSON file of the folder, and of the suite's perplexity, by name."""
-    paths = sorted([*folder.glob("*.json"), *folder.glob("full/perplexity.json")])
-    return {path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    """File name -> content of every JSON file of the folder, by name."""
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:

@@ -142,8 +142,8 @@ PIECES = (
         3,
     ),
     Piece(
-        "full/perplexity.json",
-        (*SUITE, "--parts", "perplexity", "--conditions", "memory,off,window-only,marginals"),
+        "wikitext2_test.json",
+        perplexity(WIKI, "--batch-size", "4", "--conditions", "memory,off,window-only,marginals"),
         15,
         True,
     ),
