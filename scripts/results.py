@@ -197,7 +197,7 @@ PIECES = (
     Piece("bytes_novels.json", equal_bytes(WINDOWS, EPISODES, SELECTED), 60),
     # All at most a megabyte more than the window, and what nearly full attention reaches.
     Piece("bytes_novels_1mb.json", equal_bytes("555,7932", "640", "h2o:43,snapkv:43"), 20),
-    # In float32, where a megabyte is a window longer by 14 tokens: as many bytes as the shipped memory has.
+    # In float32, where a megabyte is a window longer by 22 tokens.
     Piece("bytes_novels_float32.json", (*equal_bytes("574", "", ""), "--dtype", "float32"), 15),
     *(Piece(f"replay_{name}_validation.json", compared(REPLAY, *text), 8) for name, text in VALIDATION.items()),
     *(
