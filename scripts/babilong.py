@@ -36,7 +36,7 @@ REPORTS = (
     ("babilong_64k_test.json", ADAPTED, "qa1", "64000", "3", MEMORY, WINDOW),
     ("babilong_64k_all_test.json", ADAPTED, "qa1", "64000", "3", EVERYTHING, WINDOW),
     ("babilong_memory_test.json", TRAINED, "qa1", "0,1000,4000", "10,10,6", MEMORY, ()),
-    ("babilong_memory_qa2_test.json", TRAINED, "qa2,qa3", "0,1000,4000", "10,10,6", MEMORY, WINDOW),
+    ("babilong_memory_qa2_test.json", TRAINED, "qa2,qa3", "0,1000", "10,10", MEMORY, WINDOW),
     ("babilong_memory_16k_test.json", TRAINED, "qa1", "16000", "5", MEMORY, WINDOW),
 )
 
