@@ -105,9 +105,9 @@ def simple_commands(line: str) -> list[list[str]]:
     commands: list[list[str]] = [[]]
     words = iter(lexer)
     for word in words:
-        if set(word) <= set("|&;"):
+        if word and set(word) <= set("|&;"):
             commands.append([])
-        elif set(word) <= set("<>"):
+        elif word and set(word) <= set("<>"):
             next(words, None)
         elif commands[-1] or not re.match(r"\w+=", word):
             commands[-1].append(word)

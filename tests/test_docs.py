@@ -138,6 +138,7 @@ def test_what_does_not_exist_is_noticed(line: str) -> None:
         ".venv/bin/hippoformer demo my-book.txt && make unit PYTHON=python3.11",
         "accelerate launch --num_processes 2 -m hippoformer.train --text my-texts | tee log.txt",
         "pip install hippoformer  # from anywhere",
+        "hippoformer eval bytes --model m --text my-texts --buffers '' --kv '' --dtype float32",
     ],
 )
 def test_what_exists_is_let_through(line: str) -> None:
