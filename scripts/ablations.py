@@ -6,10 +6,10 @@
 
 Every run is small, the same steps and texts for all, so that differences mean something and absolute figures less. A
 run leaves `runs/ablations/NAME-SEED`, and three reports there; those that exist are not made again. The base reads
-every text once, and planted facts are asked of all runs of a seed together. Of these reports come
-`results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each variant's nats and answers
-are means over its seeds, paired with those of `shipped` over the same seeds: the shipped memory without its marginals,
-which is what the other variants change.
+every text once, and planted facts are asked of all runs of a seed together, with marginals and without. Of these
+reports come `results/retrained_novels.json`, `retrained_articles.json` and `retrained_recall.json`: each variant's
+nats and answers are means over its seeds, paired with those of `shipped` over the same seeds: the shipped memory
+without its marginals, which is what the other variants change.
 """
 
 import argparse
@@ -152,6 +152,14 @@ def make(run: Run) -> int:
         if run.lacks(name):
             commands.append([*command, "--output", run.report(name).as_posix()])
     return next((status for command in commands if (status := _call(command))), 0)
+
+
+def read_alike(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs in groups that one reading of the base can serve: it has marginals or not."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.variant.options.get("marginal_weight"), []).append(run)
+    return list(groups.values())
 
 
 def ask(runs: Sequence[Run]) -> int:
@@ -304,9 +312,10 @@ def main(argv: list[str] | None = None) -> int:
                 return status
             took = (time.monotonic() - began) / 60
             print(f"seed {seed}, {number}/{len(of_seed)}: {run.variant.name} took {took:.1f} min", flush=True)
-        if status := ask(of_seed):
-            print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
-            return status
+        for together in read_alike(of_seed):
+            if status := ask(together):
+                print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
+                return status
         collect(Run(v, s) for s in SEEDS for v in VARIANTS)
     return 0
 

@@ -115,3 +115,10 @@ def test_what_is_measured_is_not_made_again(
     assert told == {"reference": "no-gate-1", "variants": [{"name": "no-gate-1", "asked": []}]}
     count = len(lines)
     assert script.ask([done, missing, other]) == 0 and len(lines) == count, "nobody is asked twice"
+
+
+def test_one_reading_serves_runs_whose_base_predicts_alike(script: ModuleType) -> None:
+    runs = [script.Run(variant, 1) for variant in script.VARIANTS]
+    without, with_marginals = script.read_alike(runs)
+    assert [run.variant.name for run in with_marginals] == ["marginals"] and len(without) == len(runs) - 1
+    assert script.read_alike([]) == []
