@@ -1,6 +1,6 @@
 """Adapts the base to books and articles, then asks what the memory is still worth beside what LoRA has learned.
 
-    python scripts/lora.py                 # three seeds: about three quarters of an hour each on two CPU cores
+    python scripts/lora.py                 # three seeds: an hour and a quarter each on one core of an AMD EPYC
     python scripts/lora.py --seeds 1       # these seeds
 
 LoRA learns by the base's own loss and never sees the memory; the shipped hippocampus was trained on the base as it was.
@@ -29,7 +29,7 @@ BUDGET = {
     "save_steps": 1000,
     "dtype": "float32",
 }
-# Novels as far as `novels_test` reads them, and articles that take as long.
+# Novels as far as `novels_test` reads them, and the first articles.
 READ = {
     "novels": ("data/public-domain-novels/test", "--limit-tokens", "30000", "--batch-size", "6"),
     "articles": ("data/wikitext-2-raw/wiki.test.raw", "--documents", "16", "--batch-size", "4"),

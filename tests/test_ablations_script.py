@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from hippoformer import HippoFormerConfig, cli
 from hippoformer.training.arguments import config_options, parse
-from script_files import load_script
+from script_files import load_script, script_at
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"dtype": "bfloat16", "window": 512, "buffer_size": 2048}
@@ -19,9 +19,7 @@ MODEL = {"dtype": "bfloat16", "window": 512, "buffer_size": 2048}
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load_script("ablations")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    return module
+    return script_at("ablations", tmp_path, monkeypatch)
 
 
 def test_every_variant_is_a_command_of_the_package(script: ModuleType) -> None:

@@ -12,16 +12,14 @@ from typer.main import get_command
 from hippoformer import cli
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.training.arguments import parse
-from script_files import load_script
+from script_files import script_at
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load_script("babilong")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    return module
+    return script_at("babilong", tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`scripts/lora.py`: its commands are those of the package, and only what is missing is made."""
 
-import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,26 +9,17 @@ from typer.main import get_command
 
 from hippoformer import cli
 from hippoformer.training.arguments import parse
-from script_files import load_script
+from script_files import record_runs, script_at
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load_script("lora")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    return module
+    return script_at("lora", tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    lines: list[list[str]] = []
-
-    def run(line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        lines.append(line)
-        return subprocess.CompletedProcess(line, 7 if "hand" in line[-1] else 0)
-
-    monkeypatch.setattr(script.subprocess, "run", run)
-    return lines
+    return record_runs(script, monkeypatch, "by hand", 7)
 
 
 def test_every_seed_is_trained_alike_and_both_texts_are_read(script: ModuleType, ran: list[list[str]]) -> None:

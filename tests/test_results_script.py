@@ -1,6 +1,5 @@
 """`scripts/results.py`: every piece is a command that the package understands, and only missing files are made."""
 
-import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,28 +9,19 @@ from typer.main import get_command
 
 from hippoformer import HippoFormerConfig, cli
 from hippoformer.training.arguments import config_options
-from script_files import load_script
+from script_files import record_runs, script_at
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    module = load_script("results")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    return module
+    return script_at("results", tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    lines: list[list[str]] = []
-
-    def run(line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        lines.append(line)
-        return subprocess.CompletedProcess(line, 1 if "broken" in line else 0)
-
-    monkeypatch.setattr(script.subprocess, "run", run)
-    return lines
+    return record_runs(script, monkeypatch, "broken", 1)
 
 
 def options_of(line: list[str]) -> set[str]:
@@ -63,9 +53,7 @@ def test_only_missing_files_are_made_and_the_tables_follow(
     ran.clear()
     assert script.main(["--quick"]) == 0
     assert [line[-1] for line in ran[:-1]] == [
-        f"results/{p.file}".removesuffix("/perplexity.json")
-        for p in script.PIECES
-        if p.headline and p.name != "novels_test"
+        f"results/{p.file}" for p in script.PIECES if p.headline and p.name != "novels_test"
     ]
     ran.clear()
     assert script.main(["novels"]) == 0 and "results/novels_test.json" in ran[0]

@@ -138,8 +138,9 @@ def evaluate_salience(
                 for rule, values in measured.items():
                     figures[rule].append(_compared(values[known].double().numpy(), worth))
                 perfect.append(_held(worth, worth))
-                proven = known[: max(0, len(known) - model.config.window - _PROVING * model.config.segment_len)]
-                ceilings += _ceiling(halves[:, : len(proven)][:, proven].double().numpy())
+                proven = known.clone()
+                proven[-(model.config.window + _PROVING * model.config.segment_len) :] = False
+                ceilings += _ceiling(halves[:, proven].double().numpy())
                 titles.append(document.document.title)
                 transitions += int(known.sum())
             if progress is not None:

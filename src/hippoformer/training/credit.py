@@ -7,6 +7,7 @@ Measuring with everything kept is what makes the target honest: with the working
 gate lets go could never prove it.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
+from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument, side_by_side
 from hippoformer.training.streams import whole_documents
@@ -40,8 +42,8 @@ def measure_credit(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) 
         (T,) float32 for each document of T tokens; NaN for the first token, which has no episode, and for those that
         never left the window.
     """
-    *_, credit = _after_each_segment(hippocampus, documents)
-    return credit
+    (stored,) = deque(_after_each_segment(hippocampus, documents), maxlen=1)
+    return [_credit(stored, row, len(document)) for row, document in enumerate(documents)]
 
 
 def measure_credit_by_halves(hippocampus: Hippocampus, document: ReadDocument) -> Tensor:
@@ -51,16 +53,17 @@ def measure_credit_by_halves(hippocampus: Hippocampus, document: ReadDocument) -
         (2, T) float32, the halves of `measure_credit`; NaN as there.
     """
     halves = torch.zeros(2, len(document))
-    before = credit = torch.zeros(len(document))
-    for segment, (credit,) in enumerate(_after_each_segment(hippocampus, [document])):
+    before = torch.zeros(len(document))
+    for segment, stored in enumerate(_after_each_segment(hippocampus, [document])):
+        credit = _credit(stored, 0, len(document))
         halves[segment % 2] += credit.nan_to_num() - before
         before = credit.nan_to_num()
     return torch.where(credit.isnan(), torch.nan, halves)
 
 
 @torch.no_grad()
-def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) -> Iterator[list[Tensor]]:
-    """The credit that episodes have earned so far, (T,) for each document."""
+def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocument]) -> Iterator[Episodes]:
+    """What is stored of the documents so far; good until the next segment is read."""
     lengths = [len(document) for document in documents]
     everything = {
         "buffer_size": max(lengths),
@@ -79,12 +82,14 @@ def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocume
             _, state = hippocampus.step(state, piece.start, part.hidden, part.tokens, -part.log_prob, piece.length)
             if rows := [row for row, n in enumerate(piece.length) if n == config.segment_len]:
                 state, _ = hippocampus.end_segment(state, end, rows)
-            stored = state.episodes.slots(0, config.buffer_size)
-            found = [torch.full((length,), torch.nan) for length in lengths]
-            for row, credit in enumerate(found):
-                kept = stored.valid[row]
-                credit[stored.position[row, kept].long().cpu()] = stored.credit[row, kept].cpu()
-            yield found
+            yield state.episodes.slots(0, config.buffer_size)
+
+
+def _credit(stored: Episodes, row: int, length: int) -> Tensor:
+    """(T,) credit by position of a row's episodes; NaN where none is stored."""
+    credit, kept = torch.full((length,), torch.nan), stored.valid[row]
+    credit[stored.position[row, kept].long().cpu()] = stored.credit[row, kept].cpu()
+    return credit
 
 
 def useful(credit: Tensor) -> Tensor:
