@@ -1,43 +1,149 @@
 """Teaches the base what bAbI's questions ask, on short stories, and asks about stories hidden in long novels.
 
     python scripts/babilong.py                 # about an hour and a half on two CPU cores
+    python scripts/babilong.py --large         # twenty times as many stories, three tasks: minutes on one GPU
 
-Stories of bAbI's training files in training novels, at most 400 tokens of each, teach LoRA to say first what was told
-and then the answer. On the base that has learned this, the shipped hippocampus learns from other stories, some of them
-longer than the window, when to speak and when to leave the reply to the base. Then official test questions are asked in
-test novels, up to 64,000 tokens long: `results/babilong*_test.json`. What is already there is not made again.
+Stories of bAbI's training files in training novels teach LoRA to say first what was told and then the answer. On the
+base that has learned this, the shipped hippocampus learns from other stories, some of them longer than the window, when
+to speak and when to leave the reply to the base; and, where credit is measured, which sentences will be asked for. Then
+official test questions are asked in test novels, up to 64,000 tokens long: `results/babilong*_test.json`. What is
+already there is not made again.
 """
 
+import argparse
 import json
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = Path("runs"), Path("results")
-ADAPTED, BASE, TRAINED = RUNS / "babi", RUNS / "babi-base", RUNS / "babi-memory"
 TRAINING, TEST = "data/public-domain-novels/train", "data/public-domain-novels/test"
 SHIPPED = "smollm2-135m"
-# For LoRA: task, tokens of its texts, seed of the draw, and how many of the shorter texts are learned.
-LEARNED = (("10k-qa1", "0,100,400", 1, 380), ("10k-qa2", "0,300", 2, 150))
-LONGEST = 1_000  # characters
-# For the hippocampus: task, tokens, seed, and how many are drawn of each length; all are learned.
-REMEMBERED = (("10k-qa1", "0,200", 11, 60), ("10k-qa2", "0,300", 12, 30), ("10k-qa1", "1100", 13, 40))
 # As many episodes as reach back 128,000 tokens.
 MEMORY = ("--buffer-size", "16384", "--decay-rate", "0.99975")
 # As many as a text of 64,000 tokens has: what is wrong then is not the choice of what to keep.
 EVERYTHING = ("--buffer-size", "65536", "--decay-rate", "0.99994")
 WINDOW = ("--windows", "4608")
-# The longer a text, the fewer questions: file, model, tasks, lengths, cases, memory, and longer windows of the base.
-REPORTS = (
-    ("babilong_test.json", ADAPTED, "qa1,qa2", "0,1000,4000", "10,10,6", MEMORY, WINDOW),
-    ("babilong_64k_test.json", ADAPTED, "qa1", "64000", "3", MEMORY, WINDOW),
-    ("babilong_64k_all_test.json", ADAPTED, "qa1", "64000", "3", EVERYTHING, WINDOW),
-    ("babilong_memory_test.json", TRAINED, "qa1", "0,1000,4000", "10,10,6", MEMORY, ()),
-    ("babilong_memory_qa2_test.json", TRAINED, "qa2,qa3", "0,1000", "10,10", MEMORY, WINDOW),
-    ("babilong_memory_16k_test.json", TRAINED, "qa1", "16000", "5", MEMORY, WINDOW),
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Questions of one task: tokens of their texts, seed, how many are drawn of each length and how many of all these
+    are learned.
+    """
+
+    task: str
+    lengths: str
+    seed: int
+    samples: int
+    learned: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One table; `adapted` asks the base that has learned with the shipped hippocampus."""
+
+    file: str
+    tasks: str
+    lengths: str
+    cases: str
+    memory: tuple[str, ...] = MEMORY
+    windows: tuple[str, ...] = WINDOW
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is learned and asked.
+
+    Attributes:
+        name: of its folders. learned, remembered: questions for LoRA, and for the hippocampus.
+        longest: characters of a text that LoRA learns. adapting, training: options of both. reply_tokens, batch_size:
+            of the questions. asked: tables; the longer a text, the fewer questions.
+    """
+
+    name: str
+    learned: tuple[Drawn, ...]
+    longest: int
+    adapting: tuple[Any, ...]
+    remembered: tuple[Drawn, ...]
+    training: tuple[Any, ...]
+    reply_tokens: int
+    batch_size: int
+    asked: tuple[Asked, ...]
+
+    @property
+    def adapted(self) -> Path:
+        """The base with LoRA."""
+        return RUNS / self.name
+
+    @property
+    def base(self) -> Path:
+        """The same as an ordinary base."""
+        return RUNS / f"{self.name}-base"
+
+    @property
+    def trained(self) -> Path:
+        """The hippocampus that has learned on it."""
+        return RUNS / f"{self.name}-memory"
+
+
+SMALL = Scale(
+    name="babi",
+    learned=(Drawn("10k-qa1", "0,100,400", 1, 200, 380), Drawn("10k-qa2", "0,300", 2, 200, 150)),
+    longest=1_000,
+    adapting=("--batch_size", 8, "--max_seq_length", 256, "--lora_r", 16, "--learning_rate", "1e-2"),
+    remembered=(
+        Drawn("10k-qa1", "0,200", 11, 60),
+        Drawn("10k-qa2", "0,300", 12, 30),
+        Drawn("10k-qa1", "1100", 13, 40),
+    ),
+    training=(
+        *("--num_epochs", 4, "--batch_size", 8, "--max_document_tokens", 2048),
+        *("--recall_share", "1.0", "--credit_documents", 0),
+    ),
+    reply_tokens=32,
+    batch_size=5,
+    asked=(
+        Asked("babilong_test.json", "qa1,qa2", "0,1000,4000", "10,10,6", adapted=True),
+        Asked("babilong_64k_test.json", "qa1", "64000", "3", adapted=True),
+        Asked("babilong_64k_all_test.json", "qa1", "64000", "3", EVERYTHING, adapted=True),
+        Asked("babilong_memory_test.json", "qa1", "0,1000,4000", "10,10,6", windows=()),
+        Asked("babilong_memory_qa2_test.json", "qa2,qa3", "0,1000", "10,10"),
+        Asked("babilong_memory_16k_test.json", "qa1", "16000", "5"),
+    ),
+)
+LARGE = Scale(
+    name="babi-large",
+    learned=(
+        Drawn("10k-qa1", "0,100,400,1000", 1, 1200),
+        Drawn("10k-qa2", "0,400", 2, 1200),
+        Drawn("qa3", "0,400", 3, 800),
+    ),
+    longest=20_000,
+    adapting=(
+        *("--batch_size", 32, "--max_seq_length", 512, "--lora_r", 16, "--learning_rate", "5e-3", "--set"),
+        'lora_target_modules=["q_proj","k_proj","v_proj","o_proj","gate_proj","up_proj","down_proj"]',
+    ),
+    remembered=(
+        Drawn("10k-qa1", "0,400,1500,3000", 11, 60),
+        Drawn("10k-qa2", "0,400,1500,3000", 12, 40),
+        Drawn("qa3", "0,400,1500,3000", 13, 25),
+    ),
+    training=(
+        *("--num_epochs", 3, "--batch_size", 16, "--max_document_tokens", 6144),
+        *("--recall_share", "0.5", "--credit_documents", 300, "--foresight_passes", 4),
+    ),
+    reply_tokens=48,
+    batch_size=24,
+    asked=(
+        Asked("babilong_large_test.json", "qa1,qa2,qa3", "0,1000,4000,16000", "24"),
+        Asked("babilong_large_64k_test.json", "qa1,qa2,qa3", "64000", "24"),
+    ),
 )
 
 
@@ -50,11 +156,12 @@ def _call(*command: Any) -> None:
     subprocess.run([sys.executable, "-m", "hippoformer.cli", *map(str, command)], cwd=ROOT, check=True)
 
 
-def _drawn(task: str, lengths: str, seed: int, samples: int) -> list[str]:
+def _drawn(scale: Scale, drawn: Drawn) -> list[str]:
     """Lines of questions about stories of training files in training novels."""
-    file = RUNS / f"{task}-{seed}.jsonl"
-    options = ("--task", task, "--lengths", lengths, "--samples", samples, "--seed", seed)
-    _call("hide-stories", "--text", TRAINING, "--reasons", *options, "--output", file)
+    file = RUNS / f"{scale.name}-{drawn.task}-{drawn.seed}.jsonl"
+    if not (ROOT / file).is_file():
+        options = ("--lengths", drawn.lengths, "--samples", drawn.samples, "--seed", drawn.seed, "--output", file)
+        _call("hide-stories", "--text", TRAINING, "--reasons", "--task", drawn.task, *options)
     return (ROOT / file).read_text(encoding="utf-8").splitlines()
 
 
@@ -63,51 +170,53 @@ def _written(lines: list[str], file: Path) -> Path:
     return file
 
 
-def adapt() -> None:
+def adapt(scale: Scale) -> None:
     """LoRA learns the answers alone; then a base that has learned them is written."""
     learned = []
-    for task, lengths, seed, number in LEARNED:
-        short = [s for s in _drawn(task, lengths, seed, 200) if len(json.loads(s)["context"]) < LONGEST]
+    for drawn in scale.learned:
+        short = [s for s in _drawn(scale, drawn) if len(json.loads(s)["context"]) < scale.longest]
         random.Random(0).shuffle(short)
-        learned += short[:number]
+        learned += short[: drawn.learned]
     random.Random(1).shuffle(learned)
-    questions = _written(learned, RUNS / "stories.jsonl")
-    size = ("--num_epochs", 1, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
-    rate = ("--lora_r", 16, "--learning_rate", "1e-2", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
+    questions = _written(learned, RUNS / f"{scale.name}-stories.jsonl")
+    size = ("--num_epochs", 1, "--max_document_tokens", 2048, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
     carried = ("--memory_off", "--hippocampus", SHIPPED)
-    _call("train", "--questions", questions, *carried, *size, *rate, "--output_dir", ADAPTED)
-    _call("export-base", "--model", ADAPTED, "--output", BASE)
+    _call("train", "--questions", questions, *carried, *size, *scale.adapting, "--output_dir", scale.adapted)
+    _call("export-base", "--model", scale.adapted, "--output", scale.base)
 
 
-def train() -> None:
+def train(scale: Scale) -> None:
     """The shipped hippocampus goes on with questions, on the base that answers them."""
-    questions = _written([line for of in REMEMBERED for line in _drawn(*of)], RUNS / "remembered.jsonl")
-    size = ("--num_epochs", 4, "--batch_size", 8, "--max_seq_length", 256, "--max_document_tokens", 2048)
-    rate = ("--learning_rate", "5e-4", "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    recall_alone = ("--recall_share", "1.0", "--credit_documents", 0, "--cache_dir", "hidden_states")
-    base = ("--base_model", BASE, "--hippocampus", SHIPPED)
-    _call("train", *base, "--questions", questions, *size, *rate, *recall_alone, "--output_dir", TRAINED)
+    lines = [line for drawn in scale.remembered for line in _drawn(scale, drawn)]
+    questions = _written(lines, RUNS / f"{scale.name}-remembered.jsonl")
+    size = ("--max_seq_length", 256, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
+    kept = ("--cache_dir", "hidden_states", "--output_dir", scale.trained)
+    base = ("--base_model", scale.base, "--hippocampus", SHIPPED, "--learning_rate", "5e-4")
+    _call("train", *base, "--questions", questions, *size, *scale.training, *kept)
 
 
-def ask(
-    file: str, model: Path, tasks: str, lengths: str, cases: str, memory: tuple[str, ...], windows: tuple[str, ...]
-) -> None:
+def ask(scale: Scale, asked: Asked) -> None:
     """One table of results."""
-    cells = ("--tasks", tasks, "--lengths", lengths, "--cases", cases)
-    asked = (*cells, *windows, "--reply-tokens", 32, "--output", RESULTS / file)
-    _call("eval", "babilong", "--model", model, *memory, "--text", TEST, *asked)
+    cells = ("--tasks", asked.tasks, "--lengths", asked.lengths, "--cases", asked.cases, *asked.windows)
+    replies = ("--reply-tokens", scale.reply_tokens, "--batch-size", scale.batch_size)
+    model = scale.adapted if asked.adapted else scale.trained
+    output = ("--output", RESULTS / asked.file)
+    _call("eval", "babilong", "--model", model, *asked.memory, "--text", TEST, *cells, *replies, *output)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Makes what is missing; the exit status of the first command that fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--large", action="store_true", help="what a GPU can learn and answer in minutes")
+    scale = LARGE if parser.parse_args(argv).large else SMALL
     (ROOT / RUNS).mkdir(exist_ok=True)
     try:
-        for folder, make in ((BASE, adapt), (TRAINED, train)):
+        for folder, make in ((scale.base, adapt), (scale.trained, train)):
             if not (ROOT / folder / "config.json").is_file():
-                make()
-        for report in REPORTS:
-            if not (ROOT / RESULTS / report[0]).is_file():
-                ask(*report)
+                make(scale)
+        for asked in scale.asked:
+            if not (ROOT / RESULTS / asked.file).is_file():
+                ask(scale, asked)
         subprocess.run([sys.executable, "scripts/readme_results.py"], cwd=ROOT, check=True)
     except subprocess.CalledProcessError as error:
         return error.returncode

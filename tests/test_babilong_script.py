@@ -39,32 +39,37 @@ def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     return lines
 
 
-def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[list[str]]) -> None:
-    assert script.main() == 0
+@pytest.mark.parametrize("large", [False, True])
+def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[list[str]], large: bool) -> None:
+    assert script.main(["--large"] if large else []) == 0
+    scale = script.LARGE if large else script.SMALL
     root: Any = get_command(cli.app)
     for line in ran[:-1]:
         assert line[1:3] == ["-m", "hippoformer.cli"]
         if line[3] == "train":
             arguments = parse(line[4:])
             if arguments.memory_off:
-                assert arguments.questions == ["runs/stories.jsonl"] and arguments.lora_r == 16
+                assert arguments.questions == [f"runs/{scale.name}-stories.jsonl"] and arguments.lora_r == 16
             else:
-                assert arguments.questions == ["runs/remembered.jsonl"] and arguments.base_model == "runs/babi-base"
-                assert arguments.recall_share == 1.0
+                assert arguments.questions == [f"runs/{scale.name}-remembered.jsonl"]
+                assert arguments.base_model == f"runs/{scale.name}-base"
+                assert (arguments.recall_share < 1.0) == (arguments.credit_documents > 0) == large
             assert shipped_hippocampus(arguments.hippocampus) is not None
             continue
         command = root.commands["eval"].commands[line[4]] if line[3] == "eval" else root.commands[line[3]]
         assert {word for word in line if word.startswith("--")} <= {o for p in command.params for o in p.opts}
-    adapts, learns = [*["hide-stories"] * 2, "train", "export-base"], [*["hide-stories"] * 3, "train"]
-    assert [line[3] for line in ran[:-1]] == [*adapts, *learns, *["eval"] * 6]
-    assert ["runs/babi-memory" in line for line in ran[-7:-1]] == [False] * 3 + [True] * 3
+    adapts = [*["hide-stories"] * len(scale.learned), "train", "export-base"]
+    learns = [*["hide-stories"] * len(scale.remembered), "train"]
+    assert [line[3] for line in ran[:-1]] == [*adapts, *learns, *["eval"] * len(scale.asked)]
+    asked = [f"runs/{scale.name}-memory" in line for line in ran[:-1] if line[3] == "eval"]
+    assert asked == ([True] * 2 if large else [False] * 3 + [True] * 3)
     assert ran[-1][-1] == "scripts/readme_results.py"
 
 
 def test_short_stories_of_both_tasks_are_learned(script: ModuleType, ran: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    script.adapt()
-    rows = [json.loads(line) for line in (tmp_path / "runs" / "stories.jsonl").read_text().splitlines()]
+    script.adapt(script.SMALL)
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "babi-stories.jsonl").read_text().splitlines()]
     assert len(ran) == 4 and len(rows) == 380 + 150
     assert max(len(row["context"]) for row in rows) < 1_000
     assert sum("football" in row["context"] for row in rows) == 150
@@ -77,7 +82,7 @@ def test_what_is_there_is_not_made_again(
     for made in ("runs/babi-base/config.json", "runs/babi-memory/config.json", "results/babilong_test.json"):
         (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / made).write_text("{}")
-    assert script.main() == 0
+    assert script.main([]) == 0
     assert [line[3] for line in ran[:-1]] == ["eval"] * 5
     assert not any("results/babilong_test.json" in line for line in ran)
 
@@ -85,4 +90,4 @@ def test_what_is_there_is_not_made_again(
         raise subprocess.CalledProcessError(3, line)
 
     monkeypatch.setattr(script.subprocess, "run", fails)
-    assert script.main() == 3
+    assert script.main([]) == 3
