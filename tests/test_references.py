@@ -13,6 +13,7 @@ from torch import Tensor
 
 import references
 from hippoformer import HippoFormerConfig
+from hippoformer.hippocampus import stories
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.recall import Recall
 from hippoformer.hippocampus.replay import consolidate
@@ -245,8 +246,13 @@ def followed_in_all_slots(attention, mixture, kappa, leads, surely, longest, own
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_working_on_the_few_slots_that_lead_is_working_on_all(seed: int) -> None:
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_working_on_the_few_slots_that_lead_is_working_on_all(
+    seed: int, all_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Numbers and gradients, from the first query on, over stretches where nothing leads anywhere."""
+    if all_at_once:  # as on a GPU
+        monkeypatch.setattr(stories, "_turn_by_turn", stories._settled)
     _, (_, tokens, own, null, episodes, _, visible, _) = random_recall(seed, queries=12)
     tokens[:, 5:7] = 99
     tokens[0, 0], visible[0, 0, 9] = episodes.token[0, 8], True

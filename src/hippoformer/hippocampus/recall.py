@@ -21,7 +21,7 @@ from hippoformer.hippocampus.stories import TOLD_AGAIN, Before, find_leads, foll
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import in_whole_vectors, project
 
-# Queries whose scores exist at once without gradients: few, so that they stay near the processor.
+# Queries whose scores exist at once without gradients: few, so that they stay near a processor.
 _QUERY_BLOCK = 64
 # At the start of training a story goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
@@ -188,7 +188,7 @@ class Recall(nn.Module):
         before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
 
         n_queries, parts = hidden.shape[1], []
-        size = n_queries if torch.is_grad_enabled() else _QUERY_BLOCK
+        size = _QUERY_BLOCK if hidden.device.type == "cpu" and not torch.is_grad_enabled() else n_queries
         if n_queries > _QUERY_BLOCK:
             key = key.contiguous()  # one copy that many queries share
         for low in range(0, n_queries, size):

@@ -20,11 +20,13 @@ added to it, `match_characters` of them as one token. Of equally long matches th
 who was told twice where somebody lives believes the second.
 
 Only a few of the E slots foretold a given token. `find_leads` looks for them once; from query to query only their
-weights have to be known, and those of all other slots are made at the end, for all queries at once.
+weights have to be known, and those of all other slots are made at the end, for all queries at once. A processor goes
+through the queries one by one; a GPU, for which every call costs as much as a large one, takes them all at once and
+again until nothing changes.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -261,9 +263,12 @@ def follow(
         with torch.no_grad():
             known = look((leads.query - 1).clamp_min(0), leads.column)
             chance = torch.where(null, own[:, leads.query], leads.real)
-            led, shares, beside, story = _turn_by_turn(leads, found, mixture, known, chance, tiny, before)
+            in_order = _turn_by_turn if attention.device.type == "cpu" else _settled
+            led, shares, beside, story = in_order(leads, found, mixture, known, chance, tiny, before)
         if torch.is_grad_enabled():
-            shares, beside, story = _at_once(leads, found, mixture, led)
+            # No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token. So
+            # once it is known what leads where, every query stands for itself.
+            shares, beside, story = _at_once(leads, found, mixture, led, _summed_by_query(leads, mixture.shape[2]))
     weights = torch.einsum("rnh,rhne->rne", shares, attention).to(attention.dtype)  # autocast's is half
     if leads.queries:
         _add_at(weights, leads.query, leads.column + 1, story)
@@ -352,23 +357,82 @@ def _turn_by_turn(
     )
 
 
-def _at_once(leads: Leads, found: _Found, mixture: Tensor, lead: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last three of `_turn_by_turn`, of all queries together and with gradients.
+def _settled(
+    leads: Leads, found: _Found, mixture: Tensor, known: Tensor, chance: Tensor, tiny: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_turn_by_turn` in few large steps: all queries at once, each after what the last round made of the one before.
 
-    No gradient runs back along the text: a surprising token multiplies it by 1 / p, token after token. So once it is
-    known what leads where, every query stands for itself.
+    The first query is right after the first round, the next one a round later at the latest. What a query gives hardly
+    depends on the one ten before it, so that after some ten rounds nothing changes, to the last bit: what is then found
+    is what going in order finds.
     """
+    n_queries = mixture.shape[2]
+    at_first = leads.query == 0
+    source = (leads.query - 1).clamp_min(0)
+    place = _place_before(leads)
+    summed = _summed_in_places(leads, n_queries)
+    shares, beside, story = mixture.transpose(1, 2), mixture.new_ones(mixture[:, 0].shape), torch.zeros_like(tiny)
+    for _ in range(n_queries):
+        carried = story.gather(-1, place) + (shares[:, source] * known).sum(-1)
+        weights = torch.where(at_first, before.gather(-1, leads.column), carried)
+        lead = torch.addcmul(tiny, weights, chance)
+        lead = lead / summed(lead)[:, leads.query]
+        earlier = shares, story
+        shares, beside, story = _at_once(leads, found, mixture, lead, summed)
+        if torch.equal(shares, earlier[0]) and torch.equal(story, earlier[1]):
+            break
+    return lead, shares, beside, story
+
+
+def _place_before(leads: Leads) -> Tensor:
+    """(R, P) which of all places led to each; one of a null, whose story is 0, where none did."""
+    begins, begin = dict[int, int](), 0
+    for query, count in zip(leads.queries, leads.places, strict=True):
+        begins[query] = begin
+        begin += count
+    # From which place on `link` counts, for each query: its own first one is a null.
+    counted_from = torch.tensor([begins.get(query - 1, begins[query]) for query in leads.queries])
+    links = torch.tensor([query - 1 in begins for query in leads.queries])
+    counts = torch.tensor(leads.places)
+    device = leads.link.device
+    return counted_from.repeat_interleave(counts).to(device) + leads.link * links.repeat_interleave(counts).to(device)
+
+
+def _summed_in_places(leads: Leads, n_queries: int) -> Callable[[Tensor], Tensor]:
+    """Sums (R, P, ...) over the places of each query: (R, n, ...), every time in the same order."""
+    counts = [0] * n_queries
+    for query, count in zip(leads.queries, leads.places, strict=True):
+        counts[query] = count
+    device, number = leads.query.device, torch.tensor(counts)
+    rank = torch.arange(max(counts))
+    begin = number.cumsum(0) - number
+    place = torch.where(rank < number.unsqueeze(-1), begin.unsqueeze(-1) + rank, int(number.sum())).to(device)
 
     def summed(values: Tensor) -> Tensor:
-        """(R, P, ...) -> (R, n, ...), over the places of each query."""
-        sums = values.new_zeros(values.shape[0], mixture.shape[2], *values.shape[2:])
+        none = values.new_zeros(values.shape[0], 1, *values.shape[2:])
+        return torch.cat((values, none), dim=1)[:, place].sum(2)
+
+    return summed
+
+
+def _summed_by_query(leads: Leads, n_queries: int) -> Callable[[Tensor], Tensor]:
+    """The same without room for places that are not there; on a GPU in any order."""
+
+    def summed(values: Tensor) -> Tensor:
+        sums = values.new_zeros(values.shape[0], n_queries, *values.shape[2:])
         return sums.index_add(1, leads.query, values)
 
+    return summed
+
+
+def _at_once(
+    leads: Leads, found: _Found, mixture: Tensor, lead: Tensor, summed: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three of `_turn_by_turn`, of all queries together; `summed` sums over the places of each."""
     share = mixture.transpose(1, 2) / (1.0 + summed(lead.unsqueeze(-1) * found.louder))  # (R, n, H)
     of_place = share[:, leads.query]
     favoured = (of_place * found.louder).sum(-1) * lead
     match = found.least + (favoured + (of_place * found.there).sum(-1)) * found.long
-    total = summed(match)
-    match = match * found.sure / total[:, leads.query]
+    match = match * found.sure / summed(match)[:, leads.query]
     rest = 1.0 - summed(match)
     return share * rest.unsqueeze(-1), rest, match + favoured * rest[:, leads.query]
