@@ -194,7 +194,7 @@ def collect(runs: Iterable[Run]) -> None:
             if not run.lacks(name):
                 loaded.setdefault(run.variant.name, []).append(_load(run, name))
         if "shipped" in loaded:
-            write_json(ROOT / RESULTS / f"retrained_{name}.json", combined(loaded, _shared(loaded["shipped"])))
+            write_json(ROOT / RESULTS / f"retrained_{name}.json", combined(loaded, _shared(loaded)))
 
 
 def _load(run: Run, name: str) -> dict[str, Any]:
@@ -202,15 +202,24 @@ def _load(run: Run, name: str) -> dict[str, Any]:
     return report | {"seed": run.seed}
 
 
-def _shared(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the combined report takes over, and where it comes from: the texts, and the commit of the first run."""
-    origin = reports[0]["provenance"]
+def _shared(loaded: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What the combined report takes over, and where it comes from: the first run's commit, and which run was made by
+    which commit on what.
+    """
+    first, where = loaded["shipped"][0], ("commit", "cpu", "gpu")
+    runs = {
+        f"{name}-{report['seed']}": {key: report["provenance"].get(key) for key in where}
+        for name, reports in loaded.items()
+        for report in reports
+    }
     own = provenance(seed=0, command="python scripts/ablations.py")
     return {
-        "format": reports[0]["format"],
-        "model": reports[0]["model"],
+        "format": first["format"],
+        "model": first["model"],
         "reference": "shipped",
-        "provenance": own | {key: origin[key] for key in ("commit", "dirty", "documents") if key in origin},
+        "provenance": own
+        | {key: first["provenance"][key] for key in ("commit", "dirty") if key in first["provenance"]}
+        | {"runs": runs},
     }
 
 

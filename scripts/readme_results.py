@@ -118,13 +118,20 @@ def _variant_rows(name: str, report: Content) -> list[list[str]]:
     def change(x: float) -> str:
         return f"{100 * (x - 1):+.2f} %"
 
+    def against_the_first(variant: Content) -> str:
+        if variant["against"] is None:
+            return ""
+        of_seeds = variant.get("ratio_of_each_seed", [])
+        seeds = f"; seeds {', '.join(f'{100 * (x - 1):+.2f}' for x in of_seeds)}" if len(of_seeds) > 1 else ""
+        return _interval(variant["against"]["ratio"], change) + seeds
+
     return [
         [
             _link(name),
             variant["name"],
             f"{variant['perplexity']:.2f}",
             _interval(variant["against_base"]["ratio"], change),
-            "" if variant["against"] is None else _interval(variant["against"]["ratio"], change),
+            against_the_first(variant),
             f"{variant['memory_nbytes'] / 1e6:.2f} MB",
         ]
         for variant in report["variants"]

@@ -64,6 +64,9 @@ def test_seeds_are_averaged_and_paired(script: ModuleType, monkeypatch: pytest.M
     script.collect(runs)
     novels = json.loads((tmp_path / "results" / "retrained_novels.json").read_text())
     shipped, fifo = novels["variants"]
+    made = novels["provenance"]["runs"]
+    assert sorted(made) == ["fifo-1", "fifo-2", "shipped-1", "shipped-2", "shipped-3"]
+    assert made["fifo-2"] == {"commit": "abc", "cpu": None, "gpu": None}
     assert (shipped["name"], fifo["name"]) == ("shipped, 3 seeds", "fifo, 2 seeds")
     assert shipped["nll"] == pytest.approx([22.0, 22.0]) and fifo["nll"] == pytest.approx([23.5, 24.0])
     assert fifo["against"]["ratio"]["estimate"] == pytest.approx(2.718281828 ** (4.0 / 20))
@@ -73,7 +76,7 @@ def test_seeds_are_averaged_and_paired(script: ModuleType, monkeypatch: pytest.M
     assert answers[1]["against"]["2000"]["estimate"] == pytest.approx(-1 / 3)
     rendered = load_script("readme_results")
     tables = rendered.render(rendered.read_results(tmp_path / "results"), (rendered.VARIANTS, rendered.RECALL_VARIANTS))
-    assert "fifo, 2 seeds" in tables
+    assert "fifo, 2 seeds" in tables and "; seeds +22.14, +22.14 |" in tables
     assert "| -33 [" in tables, tables
 
 
