@@ -321,6 +321,7 @@ def main(argv: list[str] | None = None) -> int:
                 return status
             took = (time.monotonic() - began) / 60
             print(f"seed {seed}, {number}/{len(of_seed)}: {run.variant.name} took {took:.1f} min", flush=True)
+            collect(Run(v, s) for s in SEEDS for v in VARIANTS)
         for together in read_alike(of_seed):
             if status := ask(together):
                 print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
