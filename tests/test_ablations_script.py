@@ -95,6 +95,8 @@ def test_what_is_measured_is_not_made_again(
         return subprocess.CompletedProcess(line, int(fails and "recall-variants" in line))
 
     monkeypatch.setattr(script.subprocess, "run", run)
+    collected: list[list[Any]] = []
+    monkeypatch.setattr(script, "collect", lambda runs: collected.append(list(runs)))
     variants = {variant.name: variant for variant in script.VARIANTS}
     done, missing, other = (script.Run(variants[name], 1) for name in ("shipped", "fifo", "no-gate"))
     report(script, done, [1.0, 1.0], [True])
@@ -103,6 +105,7 @@ def test_what_is_measured_is_not_made_again(
     said = capsys.readouterr().out
     assert f"measured {done.folder}" in said and f"missing  {missing.folder}" in said and not lines
     assert script.main(["--seeds", "1", "--only", *names]) == 1, "the last command fails"
+    assert [len(runs) for runs in collected] == [len(script.VARIANTS) * 3] * 2, "a table after every run"
     made = [["train", "--text"], ["eval", "variants"], ["eval", "variants"]]
     assert [line[:2] for line in lines] == [*made, *made, *made, ["eval", "recall-variants"]], (
         "all layers are read first"
