@@ -306,6 +306,22 @@ MUTATIONS = [
         "test_references.py::test_working_on_the_few_slots_that_lead_is_working_on_all",
     ),
     Mutation(
+        "7 references: recall, all at once",
+        "the rounds end before a query has heard of the one before it",
+        "hippocampus/stories.py",
+        "if torch.equal(shares, earlier[0]) and torch.equal(story, earlier[1]):",
+        "if torch.equal(shares, shares):",
+        "test_references.py::test_working_on_the_few_slots_that_lead_is_working_on_all[True-0]",
+    ),
+    Mutation(
+        "7 references: recall, all at once",
+        "a story that was followed is not followed on",
+        "hippocampus/stories.py",
+        "carried = story.gather(-1, place) + ",
+        "carried = ",
+        "test_references.py::test_working_on_the_few_slots_that_lead_is_working_on_all[True-0]",
+    ),
+    Mutation(
         "2 rows",
         "a row that has read its document sleeps on while others read theirs",
         "training/readers.py",
