@@ -7,7 +7,7 @@
 Texts: training novels, WikiText-2 articles of the training split, other long articles, and further parts of the novels
 with made-up facts in them. A run leaves `runs/pretrained-SEED` with reports of validation texts, by which `--ship`
 chooses, and `results/pretrained_SEED_*_test.json`. What is already there is not made again, and a run that was
-interrupted goes on. The hippocampus that is shipped now is of a tenth of these steps (see its card).
+interrupted goes on. The hippocampus that is shipped now has read a ninth of this (see its card).
 """
 
 import argparse
