@@ -185,9 +185,8 @@ def read_all_layers() -> int:
     return make(Run(Variant("reading", {"memory_layer": LAYERS}, {"max_steps": 1, "credit_documents": 0}), SEEDS[0]))
 
 
-def collect(runs: Iterable[Run]) -> None:
+def collect(runs: Sequence[Run]) -> None:
     """Writes each of the three files of results from the runs that have its report, if `shipped` is among them."""
-    runs = list(runs)
     for name, combined in (("novels", perplexities), ("articles", perplexities), ("recall", answers)):
         loaded: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
@@ -217,9 +216,7 @@ def _shared(loaded: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "format": first["format"],
         "model": first["model"],
         "reference": "shipped",
-        "provenance": own
-        | {key: first["provenance"][key] for key in ("commit", "dirty") if key in first["provenance"]}
-        | {"runs": runs},
+        "provenance": own | {key: first["provenance"][key] for key in ("commit", "dirty")} | {"runs": runs},
     }
 
 
@@ -312,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(missing)} runs are missing", flush=True)
     if missing and (status := read_all_layers()):
         return status
+    every = [Run(v, s) for s in SEEDS for v in VARIANTS]
     for seed in arguments.seeds:
         of_seed = [run for run in missing if run.seed == seed]
         for number, run in enumerate(of_seed, start=1):
@@ -321,12 +319,12 @@ def main(argv: list[str] | None = None) -> int:
                 return status
             took = (time.monotonic() - began) / 60
             print(f"seed {seed}, {number}/{len(of_seed)}: {run.variant.name} took {took:.1f} min", flush=True)
-            collect(Run(v, s) for s in SEEDS for v in VARIANTS)
+            collect(every)
         for together in read_alike(of_seed):
             if status := ask(together):
                 print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
                 return status
-        collect(Run(v, s) for s in SEEDS for v in VARIANTS)
+        collect(every)
     return 0
 
 

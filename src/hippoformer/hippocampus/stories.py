@@ -392,6 +392,7 @@ def _place_before(leads: Leads) -> Tensor:
         begin += count
     # From which place on `link` counts, for each query: its own first one is a null.
     counted_from = torch.tensor([begins.get(query - 1, begins[query]) for query in leads.queries])
+    # Those of the first query may go to one before all these.
     links = torch.tensor([query - 1 in begins for query in leads.queries])
     counts = torch.tensor(leads.places)
     device = leads.link.device
