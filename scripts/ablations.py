@@ -14,7 +14,6 @@ without its marginals, which is what the other variants change.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from commands import ends_with_failure, flags, hippoformer, make
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import write_json
 from hippoformer.evaluation.statistics import mean_interval, paired_ratio, token_perplexity
@@ -105,8 +105,8 @@ class Run:
     def training(self) -> list[str]:
         """The command that trains it."""
         budget = BUDGET | self.variant.budget | {"seed": self.seed, "output_dir": self.folder}
-        flags = [part for name, value in budget.items() for part in (f"--{name}", str(value))]
-        return ["train", "--text", *TEXT, *flags, "--cache_dir", "hidden_states", *_set(OPTIONS | self.variant.options)]
+        kept = ("--cache_dir", "hidden_states")
+        return ["train", "--text", *TEXT, *flags(budget), *kept, *_set(OPTIONS | self.variant.options)]
 
     def reports(self) -> dict[str, list[str]]:
         """Name of a report -> the command that makes it, without where to."""
@@ -143,15 +143,14 @@ def recall(runs: Sequence[Run]) -> list[str]:
     return [*command, "--variant", first.folder.name, *trained]
 
 
-def make(run: Run) -> int:
-    """Trains and measures what is missing of a run, but for recall; the exit status of the first command that fails."""
-    commands: list[list[str]] = []
-    if not (ROOT / run.folder / "config.json").is_file():
-        commands.append(run.training())
-    for name, command in run.reports().items():
-        if run.lacks(name):
-            commands.append([*command, "--output", run.report(name).as_posix()])
-    return next((status for command in commands if (status := _call(command))), 0)
+def measure(run: Run) -> None:
+    """Trains and measures what is missing of a run, but for recall.
+
+    Raises:
+        CalledProcessError: a command failed.
+    """
+    reports = {run.report(name): [*c, "--output", run.report(name).as_posix()] for name, c in run.reports().items()}
+    make(ROOT, {run.folder / "config.json": run.training()} | reports)
 
 
 def read_alike(runs: Iterable[Run]) -> list[list[Run]]:
@@ -162,27 +161,29 @@ def read_alike(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def ask(runs: Sequence[Run]) -> int:
-    """Asks all runs that were not yet asked, and gives each its own report; the exit status of the command."""
+def ask(runs: Sequence[Run]) -> None:
+    """Asks all runs that were not yet asked, and gives each its own report.
+
+    Raises:
+        CalledProcessError: the command failed.
+    """
     runs = [run for run in runs if run.lacks("recall")]
     if not runs:
-        return 0
+        return
     together = runs[0].folder / "recall_of_all.json"
-    if status := _call([*recall(runs), "--output", together.as_posix()]):
-        return status
+    hippoformer(ROOT, *recall(runs), "--output", together.as_posix())
     report = json.loads((ROOT / together).read_text(encoding="utf-8"))
     for run, variant in zip(runs, report["variants"], strict=True):
         write_json(ROOT / run.report("recall"), report | {"reference": run.folder.name, "variants": [variant]})
-    return 0
 
 
-def _call(command: list[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "hippoformer.cli", *command], cwd=ROOT).returncode
+def read_all_layers() -> None:
+    """One reading of all texts for every `memory_layer`: the fewest steps that a training can have, and its reports.
 
-
-def read_all_layers() -> int:
-    """One reading of all texts for every `memory_layer`: the fewest steps that a training can have, and its reports."""
-    return make(Run(Variant("reading", {"memory_layer": LAYERS}, {"max_steps": 1, "credit_documents": 0}), SEEDS[0]))
+    Raises:
+        CalledProcessError: a command failed.
+    """
+    measure(Run(Variant("reading", {"memory_layer": LAYERS}, {"max_steps": 1, "credit_documents": 0}), SEEDS[0]))
 
 
 def collect(runs: Sequence[Run]) -> None:
@@ -292,6 +293,7 @@ def _plain(compared: Any) -> dict[str, Any]:
     return vars(compared) | {"ratio": vars(compared.ratio)}
 
 
+@ends_with_failure
 def main(argv: list[str] | None = None) -> int:
     """Makes what is asked for; the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -307,23 +309,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     missing = [run for run in runs if not run.measured()]
     print(f"{len(missing)} runs are missing", flush=True)
-    if missing and (status := read_all_layers()):
-        return status
+    if missing:
+        read_all_layers()
     every = [Run(v, s) for s in SEEDS for v in VARIANTS]
     for seed in arguments.seeds:
         of_seed = [run for run in missing if run.seed == seed]
         for number, run in enumerate(of_seed, start=1):
             began = time.monotonic()
-            if status := make(run):
-                print(f"{run.folder.name} failed with exit status {status}", file=sys.stderr)
-                return status
+            measure(run)
             took = (time.monotonic() - began) / 60
             print(f"seed {seed}, {number}/{len(of_seed)}: {run.variant.name} took {took:.1f} min", flush=True)
             collect(every)
         for together in read_alike(of_seed):
-            if status := ask(together):
-                print(f"asking the runs of seed {seed} failed with exit status {status}", file=sys.stderr)
-                return status
+            ask(together)
         collect(every)
     return 0
 

@@ -13,11 +13,12 @@ already there is not made again.
 import argparse
 import json
 import random
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from commands import ends_with_failure, hippoformer, make, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = Path("runs"), Path("results")
@@ -147,21 +148,12 @@ LARGE = Scale(
 )
 
 
-def _call(*command: Any) -> None:
-    """Runs a command of the package.
-
-    Raises:
-        CalledProcessError: it failed.
-    """
-    subprocess.run([sys.executable, "-m", "hippoformer.cli", *map(str, command)], cwd=ROOT, check=True)
-
-
 def _drawn(scale: Scale, drawn: Drawn) -> list[str]:
     """Lines of questions about stories of training files in training novels."""
     file = RUNS / f"{scale.name}-{drawn.task}-{drawn.seed}.jsonl"
     if not (ROOT / file).is_file():
         options = ("--lengths", drawn.lengths, "--samples", drawn.samples, "--seed", drawn.seed, "--output", file)
-        _call("hide-stories", "--text", TRAINING, "--reasons", "--task", drawn.task, *options)
+        hippoformer(ROOT, "hide-stories", "--text", TRAINING, "--reasons", "--task", drawn.task, *options)
     return (ROOT / file).read_text(encoding="utf-8").splitlines()
 
 
@@ -180,9 +172,9 @@ def adapt(scale: Scale) -> None:
     random.Random(1).shuffle(learned)
     questions = _written(learned, RUNS / f"{scale.name}-stories.jsonl")
     size = ("--num_epochs", 1, "--max_document_tokens", 2048, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    carried = ("--memory_off", "--hippocampus", SHIPPED)
-    _call("train", "--questions", questions, *carried, *size, *scale.adapting, "--output_dir", scale.adapted)
-    _call("export-base", "--model", scale.adapted, "--output", scale.base)
+    carried = ("--memory_off", "--hippocampus", SHIPPED, "--output_dir", scale.adapted)
+    hippoformer(ROOT, "train", "--questions", questions, *carried, *size, *scale.adapting)
+    hippoformer(ROOT, "export-base", "--model", scale.adapted, "--output", scale.base)
 
 
 def train(scale: Scale) -> None:
@@ -192,34 +184,29 @@ def train(scale: Scale) -> None:
     size = ("--max_seq_length", 256, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
     kept = ("--cache_dir", "hidden_states", "--output_dir", scale.trained)
     base = ("--base_model", scale.base, "--hippocampus", SHIPPED, "--learning_rate", "5e-4")
-    _call("train", *base, "--questions", questions, *size, *scale.training, *kept)
+    hippoformer(ROOT, "train", *base, "--questions", questions, *size, *scale.training, *kept)
 
 
-def ask(scale: Scale, asked: Asked) -> None:
-    """One table of results."""
+def question(scale: Scale, asked: Asked) -> list[Any]:
+    """The command that makes one table of results."""
     cells = ("--tasks", asked.tasks, "--lengths", asked.lengths, "--cases", asked.cases, *asked.windows)
     replies = ("--reply-tokens", scale.reply_tokens, "--batch-size", scale.batch_size)
-    model = scale.adapted if asked.adapted else scale.trained
-    output = ("--output", RESULTS / asked.file)
-    _call("eval", "babilong", "--model", model, *asked.memory, "--text", TEST, *cells, *replies, *output)
+    model = ("--model", scale.adapted if asked.adapted else scale.trained, *asked.memory)
+    return ["eval", "babilong", *model, "--text", TEST, *cells, *replies, "--output", RESULTS / asked.file]
 
 
+@ends_with_failure
 def main(argv: list[str] | None = None) -> int:
     """Makes what is missing; the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--large", action="store_true", help="what a GPU can learn and answer in minutes")
     scale = LARGE if parser.parse_args(argv).large else SMALL
     (ROOT / RUNS).mkdir(exist_ok=True)
-    try:
-        for folder, make in ((scale.base, adapt), (scale.trained, train)):
-            if not (ROOT / folder / "config.json").is_file():
-                make(scale)
-        for asked in scale.asked:
-            if not (ROOT / RESULTS / asked.file).is_file():
-                ask(scale, asked)
-        subprocess.run([sys.executable, "scripts/readme_results.py"], cwd=ROOT, check=True)
-    except subprocess.CalledProcessError as error:
-        return error.returncode
+    for folder, learn in ((scale.base, adapt), (scale.trained, train)):
+        if not (ROOT / folder / "config.json").is_file():
+            learn(scale)
+    make(ROOT, {RESULTS / asked.file: question(scale, asked) for asked in scale.asked})
+    write_tables(ROOT)
     return 0
 
 

@@ -9,9 +9,10 @@ which `off` is base + LoRA of the same steps and data. What is already there is 
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
+
+from commands import ends_with_failure, flags, make, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = Path("runs"), Path("results")
@@ -44,8 +45,7 @@ def adapted(seed: int) -> Path:
 def training(seed: int) -> list[str]:
     """The command that trains LoRA."""
     budget = BUDGET | {"seed": seed, "output_dir": adapted(seed)}
-    flags = [part for name, value in budget.items() for part in (f"--{name}", str(value))]
-    return ["train", "--text", *TEXT, "--memory_off", "--hippocampus", "smollm2-135m", *flags]
+    return ["train", "--text", *TEXT, "--memory_off", "--hippocampus", "smollm2-135m", *flags(budget)]
 
 
 def reading(seed: int, name: str) -> list[str]:
@@ -59,20 +59,17 @@ def report(seed: int, name: str) -> Path:
     return RESULTS / f"lora_{seed}_{name}_test.json"
 
 
+@ends_with_failure
 def main(argv: list[str] | None = None) -> int:
     """Makes what is missing; the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of training")
     seeds = parser.parse_args(argv).seeds
-    commands = []
     for seed in seeds:
-        made = {adapted(seed) / "config.json": training(seed)}
-        made |= {report(seed, name): reading(seed, name) for name in READ}
-        commands += [command for file, command in made.items() if not (ROOT / file).is_file()]
-    for command in commands:
-        if status := subprocess.run([sys.executable, "-m", "hippoformer.cli", *command], cwd=ROOT).returncode:
-            return status
-    return subprocess.run([sys.executable, "scripts/readme_results.py"], cwd=ROOT).returncode
+        reports = {report(seed, name): reading(seed, name) for name in READ}
+        make(ROOT, {adapted(seed) / "config.json": training(seed)} | reports)
+    write_tables(ROOT)
+    return 0
 
 
 if __name__ == "__main__":

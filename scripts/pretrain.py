@@ -14,9 +14,10 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from commands import ends_with_failure, flags, make
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS, SHIPPED = Path("runs"), Path("results"), Path("src/hippoformer/pretrained/smollm2-135m")
@@ -61,10 +62,9 @@ def folder(seed: int) -> Path:
 def training(seed: int) -> list[str]:
     """The command that trains with a seed."""
     numbers = READ | STEPS | GATE | {"save_steps": 100, "logging_steps": 20, "seed": seed}
-    flags = [part for name, value in numbers.items() for part in (f"--{name}", str(value))]
     places = ["--output_dir", folder(seed).as_posix(), "--cache_dir", "hidden_states"]
     places += ["--resume_from_checkpoint", "auto"]
-    return ["train", "--text", *TEXT, *flags, *places, "--set", *OPTIONS]
+    return ["train", "--text", *TEXT, *flags(numbers), *places, "--set", *OPTIONS]
 
 
 def validation(seed: int, name: str) -> Path:
@@ -111,6 +111,7 @@ def ship() -> None:
     print(f"seed {seed} is in {SHIPPED}")
 
 
+@ends_with_failure
 def main(argv: list[str] | None = None) -> int:
     """Makes what is missing; the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -120,13 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.ship:
         ship()
         return 0
-    commands = []
     for seed in arguments.seeds:
-        made = {folder(seed) / "config.json": training(seed)} | reports(seed)
-        commands += [command for file, command in made.items() if not (ROOT / file).is_file()]
-    for command in commands:
-        if status := subprocess.run([sys.executable, "-m", "hippoformer.cli", *command], cwd=ROOT).returncode:
-            return status
+        make(ROOT, {folder(seed) / "config.json": training(seed)} | reports(seed))
     return 0
 
 

@@ -10,12 +10,13 @@ interrupted run goes on where it was. The minutes are of two CPU cores. The test
 """
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from commands import ends_with_failure, python, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ("--model", "smollm2-135m")
@@ -72,12 +73,12 @@ class Piece:
         return self.file.removesuffix(".json")
 
     def line(self) -> list[str]:
-        """The command line, as it is recorded in the file."""
+        """The words after `python`, as they are recorded in the file."""
         script = ["benchmarks/speed.py"] if self.command[0].startswith("--") else ["-m", "hippoformer.cli"]
         path = Path("results") / self.file
         # The suite leaves a folder, and goes on with what lies there.
         output = ("--output-dir", path.parent) if "all" in self.command else ("--output", path)
-        return [sys.executable, *script, *self.command, output[0], output[1].as_posix()]
+        return [*script, *self.command, output[0], output[1].as_posix()]
 
 
 def each_variant(options: Iterable[str]) -> tuple[str, ...]:
@@ -232,6 +233,7 @@ PIECES = (
 )
 
 
+@ends_with_failure
 def main(argv: list[str] | None = None) -> int:
     """Runs what is asked for; the exit status of the first command that fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         chosen = [p for p in chosen if not (ROOT / "results" / p.file).exists()]
     for piece in chosen if arguments.list else ():
-        print(f"{piece.minutes:3d} min  {' '.join(piece.line()[1:])}")
+        print(f"{piece.minutes:3d} min  {' '.join(piece.line())}")
     if arguments.list:
         return 0
     print(f"{len(chosen)} pieces, about {sum(p.minutes for p in chosen)} minutes on two cores", flush=True)
@@ -255,11 +257,10 @@ def main(argv: list[str] | None = None) -> int:
     for number, piece in enumerate(chosen, start=1):
         began = time.monotonic()
         print(f"[{number}/{len(chosen)}] {piece.name}, about {piece.minutes} minutes", flush=True)
-        if status := subprocess.run(piece.line(), cwd=ROOT).returncode:
-            print(f"{piece.name} failed with exit status {status}", file=sys.stderr)
-            return status
+        python(ROOT, *piece.line())
         print(f"[{number}/{len(chosen)}] {piece.name} took {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
-    return subprocess.run([sys.executable, "scripts/readme_results.py"], cwd=ROOT).returncode
+    write_tables(ROOT)
+    return 0
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def script_at(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     return module
 
 
-def record_runs(module: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: str, status: int) -> list[list[str]]:
+def record_runs(monkeypatch: pytest.MonkeyPatch, failing: str, status: int) -> list[list[str]]:
     """The command lines that a script would have run; one that has the word `failing` ends with that status."""
     lines: list[list[str]] = []
 
@@ -36,5 +36,5 @@ def record_runs(module: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: st
         lines.append(line)
         return subprocess.CompletedProcess(line, status if failing in line else 0)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return lines

@@ -94,7 +94,7 @@ def test_what_is_measured_is_not_made_again(
             (tmp_path / line[-1]).write_text(json.dumps({"reference": "fifo-1", "variants": asked}))
         return subprocess.CompletedProcess(line, int(fails and "recall-variants" in line))
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     collected: list[list[Any]] = []
     monkeypatch.setattr(script, "collect", lambda runs: collected.append(list(runs)))
     variants = {variant.name: variant for variant in script.VARIANTS}
@@ -113,12 +113,13 @@ def test_what_is_measured_is_not_made_again(
     assert not any(str(done.folder) in word for line in lines for word in line)
     fails = False
     (tmp_path / other.folder).mkdir(parents=True)
-    assert script.ask([done, missing, other]) == 0
+    script.ask([done, missing, other])
     assert f"no-gate-1={other.folder}" in lines[-1] and lines[-1] == [*script.recall([missing, other]), *lines[-1][-2:]]
     told = json.loads((tmp_path / other.report("recall")).read_text())
     assert told == {"reference": "no-gate-1", "variants": [{"name": "no-gate-1", "asked": []}]}
     count = len(lines)
-    assert script.ask([done, missing, other]) == 0 and len(lines) == count, "nobody is asked twice"
+    script.ask([done, missing, other])
+    assert len(lines) == count, "nobody is asked twice"
 
 
 def test_one_reading_serves_runs_whose_base_predicts_alike(script: ModuleType) -> None:

@@ -27,15 +27,16 @@ def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """The commands; those that make a file make one."""
     lines: list[list[str]] = []
 
-    def run(line: list[str], cwd: Path, check: bool) -> None:
+    def run(line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         lines.append(line)
         made = tmp_path / line[line.index("--output") + 1] if "--output" in line else tmp_path / "log"
         made.parent.mkdir(exist_ok=True)
         context = "Mary left. " if "qa1" in str(made) else "John took the football there. "
         rows = [{"context": context * (1 + 40 * (i % 2)), "question": f"{i}?", "answers": ["a"]} for i in range(800)]
         made.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return subprocess.CompletedProcess(line, 0)
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     return lines
 
 
@@ -86,8 +87,8 @@ def test_what_is_there_is_not_made_again(
     assert [line[3] for line in ran[:-1]] == ["eval"] * 5
     assert not any("results/babilong_test.json" in line for line in ran)
 
-    def fails(line: list[str], **_: Any) -> None:
-        raise subprocess.CalledProcessError(3, line)
+    def fails(line: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(line, 3)
 
-    monkeypatch.setattr(script.subprocess, "run", fails)
+    monkeypatch.setattr(subprocess, "run", fails)
     assert script.main([]) == 3

@@ -18,8 +18,8 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @pytest.fixture
-def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    return record_runs(script, monkeypatch, "by hand", 7)
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    return record_runs(monkeypatch, "by hand", 7)
 
 
 def test_every_seed_is_trained_alike_and_both_texts_are_read(script: ModuleType, ran: list[list[str]]) -> None:

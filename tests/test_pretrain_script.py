@@ -24,8 +24,8 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @pytest.fixture
-def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    return record_runs(script, monkeypatch, "by hand", 7)
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    return record_runs(monkeypatch, "by hand", 7)
 
 
 def _validated(root: Path, script: ModuleType, seed: int, novels: float, articles: float) -> None:

@@ -20,8 +20,8 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 @pytest.fixture
-def ran(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    return record_runs(script, monkeypatch, "broken", 1)
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    return record_runs(monkeypatch, "broken", 1)
 
 
 def options_of(line: list[str]) -> set[str]:
@@ -65,7 +65,7 @@ def test_a_failure_stops_the_run_and_unknown_pieces_are_told(
     pieces = (script.Piece("a.json", ("--parts", "broken"), 1), script.Piece("b.json", ("--parts", "write"), 1))
     monkeypatch.setattr(script, "PIECES", pieces)
     assert script.main([]) == 1 and len(ran) == 1
-    assert "a failed" in capsys.readouterr().err
+    assert "exit status 1: benchmarks/speed.py --parts broken" in capsys.readouterr().err
     assert script.main(["--list"]) == 0 and "--parts write" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         script.main(["nothing"])
