@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 REPORT := .pytest_cache/report.xml
+# Every test has one thread to itself; each process loads the real model once, in about a gigabyte.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # The oldest torch that is allowed is 2.6.0; of another index or folder that has a build of it for the CPU alone, say
 # make test-lowest LOWEST_TORCH=2.6.0 PIP_EXTRA_INDEX_URL=...
@@ -24,16 +26,16 @@ demo: $(INSTALLED)
 	$(BIN)/hippoformer demo
 
 test: lint
-	$(BIN)/python -m pytest --junitxml=$(REPORT)
+	$(BIN)/python $(PYTEST) --junitxml=$(REPORT)
 	$(BIN)/python scripts/support_table.py $(REPORT) --check
 
 # The quick part of the suite: no real model, nothing fetched.
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python $(PYTEST) -m "not real"
 
 # The same with the lowest version of every dependency; warnings are errors there too.
 test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)
-	$(LOWEST)/bin/python -m pytest -m "not real"
+	$(LOWEST)/bin/python $(PYTEST) -m "not real"
 
 # The files under cloud/, read by SkyPilot's own parser.
 test-cloud: $(INSTALLED) $(SKY)/.installed
@@ -51,7 +53,7 @@ lint: $(INSTALLED)
 
 # docs/support.md, from the tests that show what works with what.
 support: $(INSTALLED)
-	$(BIN)/python -m pytest -m supports --junitxml=$(REPORT)
+	$(BIN)/python $(PYTEST) -m supports --junitxml=$(REPORT)
 	$(BIN)/python scripts/support_table.py $(REPORT)
 
 # Every figure of the README and the docs, from the test texts in the folder data: first what the shipped memory shows, then

