@@ -5,9 +5,9 @@
 
 Stories of bAbI's training files in training novels teach LoRA to say first what was told and then the answer. On the
 base that has learned this, the shipped hippocampus learns from other stories, some of them longer than the window, when
-to speak and when to leave the reply to the base; and, where credit is measured, which sentences will be asked for. Then
-official test questions are asked in test novels, up to 64,000 tokens long: `results/babilong*_test.json`. What is
-already there is not made again.
+to speak and when to leave the reply to the base; then its gate learns, from the credit that sentences of still other
+stories earn, which ones will be asked for. Then official test questions are asked in test novels, up to 64,000 tokens
+long: `results/babilong*_test.json`. What is already there is not made again.
 """
 
 import argparse
@@ -46,15 +46,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Asked:
-    """One table; `adapted` asks the base that has learned with the shipped hippocampus."""
+    """One table, of the model that a stage has left."""
 
     file: str
+    stage: str
     tasks: str
     lengths: str
     cases: str
     memory: tuple[str, ...] = MEMORY
     windows: tuple[str, ...] = WINDOW
-    adapted: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Scale:
     """How much is learned and asked.
 
     Attributes:
-        name: of its folders. learned, remembered: questions for LoRA, and for the hippocampus.
-        longest: characters of a text that LoRA learns. adapting, training: options of both. reply_tokens, batch_size:
-            of the questions. asked: tables; the longer a text, the fewer questions.
+        name: of its folders. learned, remembered, foreseen: questions for LoRA, for the hippocampus, and for the gate
+            alone, where credit was not measured before.
+        longest: characters of a text that LoRA learns. adapting, training, foreseeing: options of the three.
+        reply_tokens, batch_size: of the questions. asked: tables; the longer a text, the fewer questions.
     """
 
     name: str
@@ -73,24 +74,15 @@ class Scale:
     adapting: tuple[Any, ...]
     remembered: tuple[Drawn, ...]
     training: tuple[Any, ...]
+    foreseen: tuple[Drawn, ...]
+    foreseeing: tuple[Any, ...]
     reply_tokens: int
     batch_size: int
     asked: tuple[Asked, ...]
 
-    @property
-    def adapted(self) -> Path:
-        """The base with LoRA."""
-        return RUNS / self.name
-
-    @property
-    def base(self) -> Path:
-        """The same as an ordinary base."""
-        return RUNS / f"{self.name}-base"
-
-    @property
-    def trained(self) -> Path:
-        """The hippocampus that has learned on it."""
-        return RUNS / f"{self.name}-memory"
+    def folder(self, stage: str = "") -> Path:
+        """What a stage leaves: LoRA (no name), "base" (the same as an ordinary base), "memory", or "credit"."""
+        return RUNS / "-".join([self.name, *([stage] if stage else [])])
 
 
 SMALL = Scale(
@@ -107,15 +99,20 @@ SMALL = Scale(
         *("--num_epochs", 4, "--batch_size", 8, "--max_document_tokens", 2048),
         *("--recall_share", "1.0", "--credit_documents", 0),
     ),
+    foreseen=(Drawn("10k-qa1", "1500", 14, 40),),
+    foreseeing=(
+        *("--max_steps", 1, "--batch_size", 8, "--max_document_tokens", 2048),
+        *("--recall_share", "0.0", "--credit_documents", 40, "--foresight_passes", 6),
+    ),
     reply_tokens=32,
     batch_size=5,
     asked=(
-        Asked("babilong_test.json", "qa1,qa2", "0,1000,4000", "10,10,6", adapted=True),
-        Asked("babilong_64k_test.json", "qa1", "64000", "3", adapted=True),
-        Asked("babilong_64k_all_test.json", "qa1", "64000", "3", EVERYTHING, adapted=True),
-        Asked("babilong_memory_test.json", "qa1", "0,1000,4000", "10,10,6", windows=()),
-        Asked("babilong_memory_qa2_test.json", "qa2,qa3", "0,1000", "10,10"),
-        Asked("babilong_memory_16k_test.json", "qa1", "16000", "5"),
+        Asked("babilong_test.json", "", "qa1,qa2", "0,1000,4000", "10,10,6"),
+        Asked("babilong_64k_test.json", "", "qa1", "64000", "3"),
+        Asked("babilong_64k_all_test.json", "", "qa1", "64000", "3", EVERYTHING),
+        Asked("babilong_memory_test.json", "memory", "qa1", "0,1000,4000", "10,10,6", windows=()),
+        Asked("babilong_memory_qa2_test.json", "memory", "qa2,qa3", "0,1000", "10,10"),
+        Asked("babilong_credit_test.json", "credit", "qa1", "16000,64000", "5"),
     ),
 )
 LARGE = Scale(
@@ -139,11 +136,13 @@ LARGE = Scale(
         *("--num_epochs", 3, "--batch_size", 16, "--max_document_tokens", 6144),
         *("--recall_share", "0.5", "--credit_documents", 300, "--foresight_passes", 4),
     ),
+    foreseen=(),
+    foreseeing=(),
     reply_tokens=48,
     batch_size=24,
     asked=(
-        Asked("babilong_large_test.json", "qa1,qa2,qa3", "0,1000,4000,16000", "24"),
-        Asked("babilong_large_64k_test.json", "qa1,qa2,qa3", "64000", "24"),
+        Asked("babilong_large_test.json", "memory", "qa1,qa2,qa3", "0,1000,4000,16000", "24"),
+        Asked("babilong_large_64k_test.json", "memory", "qa1,qa2,qa3", "64000", "24"),
     ),
 )
 
@@ -172,26 +171,34 @@ def adapt(scale: Scale) -> None:
     random.Random(1).shuffle(learned)
     questions = _written(learned, RUNS / f"{scale.name}-stories.jsonl")
     size = ("--num_epochs", 1, "--max_document_tokens", 2048, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    carried = ("--memory_off", "--hippocampus", SHIPPED, "--output_dir", scale.adapted)
+    carried = ("--memory_off", "--hippocampus", SHIPPED, "--output_dir", scale.folder())
     hippoformer(ROOT, "train", "--questions", questions, *carried, *size, *scale.adapting)
-    hippoformer(ROOT, "export-base", "--model", scale.adapted, "--output", scale.base)
+    hippoformer(ROOT, "export-base", "--model", scale.folder(), "--output", scale.folder("base"))
 
 
 def train(scale: Scale) -> None:
     """The shipped hippocampus goes on with questions, on the base that answers them."""
-    lines = [line for drawn in scale.remembered for line in _drawn(scale, drawn)]
-    questions = _written(lines, RUNS / f"{scale.name}-remembered.jsonl")
+    _learn(scale, "memory", scale.remembered, SHIPPED, scale.training)
+
+
+def foresee(scale: Scale) -> None:
+    """Its gate goes on with the credit of texts longer than the window; recall stays as it is, but for one step."""
+    _learn(scale, "credit", scale.foreseen, scale.folder("memory"), scale.foreseeing)
+
+
+def _learn(scale: Scale, stage: str, drawn: tuple[Drawn, ...], hippocampus: Any, options: tuple[Any, ...]) -> None:
+    questions = _written([line for of in drawn for line in _drawn(scale, of)], RUNS / f"{scale.name}-{stage}.jsonl")
     size = ("--max_seq_length", 256, "--dtype", "float32", "--logging_steps", 5, "--seed", 42)
-    kept = ("--cache_dir", "hidden_states", "--output_dir", scale.trained)
-    base = ("--base_model", scale.base, "--hippocampus", SHIPPED, "--learning_rate", "5e-4")
-    hippoformer(ROOT, "train", *base, "--questions", questions, *size, *scale.training, *kept)
+    kept = ("--cache_dir", "hidden_states", "--output_dir", scale.folder(stage))
+    base = ("--base_model", scale.folder("base"), "--hippocampus", hippocampus, "--learning_rate", "5e-4")
+    hippoformer(ROOT, "train", *base, "--questions", questions, *size, *options, *kept)
 
 
 def question(scale: Scale, asked: Asked) -> list[Any]:
     """The command that makes one table of results."""
     cells = ("--tasks", asked.tasks, "--lengths", asked.lengths, "--cases", asked.cases, *asked.windows)
     replies = ("--reply-tokens", scale.reply_tokens, "--batch-size", scale.batch_size)
-    model = ("--model", scale.adapted if asked.adapted else scale.trained, *asked.memory)
+    model = ("--model", scale.folder(asked.stage), *asked.memory)
     return ["eval", "babilong", *model, "--text", TEST, *cells, *replies, "--output", RESULTS / asked.file]
 
 
@@ -202,8 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--large", action="store_true", help="what a GPU can learn and answer in minutes")
     scale = LARGE if parser.parse_args(argv).large else SMALL
     (ROOT / RUNS).mkdir(exist_ok=True)
-    for folder, learn in ((scale.base, adapt), (scale.trained, train)):
-        if not (ROOT / folder / "config.json").is_file():
+    stages = {"base": adapt, "memory": train} | ({"credit": foresee} if scale.foreseen else {})
+    for stage, learn in stages.items():
+        if not (ROOT / scale.folder(stage) / "config.json").is_file():
             learn(scale)
     make(ROOT, {RESULTS / asked.file: question(scale, asked) for asked in scale.asked})
     write_tables(ROOT)

@@ -45,6 +45,7 @@ def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[lis
     assert script.main(["--large"] if large else []) == 0
     scale = script.LARGE if large else script.SMALL
     root: Any = get_command(cli.app)
+    trained = []
     for line in ran[:-1]:
         assert line[1:3] == ["-m", "hippoformer.cli"]
         if line[3] == "train":
@@ -52,18 +53,26 @@ def test_the_commands_are_those_of_the_package(script: ModuleType, ran: list[lis
             if arguments.memory_off:
                 assert arguments.questions == [f"runs/{scale.name}-stories.jsonl"] and arguments.lora_r == 16
             else:
-                assert arguments.questions == [f"runs/{scale.name}-remembered.jsonl"]
+                assert arguments.questions == [f"{arguments.output_dir}.jsonl"]
                 assert arguments.base_model == f"runs/{scale.name}-base"
-                assert (arguments.recall_share < 1.0) == (arguments.credit_documents > 0) == large
-            assert shipped_hippocampus(arguments.hippocampus) is not None
+                assert (arguments.recall_share < 1.0) == (arguments.credit_documents > 0)
+                trained.append((arguments.output_dir, arguments.hippocampus, arguments.credit_documents > 0))
+            assert arguments.hippocampus == "runs/babi-memory" or shipped_hippocampus(arguments.hippocampus)
             continue
         command = root.commands["eval"].commands[line[4]] if line[3] == "eval" else root.commands[line[3]]
         assert {word for word in line if word.startswith("--")} <= {o for p in command.params for o in p.opts}
     adapts = [*["hide-stories"] * len(scale.learned), "train", "export-base"]
     learns = [*["hide-stories"] * len(scale.remembered), "train"]
+    if large:
+        assert trained == [("runs/babi-large-memory", script.SHIPPED, True)]
+    else:
+        memory = ("runs/babi-memory", script.SHIPPED, False)
+        assert trained == [memory, ("runs/babi-credit", "runs/babi-memory", True)]
+        learns += ["hide-stories", "train"]
     assert [line[3] for line in ran[:-1]] == [*adapts, *learns, *["eval"] * len(scale.asked)]
-    asked = [f"runs/{scale.name}-memory" in line for line in ran[:-1] if line[3] == "eval"]
-    assert asked == ([True] * 2 if large else [False] * 3 + [True] * 3)
+    asked = [line[line.index("--model") + 1] for line in ran[:-1] if line[3] == "eval"]
+    small = [*["runs/babi"] * 3, *["runs/babi-memory"] * 2, "runs/babi-credit"]
+    assert asked == (["runs/babi-large-memory"] * 2 if large else small)
     assert ran[-1][-1] == "scripts/readme_results.py"
 
 
@@ -80,7 +89,8 @@ def test_short_stories_of_both_tasks_are_learned(script: ModuleType, ran: list[l
 def test_what_is_there_is_not_made_again(
     script: ModuleType, ran: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for made in ("runs/babi-base/config.json", "runs/babi-memory/config.json", "results/babilong_test.json"):
+    done = ("base", "memory", "credit")
+    for made in (*(f"runs/babi-{stage}/config.json" for stage in done), "results/babilong_test.json"):
         (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / made).write_text("{}")
     assert script.main([]) == 0
