@@ -140,6 +140,13 @@ def test_the_architecture_is_that_of_the_configuration(option: str, value: float
 
     assert said not in words(draw("architecture", results()))
     assert said in words(draw("architecture", change(results())))
+    # One result with other options, though it be the newest, does not speak for the rest.
+    made = [result for result in results() if result.config]
+    assert len(made) > 2
+    for result in made:
+        result.content["model"] = {"config": dict(made[0].config or {})}
+    change([max(made, key=lambda result: result.provenance.get("date", ""))])
+    assert said not in words(draw("architecture", made))
 
 
 def test_the_salience_figure_shows_the_words_of_the_text() -> None:

@@ -1,5 +1,6 @@
 """The picture of the model, with the numbers of the configuration that was measured."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,16 @@ Point = tuple[float, float]
 
 
 def draw(results: Sequence[Result]) -> Figure:
-    """Boxes and arrows; the configuration is that of the newest result that has one."""
-    configured = [(result.provenance.get("date", ""), result.config) for result in results if result.config]
-    _, config = max(configured, key=lambda found: found[0])
+    """Boxes and arrows; the configuration is that of most results that have one, the newest of those as frequent."""
+    configured = [(result.provenance.get("date", ""), _texts(result.config)) for result in results if result.config]
+    times = Counter(str(texts) for _, texts in configured)
+    _, shown = max(configured, key=lambda found: (times[str(found[1])], found[0]))
     figure = canvas(10.5, 5.3)
     axes = figure.subplots()
     axes.set(xlim=(0, 105), ylim=(0, 53))
     axes.set_axis_off()
     for name, (x, y, width, height, colour) in _PLACES.items():
-        _box(axes, (x, y), width, height, colour, *_texts(config)[name])
+        _box(axes, (x, y), width, height, colour, *shown[name])
     for start, end, label, at in _ARROWS:
         _arrow(axes, start, end)
         axes.text(*at, label, ha="left", va="center" if start[0] == end[0] else "bottom", fontsize=8.5, color=MUTED)

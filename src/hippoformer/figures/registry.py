@@ -63,7 +63,7 @@ FIGURES: dict[str, Drawing] = {
     ),
     "architecture": Drawing(
         "Architecture",
-        "The boxes of the model with the numbers of the configuration that was measured.",
+        "The boxes of the model with the numbers of the configuration that most results were measured with.",
         "any report of `hippoformer eval … --output`",
         lambda result: result.config is not None and "memory_layer" in result.config,
         architecture.draw,
