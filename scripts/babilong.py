@@ -74,15 +74,15 @@ class Scale:
     adapting: tuple[Any, ...]
     remembered: tuple[Drawn, ...]
     training: tuple[Any, ...]
-    foreseen: tuple[Drawn, ...]
-    foreseeing: tuple[Any, ...]
     reply_tokens: int
     batch_size: int
     asked: tuple[Asked, ...]
+    foreseen: tuple[Drawn, ...] = ()
+    foreseeing: tuple[Any, ...] = ()
 
     def folder(self, stage: str = "") -> Path:
         """What a stage leaves: LoRA (no name), "base" (the same as an ordinary base), "memory", or "credit"."""
-        return RUNS / "-".join([self.name, *([stage] if stage else [])])
+        return RUNS / (f"{self.name}-{stage}" if stage else self.name)
 
 
 SMALL = Scale(
@@ -136,8 +136,6 @@ LARGE = Scale(
         *("--num_epochs", 3, "--batch_size", 16, "--max_document_tokens", 6144),
         *("--recall_share", "0.5", "--credit_documents", 300, "--foresight_passes", 4),
     ),
-    foreseen=(),
-    foreseeing=(),
     reply_tokens=48,
     batch_size=24,
     asked=(
@@ -150,9 +148,8 @@ LARGE = Scale(
 def _drawn(scale: Scale, drawn: Drawn) -> list[str]:
     """Lines of questions about stories of training files in training novels."""
     file = RUNS / f"{scale.name}-{drawn.task}-{drawn.seed}.jsonl"
-    if not (ROOT / file).is_file():
-        options = ("--lengths", drawn.lengths, "--samples", drawn.samples, "--seed", drawn.seed, "--output", file)
-        hippoformer(ROOT, "hide-stories", "--text", TRAINING, "--reasons", "--task", drawn.task, *options)
+    options = ("--lengths", drawn.lengths, "--samples", drawn.samples, "--seed", drawn.seed, "--output", file)
+    make(ROOT, {file: ["hide-stories", "--text", TRAINING, "--reasons", "--task", drawn.task, *options]})
     return (ROOT / file).read_text(encoding="utf-8").splitlines()
 
 
