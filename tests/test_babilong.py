@@ -272,7 +272,7 @@ def test_how_much_of_what_is_needed_is_read_again(tmp_path: Path) -> None:
 def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(model: Any, cache: Any, posed: Any) -> Any:
         wide = model.config.window == 64
-        return [(one.answer if model._episodes_on else one.answer[: 5 if wide else -1], 1.5) for one in posed]
+        return [(one.answer if model.episodes_on else one.answer[: 5 if wide else -1], 1.5) for one in posed]
 
     monkeypatch.setattr(babilong, "answers", answers)
     report = evaluated(tmp_path, cases={300: 4, 0: 2})
@@ -292,7 +292,7 @@ def test_right_is_every_token_of_the_answer(tmp_path: Path, monkeypatch: pytest.
 def test_a_reply_is_right_by_its_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decoded(model: Any, cache: Any, prompts: Any, new_tokens: int) -> Any:
         wide, said = model.config.window == 64, tokenizer.decode
-        end = "" if wide else " garden." if model._episodes_on else " garden it is"
+        end = "" if wide else " garden." if model.episodes_on else " garden it is"
         assert new_tokens == 40 and said(prompts[0]).startswith("\n\nQuestion: Where is Mary?")
         return [tokenizer(f" Because it was so.{end}\nhallway").input_ids]
 

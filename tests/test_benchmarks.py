@@ -55,7 +55,7 @@ def test_scoring_compares_memory_with_the_bare_base(speed: ModuleType, model: Hi
     original = model.score
 
     def score(ids: torch.Tensor, past_key_values: Any) -> torch.Tensor:
-        seen.append((model._episodes_on, past_key_values.written, list(past_key_values.lengths), ids.shape[1]))
+        seen.append((model.episodes_on, past_key_values.written, list(past_key_values.lengths), ids.shape[1]))
         return original(ids, past_key_values=past_key_values)
 
     model.score = score  # type: ignore[method-assign]
@@ -74,7 +74,7 @@ def test_generation_starts_where_it_says(speed: ModuleType, model: HippoFormer) 
     original = model.generate
 
     def generate(prompt: torch.Tensor, past_key_values: Any, **options: Any) -> torch.Tensor:
-        seen.append((model._episodes_on, past_key_values.lengths[0], prompt.shape[1]))
+        seen.append((model.episodes_on, past_key_values.lengths[0], prompt.shape[1]))
         return original(prompt, past_key_values=past_key_values, **options)
 
     model.generate = generate  # type: ignore[method-assign]

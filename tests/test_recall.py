@@ -120,7 +120,7 @@ def test_an_answer_counts_when_every_token_is_right(monkeypatch: pytest.MonkeyPa
     model, tokenizer = tiny_load()
 
     def knows(of: Any, cache: Any, needles: Any) -> list[tuple[list[int], float]]:
-        wrong = 0 if of._episodes_on else 1
+        wrong = 0 if of.episodes_on else 1
         return [([*n.answer[:-1], n.answer[-1] + wrong], 1.0 + wrong) for n in needles]
 
     monkeypatch.setattr(examination, "answers", knows)

@@ -101,7 +101,7 @@ def test_differences_are_of_the_same_questions(monkeypatch: pytest.MonkeyPatch) 
     model, tokenizer = tiny_load()
 
     def knows(of, cache, needles):  # type: ignore[no-untyped-def]
-        right = of._episodes_on and cache.config.selection == "fifo"
+        right = of.episodes_on and cache.config.selection == "fifo"
         return [(n.answer if right else [-1], 0.0) for n in needles]
 
     monkeypatch.setattr(examination, "answers", knows)

@@ -263,7 +263,7 @@ def ask(model: HippoFormer, cache: HippoCache, text: PlantedText) -> Answer:
     log_probs = model.score(sentence, past_key_values=cache.copy())
     everything = torch.tensor([[*text.ids, *text.prompt]], device=model.device)
     n_answer, n_before = len(text.answer), everything.shape[1]
-    generated = model.generate(  # type: ignore[misc]
+    generated = model.generate(
         everything,
         attention_mask=torch.ones_like(everything),
         past_key_values=cache.copy(),

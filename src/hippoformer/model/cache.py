@@ -53,6 +53,7 @@ class HippoCache(WindowCache):
         lengths: tokens read, per row.
         columns: width read so far, padding included; what transformers calls the sequence length.
         last_output: (R, D) final hidden state of each row's last token, from which its next token is predicted.
+        digest: (R,) int64, a running hash of the tokens read since `new_turn`; None where that is not known.
         frozen: True while the store is read-only.
         written: False until the first episode is written.
         drift: what loading this memory measured; empty for one that was not loaded.
@@ -67,6 +68,7 @@ class HippoCache(WindowCache):
         self.last_output = last_output
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
+        self.digest: Tensor | None = torch.zeros_like(window.tokens[:, 0], dtype=torch.int64)
         self.frozen = False
         self.written = False
         self.drift: dict[str, float | bool] = {}
@@ -92,6 +94,50 @@ class HippoCache(WindowCache):
         length need not be kept for that: after this call it counts from 0 again. Nothing is forgotten.
         """
         self.columns = 0
+        self.digest = torch.zeros_like(self.tokens[:, 0], dtype=torch.int64)
+
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Whether a prompt begins with exactly what this cache has read since `new_turn`.
+
+        Args:
+            input_ids: (R, T). attention_mask: (R, T), 0 at padding.
+
+        Raises:
+            InputError: the prompt is shorter than what was read, or differs from it.
+        """
+        advice = "pass the text read so far with what is new behind it, or call new_turn() and pass only what is new"
+        if input_ids.shape[1] < self.columns:
+            raise InputError(
+                f"the prompt has {input_ids.shape[1]} tokens, but the cache has read {self.columns} since its last "
+                f"new_turn(): {advice}"
+            )
+        if self.digest is None or self.columns == 0:
+            return
+        head = input_ids[:, : self.columns].to(self.digest.device).long()
+        real = torch.ones_like(head) if attention_mask is None else (attention_mask[:, : self.columns] != 0).to(head)
+        order = (1 - real).argsort(dim=1, stable=True)
+        read = hashed(torch.zeros_like(self.digest), head.gather(1, order), real.sum(1))
+        different = (read != self.digest).nonzero().flatten().tolist()
+        if different:
+            raise InputError(
+                f"rows {different} of the prompt do not begin with the {self.columns} tokens that the cache has read "
+                f"since its last new_turn(); their first tokens would be skipped: {advice}"
+            )
+
+    def count(self, ids: Tensor, lengths: list[int]) -> None:
+        """Counts the columns (R, T) of a call that was read, padding on the right of each row's `lengths` tokens."""
+        self.columns += ids.shape[1]
+        if self.digest is not None:
+            self.digest = hashed(self.digest, ids, torch.tensor(lengths, device=ids.device))
+
+    def leave_inference_mode(self) -> None:
+        """Makes tensors that were written under `torch.inference_mode()` ordinary ones, outside of it."""
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.tensors().values()):
+            self.become(self.copy())
+
+    def become(self, other: "HippoCache") -> None:
+        """Takes over the whole state of another cache, its number of rows included; the other is not used again."""
+        self.__dict__.update(other.__dict__)
 
     @property
     def window_nbytes(self) -> int:
@@ -212,9 +258,10 @@ class HippoCache(WindowCache):
                 f"a memory of {other.batch_size} rows with keys {tuple(theirs['key'].shape[1:])} does not fit a cache "
                 f"of {self.batch_size} rows with keys {tuple(mine['key'].shape[1:])}: use caches of one model"
             )
-        for name, tensor in mine.items():
+        self.leave_inference_mode()
+        for name, tensor in self.memory.episodes.tensors().items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
-        mine["recalled"][:, : self.config.buffer_size] = 0.0  # by a query of another text
+        self.memory.episodes.recalled[:, : self.config.buffer_size] = 0.0  # by a query of another text
         for name, tensor in self.memory.marginals.tensors().items():
             tensor[:] = other.memory.marginals.tensors()[name]
         self.memory.stored_bound = other.memory.stored_bound
@@ -228,11 +275,12 @@ class HippoCache(WindowCache):
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.index_fill(0, index, 0), layer.values.index_fill(0, index, 0)
         self.tokens, self.last_output = self.tokens.index_fill(0, index, 0), self.last_output.index_fill(0, index, 0)
+        self.digest = None if self.digest is None else self.digest.index_fill(0, index, 0)
         self.memory = self.memory.without_rows(index)
         self.lengths = [0 if row in set(rows) else done for row, done in enumerate(self.lengths)]
         if len(rows) == self.batch_size:
-            self.columns, self.frozen, self.written = 0, False, False
-            self.notes = {}
+            self.new_turn()
+            self.frozen, self.written, self.notes = False, False, {}
 
     def detach(self) -> None:
         """Cuts the state from the graph that made it: gradients of later calls stop here."""
@@ -291,16 +339,21 @@ class HippoCache(WindowCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes what row beam_idx[i] was."""
-        self.__dict__.update(self.select_rows(beam_idx).__dict__)
+        self.become(self.select_rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the chosen rows."""
-        self.__dict__.update(self.select_rows(indices).__dict__)
+        self.become(self.select_rows(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, neighbours together."""
         index = torch.arange(self.batch_size).repeat_interleave(repeats)
-        self.__dict__.update(self.select_rows(index).__dict__)
+        self.become(self.select_rows(index))
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: see `crop`."""
+        return False
 
     def crop(self, *args: object) -> None:
         """Not possible: what consolidation did to a memory cannot be undone.
@@ -323,9 +376,26 @@ class HippoCache(WindowCache):
         new_cache = copy.copy(self)
         new_cache.layers = layers
         new_cache.tokens, new_cache.last_output = function(self.tokens), function(self.last_output)
+        new_cache.digest = None if self.digest is None else function(self.digest)
         new_cache.memory = self.memory.map(function)
         new_cache.lengths, new_cache.notes = list(lengths), dict(self.notes)
         return new_cache
+
+
+# Odd, and large: of the multiplier of a well-known linear congruential generator.
+_BASE = 6364136223846793005
+
+
+def hashed(before: Tensor, ids: Tensor, length: Tensor) -> Tensor:
+    """(R,) the running hash of rows that read on: a polynomial in the tokens modulo 2**64, so any chunking agrees.
+
+    Args:
+        before: (R,) int64. ids: (R, N) int64, padding on the right. length: (R,) real tokens of each row.
+    """
+    left = length.unsqueeze(-1) - 1 - torch.arange(ids.shape[1], device=ids.device)  # (R, N) tokens that follow
+    base = torch.full_like(left, _BASE)
+    terms = torch.where(left >= 0, (ids + 1) * base.pow(left.clamp_min(0)), 0)
+    return before * base[:, 0].pow(length) + terms.sum(1)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -84,6 +84,7 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     counters = {
         "lengths": cache.lengths,
         "columns": cache.columns,
+        "digest": None if cache.digest is None else cache.digest.tolist(),
         "frozen": cache.frozen,
         "written": cache.written,
         "stored_bound": cache.memory.stored_bound,
@@ -120,6 +121,8 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
     cache.restore(kept, counters["stored_bound"])
     cache.lengths, cache.columns = counters["lengths"], counters["columns"]
+    digest = counters.get("digest")  # none in files written before prompts were checked against what was read
+    cache.digest = None if digest is None else torch.tensor(digest, device=model.device)
     cache.frozen, cache.written, cache.notes = counters["frozen"], counters["written"], notes
     if unchanged:
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}

@@ -8,17 +8,18 @@ stream.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from hippoformer.errors import ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
-from hippoformer.hippocampus.fusion import mix_target
+from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, merge_lora
@@ -28,8 +29,51 @@ from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
+from hippoformer.model.taps import listening
 from hippoformer.model.window import WindowedBase
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
+
+
+@dataclass
+class _Generation:
+    """What one call of `generate` notes.
+
+    Attributes:
+        ended: (R,) bool, rows that have come to their end and are padding from there on; None where no token ends one.
+        beams: in beam search, the state of all beams when they had read their prompts; `n_beams` rows a prompt.
+        n_columns: width of the prompts.
+        ends: (K,) tokens that end a row.
+    """
+
+    ended: Tensor | None = None
+    beams: HippoCache | None = None
+    n_beams: int = 1
+    n_columns: int = 0
+    ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+class _Noted(StoppingCriteriaList):
+    """Stopping criteria that note which rows they have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, generation: _Generation) -> None:
+        super().__init__(criteria)
+        self.generation = generation
+        for criterion in criteria:
+            if hasattr(criterion, "eos_token_id"):
+                generation.ends = criterion.eos_token_id
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        stopped = super().__call__(input_ids, scores, **options)
+        if self.generation.ends.numel():  # otherwise rows go on, and what follows is text
+            ended = self.generation.ended
+            self.generation.ended = stopped if ended is None else ended | stopped
+        return stopped
+
+
+# The call of `generate` that the current thread is in.
+_GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=None)
+# Which parts of which model, by its id, are switched off in calls of the current thread.
+_SWITCHED_OFF: ContextVar[frozenset[tuple[int, str]]] = ContextVar("switched_off", default=frozenset())
 
 
 class HippoFormer(PreTrainedModel, GenerationMixin):
@@ -70,7 +114,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
         self.window = window
         self.generation_config = base_model.generation_config
-        self._episodes_on = self._marginals_on = True
         self.eval()
 
     # ---------------------------------------------------------------- state
@@ -86,22 +129,37 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
-        """Within it the model is exactly its base with the same window and sinks: nothing is recalled or stored."""
-        before, self._marginals_on = self._marginals_on, False
-        try:
-            with self.episodes_off():
-                yield
-        finally:
-            self._marginals_on = before
+        """Within it, in this thread, the model is exactly its base with the same window and sinks: nothing is recalled
+        or stored.
+        """
+        with self._without("episodes", "marginals"):
+            yield
 
     @contextmanager
     def episodes_off(self) -> Iterator[None]:
-        """Within it nothing is recalled or stored; marginals, where they are kept, go on moving the predictions."""
-        before, self._episodes_on = self._episodes_on, False
+        """Within it, in this thread, nothing is recalled or stored; marginals, where they are kept, go on moving the
+        predictions.
+        """
+        with self._without("episodes"):
+            yield
+
+    @contextmanager
+    def _without(self, *parts: str) -> Iterator[None]:
+        token = _SWITCHED_OFF.set(_SWITCHED_OFF.get() | {(id(self), part) for part in parts})
         try:
             yield
         finally:
-            self._episodes_on = before
+            _SWITCHED_OFF.reset(token)
+
+    @property
+    def episodes_on(self) -> bool:
+        """False in this thread within `memory_off()` or `episodes_off()`."""
+        return (id(self), "episodes") not in _SWITCHED_OFF.get()
+
+    @property
+    def marginals_on(self) -> bool:
+        """False in this thread within `memory_off()`."""
+        return (id(self), "marginals") not in _SWITCHED_OFF.get()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,7 +247,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         return [plain] * len(caches), [torch.where(predicted, part, 0.0) for part in moved.unbind(-1)]
 
     def _moves(self, cache: HippoCache) -> bool:
-        return cache.memory.marginals.are_kept and self._marginals_on
+        return cache.memory.marginals.are_kept and self.marginals_on
 
     def _remembered(
         self,
@@ -247,7 +305,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         source = prior_log_prob = before
         found: StepOutput | None = None
 
-        def touch(module: nn.Module, args: Any, output: Any) -> Any:
+        def touch(output: Any) -> Any:
             nonlocal source, prior_log_prob, found
             source = output[0] if isinstance(output, tuple) else output
             prior_log_prob = self._target_log_prob(norm(before), norm(source), ids, predicted)
@@ -255,11 +313,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             return (touched, *output[1:]) if isinstance(output, tuple) else touched
 
         (layer,) = self.config.memory_layers
-        handle = self.window.layer(layer).register_forward_hook(touch)
-        try:
+        with listening({self.window.layer(layer): touch}):
             final = self.window.read(cache, ids, cache.lengths, new)
-        finally:
-            handle.remove()
         log_prob = self._target_log_prob(cache.last_output, final, ids, predicted)
         foretold = (prior_log_prob, prior_log_prob, _fused(log_prob, found, predicted))
         return self._taken(start, new, cache, foretold, source, final, found)
@@ -271,7 +326,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         memory = cache.memory
         if not torch.isfinite(hidden).all():
             raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
-        if not self._episodes_on:
+        if not self.episodes_on:
             cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
             return None, hidden
         found, cache.memory = self.hippocampus.step(memory, cache.lengths, hidden, ids, -log_prob, new)
@@ -288,12 +343,12 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         ended = _ended(cache, new)
         if not ended:
             return None
-        if self._marginals_on and not cache.frozen:
+        if self.marginals_on and not cache.frozen:
             marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
             cache.memory = replace(cache.memory, marginals=marginals)
         if not cache.written:
             return None
-        frozen = cache.frozen or not self._episodes_on
+        frozen = cache.frozen or not self.episodes_on
         cache.memory, report = self.hippocampus.end_segment(cache.memory, cache.lengths, ended, frozen)
         return report
 
@@ -326,7 +381,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             log_probs = torch.zeros(rows.ids.shape, device=rows.ids.device)
             for step in self.stream(rows.ids, rows.lengths, cache):
                 place(log_probs, step.target_log_prob, step.start, step.new, rows.order)
-        cache.columns += rows.ids.shape[1]
+        cache.count(rows.ids, rows.lengths)
         return log_probs[:, 1:]
 
     def forward(
@@ -359,6 +414,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
         if unknown:
             raise InputError(f"forward does not take {', '.join(unknown)}: it reads token ids, positions are its own")
+        if past_key_values is not None and input_ids.shape[1:] == (0,) and _GENERATION.get() is not None:
+            log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
+            return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
         rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
         ids, lengths, order = rows.ids, rows.lengths, rows.order
         n_columns = ids.shape[1]
@@ -395,7 +453,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 place(importance, step.found.importance.detach().float(), step.start, step.new, order)
             if step.report is not None:
                 replayed.append(step.report)
-        cache.columns += n_columns
+        cache.count(ids, lengths)
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
         denominator = max(counted, 1) if denominator is None else denominator
@@ -419,9 +477,102 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         check_token_ids(input_ids)
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
+        elif isinstance(cache, HippoCache):
+            cache.leave_inference_mode()
         return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
 
     # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
+        """`generate` of transformers, with these promises about a `HippoCache` given as `past_key_values`.
+
+        Afterwards it has read the text returned, but for each row's last token: a row that ended before others is as it
+        was then, and after beam search the rows are those of the sequences returned, in their order.
+
+        Args:
+            inputs: (R, T) prompt: all that the cache has read since its `new_turn`, and what is new, if anything.
+
+        Raises:
+            InputError: a prompt that is shorter than what the cache has read, or begins with something else.
+        """
+        generation, cache = _Generation(), options.get("past_key_values")
+        token = _GENERATION.set(generation)
+        try:
+            output = super().generate(inputs, *arguments, **options)  # type: ignore[misc]
+        finally:
+            _GENERATION.reset(token)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if cache is None and not isinstance(output, Tensor):
+            cache = output.past_key_values
+        if generation.beams is not None and isinstance(cache, HippoCache):
+            cache.become(self._reread(generation.beams, generation, sequences))
+        return output
+
+    def _reread(self, beams: HippoCache, generation: "_Generation", sequences: Tensor) -> HippoCache:
+        """The state of the sequences (S, L) that beam search returned, read behind their prompts up to the last token.
+
+        Args:
+            beams: state of all beams when they had read their prompts.
+        """
+        n_prompts = beams.batch_size // generation.n_beams
+        index = torch.arange(n_prompts).repeat_interleave(sequences.shape[0] // n_prompts) * generation.n_beams
+        state, new = beams.select_rows(index), sequences[:, generation.n_columns : -1]
+        if new.shape[1]:
+            ended = torch.isin(new, generation.ends.to(new.device)).cumsum(1) > 0
+            self.score(new, attention_mask=(~ended).long(), past_key_values=state)
+        return state
+
+    def _prefill(  # type: ignore[override]
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
+    ) -> Any:
+        """That of transformers, if the prompt is one that the cache has read the beginning of."""
+        cache, mask, generation = (
+            model_kwargs.get("past_key_values"),
+            model_kwargs.get("attention_mask"),
+            _GENERATION.get(),
+        )
+        if generation is not None:
+            generation.n_beams, generation.n_columns = generation_config.num_beams, input_ids.shape[1]
+        given = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+        if isinstance(cache, HippoCache) and given == input_ids.shape[1]:  # otherwise only what is new is given
+            cache.check_prompt(input_ids, mask)
+            if cache.columns == input_ids.shape[1]:
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type]
+
+    def _get_stopping_criteria(self, *arguments: Any, **options: Any) -> StoppingCriteriaList:
+        """Those of transformers, which also note which rows have ended."""
+        criteria = super()._get_stopping_criteria(*arguments, **options)  # type: ignore[misc]
+        generation = _GENERATION.get()
+        return criteria if generation is None else _Noted(criteria, generation)
+
+    def _reorder_cache(self, cache: HippoCache, beam_idx: Tensor) -> HippoCache:
+        """Called by beam search before each token it reads; first when the prompts alone have been read."""
+        generation = _GENERATION.get()
+        if generation is not None and generation.beams is None:
+            generation.beams = cache.copy()
+        cache.reorder_cache(beam_idx)
+        return cache
+
+    @torch.no_grad()
+    def next_log_probs(self, cache: HippoCache) -> Tensor:
+        """(R, V) float32 log-probabilities of each row's next token, after what it has read.
+
+        Raises:
+            InputError: a row that has read nothing.
+        """
+        if min(cache.lengths) == 0:
+            raise InputError("a row of this cache has read nothing, so nothing predicts its first token")
+        logits = self.window.head(cache.last_output.unsqueeze(1)).float()
+        if self._moves(cache):
+            logits = logits + cache.memory.marginals.shift.unsqueeze(1)
+        log_probs = torch.log_softmax(logits, dim=-1)
+        if not self.episodes_on:
+            return log_probs.squeeze(1)
+        vote = cache.memory.vote
+        mixture, nothing = vote.mixture.unsqueeze(1), vote.nothing.unsqueeze(1)
+        return mix_distribution(log_probs, mixture, nothing, vote.weights.unsqueeze(1), vote.token).squeeze(1)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -429,16 +580,29 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         return False
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Gives `generate` a HippoCache at its first step; all else is transformers' own."""
+        """Gives `generate` a HippoCache at its first step, and the cache no token behind the end of a row."""
         if past_key_values is None and kwargs.get("use_cache", True):
             past_key_values = self.new_cache(input_ids.shape[0])
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        if next_sequence_length == 0:  # the cache has read the whole prompt
+            input_ids, next_sequence_length = input_ids[:, :0], None
+        found = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,  # type: ignore[arg-type]
+            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             **kwargs,
         )
+        generation = _GENERATION.get()
+        if generation is not None and past_key_values is not None:
+            ended = generation.ended if generation.beams is None else None
+            if ended is not None and found["input_ids"].shape[1] == 1:
+                found["attention_mask"] = (~ended).long().unsqueeze(-1)
+        return found
 
     # ---------------------------------------------------------------- drift
 

@@ -13,12 +13,12 @@ Nothing here goes by a model's name: `inspect_base` measures how each layer move
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -26,6 +26,7 @@ from hippoformer.errors import ConfigurationError, InputError, UnsupportedArchit
 from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inspection import inspect_base
+from hippoformer.model.taps import listening
 from hippoformer.tensors.masks import additive, window_mask
 from hippoformer.tensors.rotation import Rotation
 from hippoformer.tensors.selection import put, take
@@ -299,25 +300,17 @@ class WindowedBase:
         """Listens to the memory layers during the one call within; gives a function from that call's final hidden
         states (R, N, D) to those of the memory layers side by side (R, N, n D).
         """
-        outputs: dict[int, Tensor] = {}
+        layers, outputs = self.config.memory_layers, dict[int, Tensor]()
 
-        def listen(layer: int) -> RemovableHandle:
-            def note(module: nn.Module, args: object, out: Any) -> None:
-                outputs[layer] = out[0] if isinstance(out, tuple) else out
-
-            return self.layer(layer).register_forward_hook(note)
+        def note(layer: int, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
 
         def states(final: Tensor) -> Tensor:
             parts = [final if layer == -1 else outputs[layer] for layer in layers]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-        layers = self.config.memory_layers
-        handles = [listen(layer) for layer in layers if layer != -1]
-        try:
+        with listening({self.layer(layer): partial(note, layer) for layer in layers if layer != -1}):
             yield states
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def end_segment(self, cache: "WindowCache", done: list[int], rows: list[int]) -> None:
         """Drops what left the window of the given rows, each at a segment end, and moves the rest up."""
