@@ -539,7 +539,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache.check_prompt(input_ids, mask)
             if cache.columns == input_ids.shape[1]:
                 generation_config.prefill_chunk_size = None
-        return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type]
+        return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type, misc]
 
     def _get_stopping_criteria(self, *arguments: Any, **options: Any) -> StoppingCriteriaList:
         """Those of transformers, which also note which rows have ended."""
