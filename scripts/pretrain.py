@@ -1,4 +1,4 @@
-"""Trains the hippocampus that is shipped for SmolLM2-135M, over three seeds, and reads test texts with each.
+"""Trains the hippocampus shipped for SmolLM2-135M-Instruct, Q4_1, over three seeds, and reads test texts with each.
 
     python scripts/pretrain.py                  # what is missing: minutes on one GPU, a day and more on two CPU cores
     python scripts/pretrain.py --seeds 42       # this seed
