@@ -42,18 +42,15 @@ BUDGET = {
     "max_seq_length": 512,
     "max_steps": 100,
     "recall_share": 0.6,
+    "learning_rate": 1e-3,
     "credit_documents": 16,
     "foresight_passes": 4,
     "save_steps": 1000,
 }
 OPTIONS: dict[str, Any] = {
     "buffer_size": 1024,
-    "memory_layer": [16, 24],
-    "recall_n_heads": 4,
-    "residual_readout": False,
     "decay_rate": 0.998,
-    "priority_threshold": 0.0,
-    "max_replay_rounds": 0,
+    "marginal_weight": 0.0,
 }
 # One base reads for all of them; their hidden states are found again.
 LAYERS = [8, 16, 24, -1]
@@ -84,7 +81,8 @@ VARIANTS = (
     Variant("last-residual-too", {"memory_layer": -1, "residual_readout": True}),
     Variant("last-residual-only", {"memory_layer": -1, "residual_readout": True, "distribution_readout": False}),
     Variant("marginals", {"marginal_weight": 0.75}),
-    Variant("no-following", {"match_power": 0.0, "match_characters": 0.0, "match_recency": 0.0}),
+    Variant("no-following", {"following": False}),
+    Variant("all-matches-alike", {"match_power": 0.0, "match_characters": 0.0, "match_recency": 0.0}),
     Variant("buffer-512", {"buffer_size": 512}),
     Variant("buffer-4096", {"buffer_size": 4096}),
 )

@@ -98,6 +98,7 @@ SMALL = Scale(
     training=(
         *("--num_epochs", 4, "--batch_size", 8, "--max_document_tokens", 2048),
         *("--recall_share", "1.0", "--credit_documents", 0),
+        *("--max_seq_length", 1024, "--learning_rate", "1e-3"),
     ),
     foreseen=(Drawn("10k-qa1", "1500", 14, 40),),
     foreseeing=(

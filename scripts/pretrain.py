@@ -1,4 +1,4 @@
-"""Trains the hippocampus that is shipped for SmolLM2-135M, over three seeds, and reads test texts with each.
+"""Trains the hippocampus shipped for SmolLM2-135M-Instruct, Q4_1, over three seeds, and reads test texts with each.
 
     python scripts/pretrain.py                  # what is missing: minutes on one GPU, a day and more on two CPU cores
     python scripts/pretrain.py --seeds 42       # this seed
@@ -31,15 +31,6 @@ TEXT = (
 READ = {"max_samples": 288, "max_document_tokens": 12288, "planted_documents": 30, "planted_facts": 36}
 STEPS = {"max_seq_length": 512, "batch_size": 32, "max_steps": 900, "learning_rate": 2e-3, "recall_share": 0.65}
 GATE = {"credit_documents": 128, "foresight_passes": 6}
-OPTIONS = (
-    "recall_n_heads=4",
-    "residual_readout=false",
-    "memory_layer=[16,24]",
-    "decay_rate=0.998",
-    "priority_threshold=0.0",
-    "max_replay_rounds=0",
-    "marginal_weight=0.75",
-)
 NOVELS, ARTICLES = "data/public-domain-novels", "data/wikitext-2-raw"
 VALIDATION = {
     "novels": (f"{NOVELS}/validation", "--limit-tokens", "12288", "--batch-size", "5"),
@@ -64,7 +55,7 @@ def training(seed: int) -> list[str]:
     numbers = READ | STEPS | GATE | {"save_steps": 100, "logging_steps": 20, "seed": seed}
     places = ["--output_dir", folder(seed).as_posix(), "--cache_dir", "hidden_states"]
     places += ["--resume_from_checkpoint", "auto"]
-    return ["train", "--text", *TEXT, *flags(numbers), *places, "--set", *OPTIONS]
+    return ["train", "--text", *TEXT, *flags(numbers), *places]
 
 
 def validation(seed: int, name: str) -> Path:

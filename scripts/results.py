@@ -38,6 +38,7 @@ VARIANTS = (
     "random:selection=random",
     "replay:max_replay_rounds=10",
     "replay-decay-0.99:max_replay_rounds=10,decay_rate=0.99",
+    "no-following:following=false",
 )
 RECALL_VARIANTS = (
     *VARIANTS,
@@ -156,7 +157,7 @@ PIECES = (
         True,
     ),
     *(
-        Piece(f"variants_{name}_validation.json", compared((*VARIANTS[:3], VARIANTS[4]), *text), 4)
+        Piece(f"variants_{name}_validation.json", compared((*VARIANTS[:3], *VARIANTS[4::2]), *text), 4)
         for name, text in VALIDATION.items()
     ),
     *(
@@ -214,8 +215,8 @@ PIECES = (
         6,
     ),
     Piece("trace.json", ("eval", "trace", *MODEL, "--text", TRACED, "--limit-tokens", "3000"), 1, True),
-    Piece("variants_novels_256.json", variants(NOVELS, 30000, 256), 12),
-    Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024), 14),
+    Piece("variants_novels_256.json", variants(NOVELS, 30000, 256, VARIANTS[:6]), 12),
+    Piece("variants_novels_1024.json", variants(NOVELS, 30000, 1024, VARIANTS[:6]), 14),
     *(
         Piece(
             f"variants_wikitext2_{buffer}.json", compared(at_buffer(VARIANTS[:4], buffer), WIKI, "--documents", "16"), 6

@@ -285,8 +285,8 @@ MUTATIONS = [
         "7 references: write",
         "odd words compete by themselves, not their passages",
         "hippocampus/episodes.py",
-        "torch.where(leaves, new, old[:, low:high])",
-        "torch.where(leaves, torch.maximum(new, old[:, low:high]), old[:, low:high])",
+        "torch.where(leaver, new, old[:, low:high])",
+        "torch.where(leaver, torch.maximum(new, old[:, low:high]), old[:, low:high])",
         "test_references.py::test_what_stands_among_things_of_note_is_kept",
     ),
     Mutation(

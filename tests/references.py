@@ -23,6 +23,7 @@ class Memory:
     token: int
     position: int
     salience: float
+    surprise: float
     priority: float
     age: float
     strength: float
@@ -50,6 +51,7 @@ def memories(episodes: Episodes, row: int, slots: range, heads: int) -> list[Mem
             name: float(getattr(episodes, name)[row, slot])
             for name in ("salience", "priority", "age", "strength", "credit")
         }
+        numbers["surprise"] = float(episodes.surprise[row, slot].sum())  # 0 where the rule does not read it
         found.append(None if position < 0 else Memory(key, int(episodes.token[row, slot]), position, **numbers))
     return found
 
@@ -68,13 +70,18 @@ def importance(salience: float, config: HippoFormerConfig) -> float:
 
 def captured(working: list[Memory], leaving: int, config: HippoFormerConfig) -> list[Memory]:
     """The working episodes, the first `leaving` of them judged by the best passage near them."""
-    if not config.capture_span or config.selection not in ("salience", "surprise"):
+    if not config.capture_span:
         return working
-    salience, span = [memory.salience for memory in working], config.capture_span
-    near = [salience[max(0, middle - span) : middle + span + 1] for middle in range(len(working))]
-    worth = [sum(passage) / len(passage) for passage in near]
+    span = config.capture_span
+
+    def judged(judgement: list[float]) -> list[float]:
+        near = [judgement[max(0, middle - span) : middle + span + 1] for middle in range(len(judgement))]
+        worth = [sum(passage) / len(passage) for passage in near]
+        return [max(worth[max(0, place - span // 2) : place + span // 2 + 1]) for place in range(len(worth))]
+
+    salience, surprise = judged([m.salience for m in working]), judged([m.surprise for m in working])
     for place, memory in enumerate(working[:leaving]):
-        memory.salience = max(worth[max(0, place - span // 2) : place + span // 2 + 1])
+        memory.salience, memory.surprise = salience[place], surprise[place]
         memory.priority = importance(memory.salience, config)
     return working
 
@@ -83,7 +90,7 @@ def admit(contenders: list[Memory], config: HippoFormerConfig) -> list[Memory]:
     """Who stays when stored and leaving episodes compete, oldest first."""
     measure = {
         "salience": lambda m: m.priority * config.decay_rate**m.age,
-        "surprise": lambda m: m.salience,
+        "surprise": lambda m: m.surprise * config.decay_rate**m.age,
         "random": lambda m: uniform(config.seed, m.position),
         "fifo": lambda m: float(m.position),
     }[config.selection]

@@ -17,13 +17,14 @@ from hippoformer.hippocampus import stories
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.recall import Recall
 from hippoformer.hippocampus.replay import consolidate
+from hippoformer.hippocampus.selection import RULES
 from hippoformer.hippocampus.stories import find_leads, follow
 from hippoformer.tensors.masks import recall_mask, window_mask
 from hippoformer.tensors.selection import hashed_uniform, winners
 from tiny import VOCAB, awake, small_config, text
 
 FEW = settings(max_examples=60, deadline=None)
-COUNTERS = ("salience", "priority", "age", "strength", "credit")
+COUNTERS = ("salience", "surprise", "priority", "age", "strength", "credit")
 
 
 def random_memory(config: HippoFormerConfig, stored: list[int], working: list[int], seed: int) -> Episodes:
@@ -43,8 +44,8 @@ def random_memory(config: HippoFormerConfig, stored: list[int], working: list[in
             episodes.key[row, slot] = torch.nn.functional.normalize(key, dim=-1).flatten()
             episodes.value[row, slot] = torch.randn(config.recall_value_dim, generator=generator, dtype=torch.float64)
             episodes.token[row, slot], episodes.position[row, slot] = kind % 3, place + 1
-            numbers = torch.rand(5, generator=generator)
-            episodes.salience[row, slot] = numbers[0]
+            numbers = torch.rand(6, generator=generator)
+            episodes.salience[row, slot], episodes.surprise[row, slot] = numbers[0], numbers[5]
             # Some priorities tie exactly, as the untagged ones do.
             episodes.priority[row, slot] = 1.0 if numbers[1] < 0.3 else 1.0 + 4.0 * numbers[1]
             episodes.age[row, slot] = float(int(4 * numbers[2]))
@@ -62,7 +63,7 @@ def assert_same_memories(fast: Episodes, row: int, slots: range, expected: list[
         assert mine.key == theirs.key
 
 
-@pytest.mark.parametrize("selection", ["salience", "surprise", "random", "fifo"])
+@pytest.mark.parametrize("selection", list(RULES))
 @pytest.mark.parametrize("seed", range(3))
 def test_admit(selection: str, seed: int) -> None:
     config = small_config(selection=selection, seed=seed)

@@ -73,8 +73,8 @@ def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -
     p = [v.test.p_corrected for v in report.variants[1:] if v.test.p is not None]
     assert p and all(0 < value <= 1 for value in p)
     nats = {v.name: [n / t for n, t in zip(v.nll, report.tokens, strict=True)] for v in report.variants}
-    fifo = stats.wilcoxon(nats["no gate: first in, first out"], nats["as it is"])
-    assert by_name["no gate: first in, first out"].test.p == pytest.approx(fifo.pvalue)
+    fifo = stats.wilcoxon(nats["selection: first in, first out"], nats["as it is"])
+    assert by_name["selection: first in, first out"].test.p == pytest.approx(fifo.pvalue)
 
 
 def test_an_ablation_changes_something() -> None:

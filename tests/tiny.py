@@ -93,7 +93,6 @@ ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
 
 SMALL: dict[str, Any] = {
     "base_model_name": "tiny",
-    "use_lora": False,
     "window": 12,
     "sink_tokens": 2,
     "segment_len": 6,
@@ -108,6 +107,10 @@ SMALL: dict[str, Any] = {
     "replay_rate": 0.5,
     "max_replay_rounds": 2,
     "priority_threshold": 0.7,
+    "decay_rate": 0.9,
+    "memory_layer": -1,
+    "residual_readout": True,
+    "marginal_weight": 0.0,  # a fresh HippoFormer is its base
     "n_anchors": 12,
     "anchor_len": 4,
 }

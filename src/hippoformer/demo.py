@@ -314,7 +314,7 @@ def kv_bytes_per_token(cache: HippoCache) -> int:
 
 def strongest(cache: HippoCache, row: int, count: int) -> list[Episode]:
     """The stored episodes of highest effective priority, as printed; among equals those owed most predictions."""
-    decay = cache.config.decay_rate
+    decay = cache.config.decay
     episodes = cache.episodes(row, stored_only=True)
     episodes.sort(key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit))
     return episodes[:count]
@@ -339,7 +339,7 @@ def memories_table(cache: HippoCache, texts: Sequence[EncodedDocument], tokenize
                 f"{episode.salience:.2f}",
                 f"{episode.priority:.2f}",
                 f"{episode.age:g}",
-                f"{episode.priority * cache.config.decay_rate**episode.age:.2f}",
+                f"{episode.priority * cache.config.decay**episode.age:.2f}",
                 f"{episode.strength:g}",
                 f"{episode.credit:.2f}",
             )

@@ -32,6 +32,7 @@ from hippoformer.training.trainer import Trainer, TrainingOptions
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHARACTERS_PER_TOKEN = 4
 _READ_TOGETHER = 8  # documents, at least, while a frozen base reads: without gradients there is room
+_PLANTED_DOCUMENTS = 30
 _FACT_GAP = (2500, 30000)  # characters between the tellings: from just beyond a window to several thousand tokens
 
 
@@ -111,7 +112,7 @@ def _resume_from(arguments: TrainArguments) -> Path | None:
 
 def _model(arguments: TrainArguments) -> HippoFormer:
     lora = arguments.lora_r > 0
-    rate = arguments.learning_rate or (1e-4 if lora or arguments.train_base else 1e-3)
+    rate = arguments.learning_rate or (1e-4 if lora or arguments.train_base else 2e-3)
     options: dict[str, object] = {
         "base_model_name": arguments.base_model,
         "freeze_base": not arguments.train_base,
@@ -170,9 +171,13 @@ def _documents(arguments: TrainArguments) -> list[Document]:
 
 def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Document]:
     """Further parts of the longest documents, with facts planted: what follows the part that is read as it is."""
+    wanted = arguments.planted_documents
+    if wanted is None:
+        wanted = 0 if arguments.memory_off else _PLANTED_DOCUMENTS
     size = _CHARACTERS_PER_TOKEN * arguments.max_document_tokens
-    longest = sorted(documents, key=lambda document: -len(document.text))[: arguments.planted_documents]
+    longest = sorted(documents, key=lambda document: -len(document.text))[:wanted]
     parts = [Document(d.title, d.text[size : 2 * size] or d.text[:size], d.source) for d in longest]
+    parts = [part for part in parts if len(part.text) >= 2 * _FACT_GAP[0]]  # no room for facts in the others
     return plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
 
 
@@ -214,7 +219,7 @@ def _options(arguments: TrainArguments) -> TrainingOptions:
         trackers.append("wandb")
     return TrainingOptions(
         output_dir=Path(arguments.output_dir),
-        max_steps=arguments.max_steps or 400,
+        max_steps=arguments.max_steps or TrainingOptions.max_steps,
         recall_share=arguments.recall_share,
         rows=arguments.batch_size,
         memory_off=arguments.memory_off,

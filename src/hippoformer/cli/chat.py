@@ -89,7 +89,7 @@ def _command(conversation: Any, name: str, argument: str | None = None) -> None:
         cache = conversation.cache
         size = f"bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories"
         terminal.print(f"{_read(conversation)}, {size}")
-        decay = cache.config.decay_rate
+        decay = cache.config.decay
         terminal.print(episodes_table(cache, conversation.tokenizer, "of this conversation", decay, limit=10))
     elif name == "/forget":
         conversation.forget()

@@ -29,9 +29,7 @@ def memory_show(
 
     loaded, tokenizer = model.load()
     cache = HippoCache.load(file, loaded)
-    console().print(
-        episodes_table(cache, tokenizer, f"in {file}, row {row}", loaded.config.decay_rate, row, limit, sort)
-    )
+    console().print(episodes_table(cache, tokenizer, f"in {file}, row {row}", loaded.config.decay, row, limit, sort))
 
 
 def episodes_table(

@@ -156,7 +156,7 @@ def _salience(part: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ablations(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    chosen = ("no gate: random", "no replay", "replay", "no memory: window only")
+    chosen = ("selection: random", "no replay", "replay", "no memory: window only")
     return [
         _row(f"perplexity ratio, {v['name']}", f"to {part['reference']}", v["against"]["ratio"], 1.0, "no difference")
         for v in part["variants"]

@@ -46,11 +46,12 @@ _FIXED = (
 # What each mechanism is worth, without training anything again; the first is the model as it is.
 _ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "no gate: first in, first out": {"selection": "fifo"},
-    "no gate: random": {"selection": "random"},
-    "no gate: surprise": {"selection": "surprise"},
+    "selection: first in, first out": {"selection": "fifo"},
+    "selection: random": {"selection": "random"},
+    "selection: surprise": {"selection": "surprise"},
     "no gate: all alike": {"importance_weight_range": [5.0, 5.0], "untagged_weight": 5.0},
     "no forgetting": {"priority_threshold": 0.0},
+    "no following": {"following": False},
     "no memory: window only": {"buffer_size": 0},
     "no recall distribution": {"distribution_readout": False},
     "buffer 512": {"buffer_size": 512},

@@ -10,6 +10,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from hippoformer.figures.results import Result
 from hippoformer.figures.style import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PAPER, PURPLE, VERMILLION, canvas
+from hippoformer.model.configuration import HippoFormerConfig
 
 Point = tuple[float, float]
 
@@ -40,6 +41,7 @@ def _texts(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
         read = f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
     low, high = config["importance_weight_range"]
     depth = config.get("num_hidden_layers")
+    decay = HippoFormerConfig(buffer_size=config["buffer_size"], decay_rate=config["decay_rate"]).decay
     return {
         "base": (
             f"Base model: {config['base_model_name']}",
@@ -61,7 +63,7 @@ def _texts(config: dict[str, Any]) -> dict[str, tuple[str, str]]:
         "replay": (
             "Replay",
             f"{config['max_replay_rounds']} rounds × {config['replay_batch']} a segment\n"
-            f"decay {config['decay_rate']:g} a segment\nmerge above {config['merge_threshold']:g}",
+            f"decay {decay:g} a segment\nmerge above {config['merge_threshold']:g}",
         ),
         "drift": (
             "Drift calibrator",

@@ -155,7 +155,7 @@ class StepOutput:
             attention on
             episodes of that very token: how each token was foretold.
         forecast: (R, N) log-odds of usefulness, by the gate.
-        salience: (R, N) in [0, 1], made of it, or the baseline's measure.
+        salience: (R, N) in [0, 1], made of it.
         importance: (R, N) weight each transition was stored with.
     """
 
@@ -233,7 +233,7 @@ class Hippocampus(nn.Module):
         blank = state.episodes.position.shape[1] - 1
         place = torch.where(is_real, first.unsqueeze(-1) + column, blank)  # (R, N)
         episodes = state.episodes.write(
-            place, self._encode(before, after, tokens, read.unsqueeze(-1) + column, is_real)
+            place, self._encode(state, before, after, tokens, surprise, read.unsqueeze(-1) + column, is_real)
         )
         # The gate judges token t by what was complete before t; recall of query t may already use t.
         known = episodes.slots(low, high)
@@ -246,7 +246,7 @@ class Hippocampus(nn.Module):
             visible[:, :-1],
             state.recent_salience,
         )
-        salience = self._salience(forecast, surprise)
+        salience = torch.sigmoid(forecast - self.salience_gate.tagging_threshold)
         weight = importance(salience.detach() if config.credit_only_gate else salience, config)
         episodes = replace(
             episodes,
@@ -254,7 +254,7 @@ class Hippocampus(nn.Module):
             priority=put(episodes.priority, place, torch.where(is_real, weight, 0.0)),
         )
         known = episodes.slots(low, high)
-        mass = known.effective_priority(config.decay_rate) * known.strength
+        mass = known.effective_priority(config.decay) * known.strength
         own = (-surprise).exp()
         n_shared = max(config.buffer_size - low, 0)
         recollection = self.recall(
@@ -323,16 +323,16 @@ class Hippocampus(nn.Module):
         leave = torch.tensor(leaving, device=device)
         segment = torch.tensor([done[r] // config.segment_len for r in rows], device=device)
         before, episodes = episodes, admit(episodes, leave, config)
-        nothing = torch.zeros_like(segment)
-        report = ReplayReport(nothing, nothing, nothing)
         if frozen:
+            nothing = torch.zeros_like(segment)
+            report = ReplayReport(nothing, nothing, nothing)
             stored = before.slots(0, config.buffer_size).tensors()
             kept = {
                 name: torch.cat((stored[name], tensor[:, config.buffer_size :]), dim=1)
                 for name, tensor in episodes.tensors().items()
             }
             episodes = Episodes(**kept)
-        elif config.selection == "salience":  # the baselines keep what their own rule keeps
+        else:
             episodes, report = consolidate(episodes, segment, config)
         if not everyone:
             episodes = state.episodes.merged_rows(index, episodes)
@@ -347,21 +347,27 @@ class Hippocampus(nn.Module):
         high = config.buffer_size + max(working_fill(d, config) + n for d, n in zip(done, new, strict=True))
         return low, high
 
-    def _salience(self, forecast: Tensor, surprise: Tensor) -> Tensor:
-        if self.config.selection == "surprise":
-            return 1.0 - torch.exp(-surprise.to(forecast.dtype))
-        return torch.sigmoid(forecast - self.salience_gate.tagging_threshold)
-
-    def _encode(self, before: Tensor, after: Tensor, tokens: Tensor, position: Tensor, is_real: Tensor) -> Episodes:
+    def _encode(
+        self,
+        state: MemoryState,
+        before: Tensor,
+        after: Tensor,
+        tokens: Tensor,
+        surprise: Tensor,
+        position: Tensor,
+        is_real: Tensor,
+    ) -> Episodes:
         """Episodes of the new tokens, not yet judged; all zero where `is_real` does not hold, so that the blank slot,
         where padding is written, stays blank."""
         wide, none = is_real.unsqueeze(-1), torch.zeros(is_real.shape, device=is_real.device)
+        unlikely = torch.where(is_real, 1.0 - torch.exp(-surprise.detach().float()), 0.0).unsqueeze(-1)
         return Episodes(
             key=torch.where(wide, self.recall.encode_key(before), 0.0),
             value=torch.where(wide, self.recall.encode_value(after), 0.0),
             token=torch.where(is_real, tokens, 0),
             position=torch.where(is_real, position, -1),
             salience=none,
+            surprise=unlikely.expand(*none.shape, state.episodes.surprise.shape[-1]),
             priority=none,
             age=none,
             strength=is_real.to(none.dtype),

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d
 
+from hippoformer.hippocampus.selection import RULES
 from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.tensors.selection import hashed_uniform, put, take, winners
+from hippoformer.tensors.selection import put, take, winners
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Episodes:
         token: (R, E) int32, the token that was read at s+1.
         position: (R, E) int32, s+1 counted in the row's own tokens; -1 where the slot is empty.
         salience: (R, E) in [0, 1].
+        surprise: (R, E, 1) 1 - p of the token under the base; (R, E, 0) where the selection rule does not read it.
         priority: (R, E) P; the importance at writing, raised by replay.
         age: (R, E) segments since the last reactivation.
         strength: (R, E) how many experiences were merged into this one.
@@ -46,6 +48,7 @@ class Episodes:
     token: Tensor
     position: Tensor
     salience: Tensor
+    surprise: Tensor
     priority: Tensor
     age: Tensor
     strength: Tensor
@@ -67,6 +70,7 @@ class Episodes:
             token=zeros(dtype=torch.int32),
             position=zeros(dtype=torch.int32) - 1,
             salience=zeros(),
+            surprise=zeros(int(RULES[config.selection].reads_surprise)),
             priority=zeros(),
             age=zeros(),
             strength=zeros(),
@@ -138,16 +142,16 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
         leaving: (R,) int64, episodes of the row that are no longer within the window.
 
     Returns:
-        The new memory: the `buffer_size` best of store and leavers by effective priority (or by the baseline named in
-        `config.selection`), and the remaining working episodes moved to the left.
+        The new memory: the `buffer_size` best of store and leavers by the rule `config.selection`, and the remaining
+        working episodes moved to the left.
     """
     n_stored, n_working = config.buffer_size, config.working_slots
-    if config.capture_span and config.selection in ("salience", "surprise"):
+    if config.capture_span:
         episodes = _captured(episodes, leaving, config)
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
-        score = _selection_score(episodes.slots(0, n_stored + n_working), config)
+        score = RULES[config.selection].score(episodes.slots(0, n_stored + n_working), config)
         kept = winners(score.masked_fill(~contender, -torch.inf), n_stored)  # (R, M)
     working = torch.arange(n_working, device=leaving.device) + n_stored + leaving.unsqueeze(-1)  # (R, W)
     blank = n_stored + n_working
@@ -162,7 +166,7 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
 
 
 def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
-    """The memory with the leavers judged by the passage they stand in: salience, and the priority made of it.
+    """The memory with the leavers judged by the passage they stand in: salience, the priority made of it, surprise.
 
     Synaptic tagging and capture (Frey & Morris 1997): what is in itself of little note is kept if it stands among
     things of note, and lost if it stands alone. A number is worth nothing without the words that say whose it is. The
@@ -171,27 +175,25 @@ def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) ->
     """
     low, high, span = config.buffer_size, config.buffer_size + config.working_slots, config.capture_span
     working = episodes.slots(low, high)
-    real = working.valid.to(working.salience.dtype)
-    sums = avg_pool1d(torch.stack((working.salience * real, real), 1), 2 * span + 1, 1, span)
-    worth = sums[:, 0] / sums[:, 1].clamp_min(1e-6)
-    worth = max_pool1d(worth.unsqueeze(1), 2 * (span // 2) + 1, 1, span // 2).squeeze(1)
+    real = working.valid.to(working.salience.dtype).unsqueeze(1)  # (R, 1, W)
+    judgements = torch.cat((working.salience.unsqueeze(-1), working.surprise), dim=-1).transpose(1, 2)  # (R, 1 or 2, W)
+    sums = avg_pool1d(torch.cat((judgements * real, real), 1), 2 * span + 1, 1, span)
+    worth = sums[:, :-1] / sums[:, -1:].clamp_min(1e-6)
+    worth = max_pool1d(worth, 2 * (span // 2) + 1, 1, span // 2)
+    salience, surprise = worth[:, 0], worth[:, 1:].transpose(1, 2)
     leaves = torch.arange(config.working_slots, device=leaving.device) < leaving.unsqueeze(-1)
 
     def judged(old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat((old[:, :low], torch.where(leaves, new, old[:, low:high]), old[:, high:]), dim=1)
+        leaver = leaves.view(*leaves.shape, *[1] * (new.dim() - 2))
+        return torch.cat((old[:, :low], torch.where(leaver, new, old[:, low:high]), old[:, high:]), dim=1)
 
-    priority = importance(worth.detach() if config.credit_only_gate else worth, config)
-    return replace(episodes, salience=judged(episodes.salience, worth), priority=judged(episodes.priority, priority))
-
-
-def _selection_score(episodes: Episodes, config: HippoFormerConfig) -> Tensor:
-    if config.selection == "salience":
-        return episodes.effective_priority(config.decay_rate)
-    if config.selection == "surprise":
-        return episodes.salience
-    if config.selection == "random":
-        return hashed_uniform(config.seed, episodes.position.long())
-    return episodes.position.float()
+    priority = importance(salience.detach() if config.credit_only_gate else salience, config)
+    return replace(
+        episodes,
+        salience=judged(episodes.salience, salience),
+        surprise=judged(episodes.surprise, surprise),
+        priority=judged(episodes.priority, priority),
+    )
 
 
 def _let_gradient_reach_priority(
@@ -204,7 +206,7 @@ def _let_gradient_reach_priority(
     """
     stored = moved.valid[:, : config.buffer_size]
     full = contender.sum(-1, keepdim=True) > config.buffer_size
-    log_priority = moved.effective_priority(config.decay_rate)[:, : config.buffer_size].clamp_min(1e-6).log()
+    log_priority = moved.effective_priority(config.decay)[:, : config.buffer_size].clamp_min(1e-6).log()
     lowest = log_priority.detach().masked_fill(~stored, torch.inf).amin(-1, keepdim=True).clamp_max(100.0)
     log_keep = logsigmoid((log_priority - lowest) / config.soft_topk_temperature)
     gradient_only = torch.where(stored & full, (log_keep - log_keep.detach()).exp(), 1.0)

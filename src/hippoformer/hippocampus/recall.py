@@ -108,6 +108,7 @@ class Recall(nn.Module):
         """Takes the options that no parameter depends on."""
         self.top_k, self.match_power = config.recall_top_k, config.match_power
         self.match_characters, self.match_recency = config.match_characters, config.match_recency
+        self.following = config.following
 
     def set_words(self, word_of_token: Tensor, ending_of_token: Tensor) -> None:
         """Tells which tokens are the same word, and how they end.
@@ -177,7 +178,8 @@ class Recall(nn.Module):
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
         words, read = self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()]
-        leads = find_leads(episodes, words, read, visible, self._before(episodes, own_slot))
+        matchable = visible if self.following else torch.zeros_like(visible)  # nothing found, nothing followed
+        leads = find_leads(episodes, words, read, matchable, self._before(episodes, own_slot))
         ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
         length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
         surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)

@@ -53,12 +53,12 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
     n_stored = config.buffer_size
     store = {name: tensor[:, :n_stored] for name, tensor in episodes.tensors().items()}
     position, priority, strength = store["position"].clone(), store["priority"], store["strength"]
-    age, credit = store["age"] + 1.0, store["credit"] * config.decay_rate
+    age, credit = store["age"] + 1.0, store["credit"] * config.decay
     before = (position >= 0).sum(-1)
     reactivated, merged = torch.zeros_like(segment), torch.zeros_like(segment)
 
     if config.max_replay_rounds and n_stored > 1:
-        weight = priority.detach() * config.decay_rate**age * (credit + _UNPROVEN_GAIN)
+        weight = priority.detach() * config.decay**age * (credit + _UNPROVEN_GAIN)
         cue, cued = _draw_cues(weight, position, segment, config)
         similar, partner = _most_alike(store["key"].detach(), position, cue, config.recall_n_heads)
         woken = cued & (similar > 0)
@@ -81,7 +81,7 @@ def consolidate(episodes: Episodes, segment: Tensor, config: HippoFormerConfig) 
         reactivated, merged = cued.sum(-1), fuse.sum(-1)
 
     alive = position >= 0
-    forgotten = alive & (priority * config.decay_rate**age < config.priority_threshold)
+    forgotten = alive & (priority * config.decay**age < config.priority_threshold)
     position = position.masked_fill(forgotten, -1)
     report = ReplayReport(reactivated, merged, before - merged - (position >= 0).sum(-1))
 

@@ -87,7 +87,7 @@ def model_card(model: "HippoFormer", name: str) -> ModelCard:
         "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of "
         + ("the final hidden states" if config.memory_layer == -1 else f"layer {config.memory_layer}"),
         "replay": f"{config.max_replay_rounds} rounds of {config.replay_batch} at each segment end, "
-        f"decay {config.decay_rate}, threshold {config.priority_threshold}",
+        f"decay {config.decay}, threshold {config.priority_threshold}",
     }
     if own_base:
         where = "The base comes along, in the folder `base`."

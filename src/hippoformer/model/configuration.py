@@ -1,5 +1,6 @@
 """Every setting of a HippoFormer, with the names of the original research code where it had one.
 
+The defaults are those of the shipped hippocampus; the original's values stand in docs/training.md.
 The `PreTrainedConfig` of transformers does the reading and writing of `config.json`. Options are grouped as in the
 picture of the architecture; each says its unit and what it changes.
 """
@@ -10,8 +11,21 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hippoformer.errors import ConfigurationError
+from hippoformer.hippocampus.selection import RULES
 
 _SAME_SETTING = {"recall_n_heads", "fusion_n_heads"}
+# A store of 2,048 keeps 0.998 of a priority a segment: an episode fades as fast as new ones fill the store.
+_FADING = 4.096
+# The least that is kept where a store is so small that the rule would leave nothing.
+_LEAST_DECAY = 0.5
+
+
+def layers_of_depth(n_layers: int) -> list[int]:
+    """The layers that are read where none are named: the first past half of the depth, and four fifths of it.
+
+    Which are best was measured on one base of 30 layers, 16 and 24 (docs/lab-notebook.md); very shallow bases have one.
+    """
+    return sorted({n_layers // 2 + 1, round(0.8 * n_layers)})
 
 
 class HippoFormerConfig(PreTrainedConfig):
@@ -35,12 +49,12 @@ class HippoFormerConfig(PreTrainedConfig):
         untagged_weight: weight at salience <= 0.5.
         capture_span: what leaves the window is judged by the passage it stands in, so many tokens on either side; 0 for
             each token by itself.
-        selection: what decides which episodes stay: "salience" (the gate), "surprise" (-log p of the transition),
-            "random", or "fifo" (first in, first out). The last three are the usual baselines.
+        selection: the rule by which episodes stay: "salience" (the gate) or one of the usual baselines, "surprise",
+            "random" and "fifo"; it changes nothing else. See `hippocampus.selection`.
     Episodic memory and replay:
         buffer_size: episodes kept per row, beyond the window.
-        decay_rate: factor on the priority per segment since the last reactivation. A larger buffer reaches
-            further back only if it also forgets more slowly.
+        decay_rate: factor on the priority per segment since the last reactivation; None: 1 - 4.096 / buffer_size (see
+            `decay`), since a larger buffer reaches further back only if it also forgets more slowly.
         max_replay_rounds: replay rounds at each segment end; 0 switches replay off.
         replay_batch: memories reactivated in a round.
         replay_span: memories on either side that a reactivation takes along, as far as they are of one story.
@@ -53,10 +67,13 @@ class HippoFormerConfig(PreTrainedConfig):
         seed: of the replay draws.
     Recall and fusion:
         memory_layer: what the hippocampus reads, and where the residual enters: -1 is the final hidden state, k >= 1
-            the output of decoder layer k. Several layers are read side by side; they have no residual read-out.
+            the output of decoder layer k. Several layers are read side by side; they have no residual read-out. None:
+            the model names two by its base's depth, see `layers_of_depth`.
         recall_n_heads, recall_head_dim: width of the episodic keys. The original's fusion_n_heads is the same setting.
         recall_value_dim: width of an episode's value for the residual read-out.
         recall_top_k: episodes a query may recall; 0 for all of them.
+        following: whether a memory that predicted the token just read leads to the one after it; the `match_*` options
+            say which one where there are several.
         match_power: of several stories that have foretold the last tokens, one counts by this power of how many they
             were.
         match_characters: where a story begins to match, so many characters that were the same right before it count
@@ -93,9 +110,9 @@ class HippoFormerConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        base_model_name: str = "google/gemma-2b",
+        base_model_name: str = "smollm2-135m",
         freeze_base: bool = True,
-        use_lora: bool = True,
+        use_lora: bool = False,
         lora_r: int = 16,
         lora_alpha: int = 32,
         lora_dropout: float = 0.05,
@@ -113,28 +130,29 @@ class HippoFormerConfig(PreTrainedConfig):
         capture_span: int = 4,
         selection: str = "salience",
         buffer_size: int = 2048,
-        decay_rate: float = 0.9,
-        max_replay_rounds: int = 10,
+        decay_rate: float | None = None,
+        max_replay_rounds: int = 0,
         replay_batch: int = 16,
         replay_span: int = 4,
         replay_rate: float = 0.0,
         merge_threshold: float = 0.95,
-        priority_threshold: float = 1.0,
+        priority_threshold: float = 0.0,
         soft_topk_temperature: float = 1.0,
         seed: int = 0,
-        memory_layer: int | list[int] | tuple[int, ...] = -1,
+        memory_layer: int | list[int] | tuple[int, ...] | None = None,
         recall_n_heads: int | None = None,
         recall_head_dim: int = 64,
         recall_value_dim: int = 64,
         recall_top_k: int = 0,
+        following: bool = True,
         match_power: float = 8.0,
         match_characters: float = 3.0,
         match_recency: float = 4.0,
-        residual_readout: bool = True,
+        residual_readout: bool = False,
         distribution_readout: bool = True,
         fusion_n_heads: int | None = None,
         fusion_dropout: float = 0.1,
-        marginal_weight: float = 0.0,
+        marginal_weight: float = 0.75,
         marginal_prior: float = 2.0,
         n_anchors: int = 64,
         anchor_len: int = 16,
@@ -148,7 +166,7 @@ class HippoFormerConfig(PreTrainedConfig):
         credit_only_gate: bool = False,
         target_tagged_share: float = 0.3,
         consolidation_r_target: float = 0.86,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_steps: int = 100,
         max_grad_norm: float = 1.0,
@@ -183,17 +201,18 @@ class HippoFormerConfig(PreTrainedConfig):
         self.priority_threshold = priority_threshold
         self.soft_topk_temperature = soft_topk_temperature
         self.seed = seed
-        self.memory_layer = memory_layer if isinstance(memory_layer, int) else list(memory_layer)
+        self.memory_layer = list(memory_layer) if isinstance(memory_layer, list | tuple) else memory_layer
         if None not in (recall_n_heads, fusion_n_heads) and recall_n_heads != fusion_n_heads:
             raise ConfigurationError(
                 f"recall_n_heads={recall_n_heads} and fusion_n_heads={fusion_n_heads} name the same setting with two "
                 "values: give one of them"
             )
-        self.recall_n_heads = recall_n_heads or fusion_n_heads or 8
+        self.recall_n_heads = recall_n_heads or fusion_n_heads or 4
         self.fusion_n_heads = self.recall_n_heads
         self.recall_head_dim = recall_head_dim
         self.recall_value_dim = recall_value_dim
         self.recall_top_k = recall_top_k
+        self.following = following
         self.match_power = match_power
         self.match_characters = match_characters
         self.match_recency = match_recency
@@ -242,8 +261,21 @@ class HippoFormerConfig(PreTrainedConfig):
 
     @property
     def memory_layers(self) -> tuple[int, ...]:
-        """`memory_layer`, always as a tuple."""
+        """`memory_layer`, always as a tuple.
+
+        Raises:
+            ConfigurationError: it is None, and no model has named the layers yet.
+        """
+        if self.memory_layer is None:
+            raise ConfigurationError("memory_layer=None follows from the depth of a base: make a model of it first")
         return (self.memory_layer,) if isinstance(self.memory_layer, int) else tuple(self.memory_layer)
+
+    @property
+    def decay(self) -> float:
+        """`decay_rate`, or what follows from `buffer_size` where it is None."""
+        if self.decay_rate is not None:
+            return self.decay_rate
+        return max(1.0 - _FADING / max(self.buffer_size, 1), _LEAST_DECAY)
 
     @property
     def window_slots(self) -> int:
@@ -257,13 +289,14 @@ class HippoFormerConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         low, high = self.importance_weight_range
+        layers = (-1,) if self.memory_layer is None else self.memory_layers
         rules = {
             "window >= 1": self.window >= 1,
             "sink_tokens >= 0": self.sink_tokens >= 0,
             "segment_len >= 1": self.segment_len >= 1,
             "buffer_size >= 0": self.buffer_size >= 0,
             "capture_span >= 0": self.capture_span >= 0,
-            "0 < decay_rate <= 1": 0 < self.decay_rate <= 1,
+            "decay_rate=None or 0 < decay_rate <= 1": self.decay_rate is None or 0 < self.decay_rate <= 1,
             "max_replay_rounds >= 0": self.max_replay_rounds >= 0,
             "replay_batch >= 1": self.replay_batch >= 1,
             "replay_span >= 0": self.replay_span >= 0,
@@ -275,13 +308,12 @@ class HippoFormerConfig(PreTrainedConfig):
             <= high,
             "1 <= salience_n_heads <= recall_n_heads": 1 <= self.salience_n_heads <= self.recall_n_heads,
             "salience_min_duration >= 1": self.salience_min_duration >= 1,
-            "selection in (salience, surprise, random, fifo)": self.selection
-            in ("salience", "surprise", "random", "fifo"),
-            "memory_layer == -1 or memory_layer >= 1, none of them twice": len(self.memory_layers) > 0
-            and all(layer == -1 or layer >= 1 for layer in self.memory_layers)
-            and len(set(self.memory_layers)) == len(self.memory_layers),
-            "residual_readout=False where memory_layer names several": len(self.memory_layers) == 1
-            or not self.residual_readout,
+            f"selection in ({', '.join(RULES)})": self.selection in RULES,
+            "memory_layer == -1 or memory_layer >= 1, none of them twice": len(layers) > 0
+            and all(layer == -1 or layer >= 1 for layer in layers)
+            and len(set(layers)) == len(layers),
+            "residual_readout=False where memory_layer does not name exactly one": not self.residual_readout
+            or (self.memory_layer is not None and len(layers) == 1),
             "recall_top_k >= 0": self.recall_top_k >= 0,
             "0 <= match_power <= 10": 0 <= self.match_power <= 10,
             "match_characters == 0 or >= 1": self.match_characters == 0 or self.match_characters >= 1,

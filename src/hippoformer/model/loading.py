@@ -48,7 +48,7 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         model = HippoFormer.from_pretrained(saved, **options)
     else:
         base = load_base_model(str(name), dtype=options.pop("dtype", None))
-        model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **({"use_lora": False} | options)), base)
+        model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **options), base)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")

@@ -116,6 +116,14 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         written = tensors.get(f"memory.marginal_{name}")
         if written is None or 0 in (written.numel(), tensor.numel()):  # one of both keeps none: they begin anew
             tensors[f"memory.marginal_{name}"] = tensor
+    surprise = cache.memory.episodes.surprise
+    if not surprise.numel():  # this model's rule does not read it
+        tensors["memory.surprise"] = surprise
+    elif not tensors.get("memory.surprise", surprise[..., :0]).numel():
+        raise MemoryFileError(
+            f"{path} does not say how surprising each episode was, which selection={model.config.selection!r} reads: "
+            "load it with a model that selects by another rule"
+        )
     _check_tensors(tensors, cache, str(path))
     unchanged = mine == theirs
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}

@@ -25,7 +25,7 @@ from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, merge_lora
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
@@ -103,6 +103,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         config.num_hidden_layers = window.n_layers
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(text, name, None))
+        if config.memory_layer is None:
+            config.memory_layer = layers_of_depth(window.n_layers)
         super().__init__(config)
         if max(config.memory_layers) > window.n_layers:
             raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")

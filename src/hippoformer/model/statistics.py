@@ -29,7 +29,7 @@ def memory_stats(cache: HippoCache, replayed: list[ReplayReport]) -> dict[str, A
         "stored": valid.sum(-1).tolist(),
         "utilisation": float(valid.float().mean()) if n_stored else 0.0,
         "mean_priority": mean(store.priority),
-        "mean_effective_priority": mean(store.effective_priority(cache.config.decay_rate)),
+        "mean_effective_priority": mean(store.effective_priority(cache.config.decay)),
         "mean_age": mean(store.age),
         "mean_strength": mean(store.strength),
         "mean_credit": mean(store.credit),

@@ -18,7 +18,7 @@ def put(buffer: Tensor, index: Tensor, new: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         buffer = buffer.clone()
     new = new.to(buffer.dtype).flatten(0, 1)
-    buffer.view(-1, *buffer.shape[2:]).index_copy_(0, _flat(buffer, index), new)
+    buffer.view(buffer.shape[0] * buffer.shape[1], *buffer.shape[2:]).index_copy_(0, _flat(buffer, index), new)
     return buffer
 
 

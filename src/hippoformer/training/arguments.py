@@ -9,7 +9,10 @@ from hippoformer.errors import ConfigurationError
 
 @dataclass
 class TrainArguments:
-    """`hippoformer train`; options of the model's config are given as `--set name=value name=value ...`."""
+    """`hippoformer train`; options of the model's config are given as `--set name=value name=value ...`.
+
+    The defaults are the recipe of the shipped hippocampus, in one run.
+    """
 
     base_model: str = field(default="smollm2-135m", metadata={"help": "folder, hub repository, or smollm2-135m"})
     hippocampus: str | None = field(
@@ -32,30 +35,36 @@ class TrainArguments:
         },
     )
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
-    max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
-    planted_documents: int = field(
-        default=0, metadata={"help": "of the longest documents a further part is read, with made-up facts in it"}
+    max_document_tokens: int = field(default=12288, metadata={"help": "tokens read of each document"})
+    planted_documents: int | None = field(
+        default=None,
+        metadata={
+            "help": "of the N longest documents a further part is read, with made-up facts in it, where it is long "
+            "enough; default 30, or 0 with --memory_off and --streaming"
+        },
     )
     planted_facts: int = field(
-        default=12, metadata={"help": "facts in each of those, each stated once and asked for once"}
+        default=32, metadata={"help": "facts in each of those, each stated once and asked for once"}
     )
     max_seq_length: int = field(
-        default=1024, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
+        default=512, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
     )
     batch_size: int = field(default=4, metadata={"help": "documents side by side, of all processes together"})
     gradient_accumulation_steps: int = 1
     num_epochs: float | None = field(
         default=None, metadata={"help": "passes over the documents, instead of --max_steps"}
     )
-    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; 400 if neither is given"})
+    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; 800 if neither is given"})
     recall_share: float = field(
-        default=0.5, metadata={"help": "part of the steps before the gate takes over selection"}
+        default=0.65, metadata={"help": "part of the steps before the gate takes over selection"}
     )
     credit_documents: int = field(default=128, metadata={"help": "documents whose credit is measured; 0 for none"})
     foresight_passes: int = field(
-        default=4, metadata={"help": "passes over those in which the gate alone learns to foresee credit"}
+        default=6, metadata={"help": "passes over those in which the gate alone learns to foresee credit"}
     )
-    learning_rate: float | None = field(default=None, metadata={"help": "default: 1e-3 frozen, 1e-4 with LoRA"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "default: 2e-3 over a frozen base, 1e-4 where LoRA or the base trains"}
+    )
     warmup_ratio: float = 0.05
     lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the base; 0 keeps it frozen"})
     lora_alpha: int = 32

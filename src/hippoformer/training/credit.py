@@ -69,6 +69,8 @@ def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocume
         "buffer_size": max(lengths),
         "selection": "fifo",
         "decay_rate": 1.0,
+        "priority_threshold": 0.0,
+        "max_replay_rounds": 0,
         "untagged_weight": 1.0,
         "importance_weight_range": (1.0, 1.0),
     }

@@ -67,14 +67,14 @@ class TrainingOptions:
     """
 
     output_dir: Path
-    max_steps: int = 400
-    recall_share: float = 0.5
+    max_steps: int = 800
+    recall_share: float = 0.65
     rows: int = 4
-    segments_per_step: int = 4
+    segments_per_step: int = 2
     gradient_accumulation_steps: int = 1
     warmup_ratio: float | None = 0.05
     credit_documents: int = 128
-    foresight_passes: int = 4
+    foresight_passes: int = 6
     save_steps: int = 100
     logging_steps: int = 10
     eval_steps: int = 0
