@@ -13,6 +13,7 @@ Nothing here goes by a model's name: `inspect_base` measures how each layer move
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -144,7 +145,13 @@ class WindowedBase:
                 f"window={config.window} + sink_tokens={config.sink_tokens} + segment_len={config.segment_len} need "
                 f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
             )
-        self.rotations = inspect_base(self)
+        if base.device.type != "meta":
+            self.rotations  # noqa: B018, what cannot be read through a window is refused now
+
+    @cached_property
+    def rotations(self) -> list[Rotation] | None:
+        """How each layer moves its keys, measured on the base's own weights; see `inspect_base`."""
+        return inspect_base(self)
 
     def new_cache(self, rows: int, device: torch.device) -> "WindowCache":
         """Empty slots for every layer."""
@@ -182,8 +189,10 @@ class WindowedBase:
             position_ids=slots.clamp_max(self.config.window_slots - 1),  # the spare slot is not a position
             past_key_values=cache,
             use_cache=True,
+            **({} if cache.wanted_states is False else {"output_hidden_states": cache.wanted_states}),
         )
         cache.placement = None
+        cache.hidden_states = None if cache.wanted_states is False else output.hidden_states
         return output.last_hidden_state
 
     def _masks(self, slots: Tensor, limit: int, padded: Tensor) -> Tensor | dict[str, Tensor]:
@@ -370,6 +379,8 @@ class WindowCache(Cache):
     Attributes:
         tokens: (R, C + 1) int32, the token in each slot.
         placement: where the step in progress writes; None between steps.
+        wanted_states: `output_hidden_states` of the call in progress, set by it; False between calls.
+        hidden_states: those of the last step, of the embeddings and of every layer, each (R, N, D), where wanted.
     """
 
     layers: list[WindowLayer]  # type: ignore[assignment]
@@ -378,6 +389,8 @@ class WindowCache(Cache):
         super().__init__(layers=list(layers))
         self.tokens = tokens
         self.placement: Placement | None = None
+        self.wanted_states: bool | int | list[int] = False
+        self.hidden_states: tuple[Tensor | None, ...] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
