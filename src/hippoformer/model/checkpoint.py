@@ -152,9 +152,7 @@ def push(
         return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, **commit)
 
 
-def load(
-    cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrainedModel | None, **options: Any
-) -> "HippoFormer | tuple[HippoFormer, dict[str, Any]]":
+def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrainedModel | None, **options: Any) -> Any:
     """Builds the model of a saved folder or hub repository.
 
     Args:
@@ -185,6 +183,7 @@ def load(
     weights = weights_file(folder)
     saved = options.pop("config", None) or folder
     if isinstance(saved, HippoFormerConfig):
+        attention = attention or saved._attn_implementation  # where the auto classes put it
         config, unknown = HippoFormerConfig.from_dict(saved.to_dict(), return_unused_kwargs=True, **options)
     else:
         config, unknown = HippoFormerConfig.from_pretrained(saved, return_unused_kwargs=True, **options)

@@ -107,6 +107,19 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """Sets the base's language-model head."""
         self.base.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes the base's embeddings and head, as in transformers; the hippocampus and all caches follow."""
+        embeddings = self.base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.take_vocabulary()
+        return embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the base's embeddings."""
+        return self.config.vocab_size
+
     # ---------------------------------------------------------------- state
 
     def new_cache(self, batch_size: int = 1) -> HippoCache:
@@ -427,7 +440,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         nll, counted = torch.zeros((), device=ids.device), 0
         salience, importance = torch.zeros_like(ids, dtype=torch.float), torch.zeros_like(ids, dtype=torch.float)
         replayed: list[ReplayReport] = []
-        cache.wanted_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        cache.wanted_states = output_hidden_states
         hidden_states: list[Tensor | None] | None = None
         for step in self.stream(ids, lengths, cache):
             if cache.hidden_states is not None:
@@ -579,7 +594,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         *,
         state_dict: dict[str, Tensor] | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> "HippoFormer":
         """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see
         `checkpoint.load`.
 
@@ -587,7 +602,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             state_dict: all of a model's tensors, base included, for a `config` and no name, as in transformers.
 
         Returns:
-            The model; a pair with `output_loading_info`.
+            The model; with `output_loading_info` a pair, see `checkpoint.load`.
         """
         if pretrained_model_name_or_path is not None and state_dict is None:
             return checkpoint.load(cls, pretrained_model_name_or_path, base_model, **options)
