@@ -97,7 +97,7 @@ def best() -> int:
 def ship() -> None:
     """The best run's weights become the package's."""
     seed = best()
-    for name in ("config.json", "hippocampus.safetensors"):
+    for name in ("config.json", "model.safetensors"):
         shutil.copyfile(ROOT / folder(seed) / name, ROOT / SHIPPED / name)
     print(f"seed {seed} is in {SHIPPED}")
 

@@ -194,7 +194,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[StandInApi]:
 def test_a_push_uploads_the_memory_and_a_card(api: type[StandInApi], tmp_path: Path) -> None:
     model = awake(base_model_name="smollm2-135m")
     assert model.push_to_hub("memory", token="secret", private=True, commit_message="First") == "commit"
-    assert sorted(api.files) == ["README.md", "config.json", "hippocampus.safetensors"]
+    assert sorted(api.files) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
     assert api.calls == {
         "token": "secret",
         "repo": ("memory", True, True),
@@ -210,7 +210,7 @@ def test_a_push_uploads_the_memory_and_a_card(api: type[StandInApi], tmp_path: P
 def test_a_card_in_the_repository_is_kept_and_a_branch_made(api: type[StandInApi]) -> None:
     api.existing = ("README.md",)
     awake().push_to_hub("me/memory", revision="v2", create_pr=True)
-    assert sorted(api.files) == ["config.json", "hippocampus.safetensors"]
+    assert sorted(api.files) == ["config.json", "generation_config.json", "model.safetensors"]
     assert api.calls["branch"] == api.calls["upload"]["revision"] == "v2" and api.calls["upload"]["create_pr"] is True
 
 
@@ -220,8 +220,8 @@ def test_saving_can_push_at_once_and_leaves_other_files_here(api: type[StandInAp
     (folder / "private.safetensors").write_bytes(b"what was read")
     awake().save_pretrained(folder, push_to_hub=True, max_shard_size="1GB", private=True)
     assert api.calls["repo"] == ("my-memory", True, True)
-    assert sorted(api.files) == ["README.md", "config.json", "hippocampus.safetensors"]
-    assert (folder / "hippocampus.safetensors").is_file()
+    assert sorted(api.files) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_a_trained_base_goes_up_too(api: type[StandInApi]) -> None:

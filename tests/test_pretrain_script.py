@@ -88,9 +88,9 @@ def test_the_best_of_validation_texts_is_shipped(script: ModuleType, tmp_path: P
         script.main(["--ship"])
     for seed, novels, articles in ((42, 30.0, 20.0), (43, 31.0, 18.0), (44, 29.0, 21.0)):
         _validated(tmp_path, script, seed, novels, articles)
-        for name in ("config.json", "hippocampus.safetensors"):
+        for name in ("config.json", "model.safetensors"):
             (tmp_path / script.folder(seed) / name).write_text(f"{name} of {seed}")
     (tmp_path / script.SHIPPED).mkdir(parents=True)
     assert script.main(["--ship"]) == 0
     shipped = {file.name: file.read_text() for file in (tmp_path / script.SHIPPED).iterdir()}
-    assert shipped == {name: f"{name} of 43" for name in ("config.json", "hippocampus.safetensors")}
+    assert shipped == {name: f"{name} of 43" for name in ("config.json", "model.safetensors")}

@@ -105,7 +105,7 @@ def losses(texts: Path, output: str) -> list[dict[str, float]]:
 def differing(one: Path, other: Path) -> list[str]:
     """Names of the weights in which two saved models differ in a bit."""
     names = []
-    for file in ("hippocampus.safetensors", "base/model.safetensors"):
+    for file in ("model.safetensors", "base/model.safetensors"):
         if (one / file).exists() or (other / file).exists():
             a, b = load_file(one / file), load_file(other / file)
             names += [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
@@ -161,7 +161,8 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     checkpoint = checkpoints.whole(texts / "two")[-1]
     assert sorted(file.name for file in checkpoint.iterdir()) == [
         "config.json",
-        "hippocampus.safetensors",
+        "generation_config.json",
+        "model.safetensors",
         "process-00000-of-00002.safetensors",
         "process-00001-of-00002.safetensors",
         "training.json",

@@ -125,20 +125,20 @@ def test_files_are_safetensors_json_and_a_card_alone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     read_some(model).save(tmp_path / "memory.safetensors")
     names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert names == ["README.md", "config.json", "hippocampus.safetensors", "memory.safetensors"]
+    assert names == ["README.md", "config.json", "generation_config.json", "memory.safetensors", "model.safetensors"]
     json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     for path in tmp_path.glob("*.safetensors"):
         header_size = int.from_bytes(path.read_bytes()[:8], "little")
         header = json.loads(path.read_bytes()[8 : 8 + header_size])
         assert all(isinstance(entry, dict) for entry in header.values())
     base_names = {f"base.{name}" for name, _ in tiny_base().named_parameters()}
-    assert not base_names & load_file(tmp_path / "hippocampus.safetensors").keys(), "the base was saved along"
+    assert not base_names & load_file(tmp_path / "model.safetensors").keys(), "the base was saved along"
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "another shape", "no folder", "no config"])
 def test_damaged_checkpoints_are_refused(damage: str, tmp_path: Path) -> None:
     awake().save_pretrained(tmp_path)
-    weights, options = tmp_path / "hippocampus.safetensors", {}
+    weights, options = tmp_path / "model.safetensors", {}
     if damage == "missing":
         weights.unlink()
     elif damage == "truncated":
@@ -289,7 +289,7 @@ def test_damaged_and_foreign_memory_files_are_refused(tmp_path: Path) -> None:
         HippoCache.load(path, model)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(MemoryFileError, match="not a memory"):
-        HippoCache.load(tmp_path / "model" / "hippocampus.safetensors", model)
+        HippoCache.load(tmp_path / "model" / "model.safetensors", model)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hippoformer.model.loading import shipped_hippocampus
 def test_it_is_there_and_small() -> None:
     folder = shipped_hippocampus("smollm2-135m")
     assert folder is not None
-    assert {path.name for path in folder.iterdir()} == {"config.json", "hippocampus.safetensors", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
 
 

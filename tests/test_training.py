@@ -246,7 +246,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
         main(arguments(folder, "parts", *mode))
     monkeypatch.undo()
     assert main(arguments(folder, "parts", *mode, "--resume_from_checkpoint", str(folder / "parts"))) == 0
-    files = ["hippocampus.safetensors"] + (["base/model.safetensors"] if mode == ["--train_base"] else [])
+    files = ["model.safetensors"] + (["base/model.safetensors"] if mode == ["--train_base"] else [])
     for file in files:
         whole, parts = load_file(folder / "whole" / file), load_file(folder / "parts" / file)
         assert whole.keys() == parts.keys()
@@ -276,7 +276,7 @@ def test_a_run_can_go_on_from_a_saved_hippocampus(
     shipped = ["--hippocampus", "the-short-name", *short, "1"]
     assert main(arguments(folder, "second", *shipped, "--learning_rate", "1e-12")) == 0
     more = ["--hippocampus", str(first), *short, "1"]
-    saved = [load_file(path / "hippocampus.safetensors") for path in (first, folder / "second")]
+    saved = [load_file(path / "model.safetensors") for path in (first, folder / "second")]
     for name, tensor in saved[0].items():
         if "anchor" not in name:
             torch.testing.assert_close(saved[1][name], tensor, rtol=0.0, atol=1e-6)
@@ -297,7 +297,7 @@ def test_with_the_memory_off_the_base_learns_alone(folder: Path) -> None:
     sizes = ["--window", "12", "--buffer_size", "16"]  # what was given stays given
     words = arguments(folder, "alone", "--hippocampus", str(folder / "first"), "--memory_off", *short, *sizes)
     assert main(words[: words.index("--set")]) == 0
-    first, alone = (load_file(folder / name / "hippocampus.safetensors") for name in ("first", "alone"))
+    first, alone = (load_file(folder / name / "model.safetensors") for name in ("first", "alone"))
     assert [name for name in first if not torch.equal(first[name], alone[name])] == []
     assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
     trained = HippoFormer.from_pretrained(folder / "alone")
@@ -342,7 +342,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
     assert main(arguments(folder, "run")) == 0
     broken = folder / "run" / "checkpoint-00000099"
     broken.mkdir()
-    (broken / "hippocampus.safetensors").write_bytes(b"\x00" * 10)
+    (broken / "model.safetensors").write_bytes(b"\x00" * 10)
     assert checkpoints.load(folder / "run")[2]["step"] == 8
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoints.load(broken)

@@ -126,7 +126,7 @@ def test_bfloat16_trains_close_to_float32(folder: Path, mode: list[str]) -> None
     assert one[0]["loss_lm"] != other[0]["loss_lm"], "nothing was computed in half precision"
     for a, b in zip(one, other, strict=True):
         assert b["loss_lm"] == pytest.approx(a["loss_lm"], rel=0.05)
-    saved = load_file(folder / "half" / "hippocampus.safetensors")
+    saved = load_file(folder / "half" / "model.safetensors")
     assert all(t.dtype == torch.float32 for t in saved.values() if t.is_floating_point())
 
 
@@ -176,7 +176,7 @@ def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
     more = ["--resume_from_checkpoint", str(folder / "run" / "checkpoint-00000006")]
     assert main(arguments(folder, "again", *EACH, *more)) == 0
     last = [folder / run / "checkpoint-00000008" for run in ("run", "again")]
-    for file in ("training.safetensors", "hippocampus.safetensors"):
+    for file in ("training.safetensors", "model.safetensors"):
         a, b = (load_file(path / file) for path in last)
         assert [name for name in a if not torch.equal(a[name].nan_to_num(-1), b[name].nan_to_num(-1))] == []
     scales = [json.loads((path / "training.json").read_text())["scaler"]["scale"] for path in last]

@@ -131,7 +131,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(
         main(streamed(folder, corpus, "parts"))
     monkeypatch.undo()
     assert main(streamed(folder, corpus, "parts", "--resume_from_checkpoint", "auto")) == 0
-    whole, parts = (load_file(folder / run / "hippocampus.safetensors") for run in ("whole", "parts"))
+    whole, parts = (load_file(folder / run / "model.safetensors") for run in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
     assert main(arguments(folder, "parts", "--resume_from_checkpoint", "auto")) == 2  # other data
 

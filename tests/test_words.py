@@ -120,7 +120,7 @@ def test_words_are_saved_with_the_weights(tmp_path: Path) -> None:
 def test_a_hippocampus_saved_before_tokens_were_spelled_is_loaded(tmp_path: Path) -> None:
     model, _ = tiny_load()
     model.save_pretrained(tmp_path)
-    file = tmp_path / "hippocampus.safetensors"
+    file = tmp_path / "model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if not name.endswith("ending_of_token")}, file)
     assert not HippoFormer.from_pretrained(tmp_path, base_model=model.base).hippocampus.recall.ending_of_token.any()
 

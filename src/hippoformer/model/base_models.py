@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
 from hippoformer.model.pinned_models import PINNED_MODELS, first_line, hub_failure, progress_bars, resolve_pinned
@@ -81,6 +81,19 @@ def load_base_model(
     model.config.name_or_path = model.name_or_path = os.fspath(name)
     model.eval()
     return model
+
+
+def empty_base_model(name: str | os.PathLike[str], *, attn_implementation: str | None = "sdpa") -> PreTrainedModel:
+    """The base model without weights, on the device of the surrounding `torch.device`, in eval mode.
+
+    Raises:
+        BaseModelNotFoundError: as for `load_base_model`.
+    """
+    with _loading(name, None, progress=True) as arguments:
+        config = AutoConfig.from_pretrained(**arguments)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    model.config.name_or_path = model.name_or_path = os.fspath(name)
+    return model.eval()
 
 
 def in_computing_dtype(model: PreTrainedModel) -> PreTrainedModel:

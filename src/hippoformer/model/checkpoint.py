@@ -1,15 +1,19 @@
 """Saving and loading a hippocampus: a small folder that names its base model.
 
     config.json                 every option
-    hippocampus.safetensors     the hippocampus, and LoRA adapters where there are any
+    model.safetensors           the hippocampus, and LoRA adapters where there are any
+    generation_config.json      how `generate` chooses, unless told otherwise
     base/                       the base model, only where its own weights were trained
     README.md                   the model card; one that is there already is left alone
 
-Files are written beside their place and moved into it, so that a full disk or a kill leaves the previous ones whole.
+Folders of earlier releases, whose weights are in hippocampus.safetensors, load as well. Weights are written beside
+their place and moved into it, so that a full disk or a kill leaves the previous ones whole.
 """
 
+import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model.adapters import load_lora_state, lora_state
@@ -32,10 +37,12 @@ from hippoformer.model.pinned_models import hub_failure
 if TYPE_CHECKING:
     from hippoformer.model.modeling import HippoFormer
 
-WEIGHTS = "hippocampus.safetensors"
-CONFIG = "config.json"
+WEIGHTS = SAFE_WEIGHTS_NAME
+FORMER_WEIGHTS = "hippocampus.safetensors"
+CONFIG = CONFIG_NAME
 BASE = "base"
 CARD = "README.md"
+_FILES = (CONFIG, WEIGHTS, FORMER_WEIGHTS, GENERATION_CONFIG_NAME)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the auto classes and pipelines of transformers add to any call, and has nothing to say here.
 _HARMLESS = {"_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
@@ -70,15 +77,43 @@ def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = N
     Args:
         state: what to write instead of the model's own tensors, by their names in its state dict.
     """
+    model.take_vocabulary()
     state = model.state_dict() if state is None else state
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
     if model.config.use_lora:
         tensors |= {f"lora.{name}": tensor for name, tensor in lora_state(model.base, base).items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    (folder / FORMER_WEIGHTS).unlink(missing_ok=True)
     if not model.config.freeze_base and not model.config.use_lora:
         model.base.save_pretrained(folder / BASE, state_dict=base)
+    # Without the checks of its own save_pretrained: some bases come with settings that it refuses to write.
+    model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
     model.config.save_pretrained(folder)
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder holds a HippoFormer, by its config: other models, too, have a config.json and weights."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == HippoFormerConfig.model_type
+
+
+def weights_file(folder: Path) -> Path:
+    """Where the weights of a saved model are.
+
+    Raises:
+        CheckpointError: not a saved HippoFormer, or one without weights.
+    """
+    found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
+    if not found or not is_saved_model(folder):
+        raise CheckpointError(
+            f"{folder} is not a HippoFormer checkpoint: expected a {CONFIG} of model_type "
+            f"{HippoFormerConfig.model_type} and {WEIGHTS} in it; hippoformer.load wraps other models"
+        )
+    return found[0]
 
 
 def write_card(model: "HippoFormer", folder: Path, name: str) -> None:
@@ -117,30 +152,38 @@ def push(
         return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, **commit)
 
 
-def load(
-    cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrainedModel | None, **options: Any
-) -> "HippoFormer":
+def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrainedModel | None, **options: Any) -> Any:
     """Builds the model of a saved folder or hub repository.
 
     Args:
         base_model: used instead of the base that the config names.
         options: of the config, to change (window, buffer_size, ...); a whole `config` instead of the saved one;
-            `dtype` of the base; `device_map`, one device; `subfolder`, `revision`, `token`, `cache_dir`,
-            `force_download`, `local_files_only` as in transformers.
+            `dtype` and `attn_implementation` of the base; `device_map`, one device; `subfolder`, `revision`, `token`,
+            `cache_dir`, `force_download`, `local_files_only`, `output_loading_info` as in transformers.
+
+    Returns:
+        The model; with `output_loading_info` also the names of tensors that the file has and the model does not
+        (`unexpected_keys`). Nothing else can be in it: missing weights and other shapes are errors.
 
     Raises:
         CheckpointError: not a HippoFormer checkpoint, or one whose weights are missing, damaged or of other shapes.
-        ConfigurationError: an option that does not exist, or more than one device.
+        ConfigurationError: an option that does not exist, more than one device, or the meta device.
     """
+    if torch.get_default_device().type == "meta":
+        raise ConfigurationError(
+            "from_pretrained reads weights, and the meta device holds none: leave torch.device('meta'), or make an "
+            "empty model by HippoFormer(config)"
+        )
     options = {name: value for name, value in options.items() if name not in _HARMLESS}
     hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
     dtype, older_name = options.pop("dtype", None), options.pop("torch_dtype", None)
+    attention, with_info = options.pop("attn_implementation", None), options.pop("output_loading_info", False)
     device = _one_device(options.pop("device_map", None))
     folder = _folder(name_or_path, options.pop("subfolder", None) or "", hub)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} is not a HippoFormer checkpoint: expected {CONFIG} and {WEIGHTS} in it")
+    weights = weights_file(folder)
     saved = options.pop("config", None) or folder
     if isinstance(saved, HippoFormerConfig):
+        attention = attention or saved._attn_implementation  # where the auto classes put it
         config, unknown = HippoFormerConfig.from_dict(saved.to_dict(), return_unused_kwargs=True, **options)
     else:
         config, unknown = HippoFormerConfig.from_pretrained(saved, return_unused_kwargs=True, **options)
@@ -151,11 +194,22 @@ def load(
         )
     config.dtype = None  # is the base's, which need not be loaded in the same one again
     if base_model is None:
-        own = folder / BASE
-        base_model = load_base_model(str(own) if own.is_dir() else config.base_model_name, dtype=dtype or older_name)
+        own = str(folder / BASE) if (folder / BASE).is_dir() else config.base_model_name
+        base_model = load_base_model(own, dtype=dtype or older_name, attn_implementation=attention or "sdpa")
+    elif attention is not None:
+        base_model.set_attn_implementation(attention)
     model = cls(config, base_model)
-    restore(model, _weights(folder))
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    tensors = _tensors(weights)
+    restore(model, tensors)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    if not with_info:
+        return model
+    known = ("hippocampus.", "lora.") if config.use_lora else ("hippocampus.",)
+    info: dict[str, Any] = {name: set() for name in ("missing_keys", "mismatched_keys", "error_msgs")}
+    return model, info | {"unexpected_keys": {name for name in tensors if not name.startswith(known)}}
 
 
 def restore(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
@@ -175,21 +229,27 @@ def load_hippocampus(model: "HippoFormer", name_or_path: str | Path) -> None:
     Raises:
         CheckpointError: none there, a damaged one, or one of other shapes.
     """
-    folder = _folder(name_or_path, "", {})
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}: expected a saved HippoFormer")
-    _restore_hippocampus(model, _weights(folder))
+    _restore_hippocampus(model, _tensors(weights_file(_folder(name_or_path, "", {}))))
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from error
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
     own = {n.removeprefix("hippocampus."): t for n, t in tensors.items() if n.startswith("hippocampus.")}
+    mine = model.config.vocab_size
+    theirs = own["recall.word_of_token"].shape[0] if "recall.word_of_token" in own else mine
+    if theirs != mine:
+        warnings.warn(
+            f"the hippocampus was saved for a vocabulary of {theirs} tokens, the base has {mine}: nothing is known of "
+            "how the others are spelled, until recall.set_words",
+            stacklevel=2,
+        )
+        model.hippocampus.resize_vocabulary(theirs)
     # One that was saved before tokens were spelled goes on without.
     spelled = model.hippocampus.recall.ending_of_token
     own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
@@ -197,12 +257,13 @@ def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> No
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit this base and config: {error}") from error
+    model.hippocampus.resize_vocabulary(mine)
 
 
 def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    wanted = [str(Path(subfolder) / part) for part in (CONFIG, WEIGHTS, f"{BASE}/*")]
+    wanted = [str(Path(subfolder) / part) for part in (*_FILES, f"{BASE}/*")]
     try:
         validate_repo_id(str(name_or_path))  # what can only be a path is not sent to the hub
         if hub_failure(str(name_or_path), wanted[0], hub.get("revision")) is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -21,12 +21,12 @@ from hippoformer.model.words import words_of_tokens
 def shipped_hippocampus(name: str) -> Path | None:
     """The folder of the trained hippocampus that the package ships for a base model, or None."""
     folder = Path(str(files("hippoformer"))) / "pretrained" / name
-    return folder if (folder / checkpoint.WEIGHTS).is_file() else None
+    return folder if checkpoint.is_saved_model(folder) else None
 
 
 def saved_hippocampus(name: str | Path) -> str | Path | None:
     """Where the trained hippocampus that a name stands for is: shipped, or a saved model; None for a bare base."""
-    return shipped_hippocampus(str(name)) or (name if _holds(str(name), checkpoint.WEIGHTS) else None)
+    return shipped_hippocampus(str(name)) or (name if _is_saved_model(str(name)) else None)
 
 
 def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerBase]:
@@ -71,7 +71,7 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
     """
     saved = saved_hippocampus(name)
     if saved is None:
-        raise CheckpointError(f"{name} holds no {checkpoint.WEIGHTS}: expected a saved HippoFormer")
+        raise CheckpointError(f"{name} is not a HippoFormer checkpoint: expected a saved HippoFormer")
     config = HippoFormerConfig.from_pretrained(saved)
     if config.use_lora or not config.freeze_base:
         raise ConfigurationError(f"{name} was saved with weights of the base, which it cannot share: load it alone")
@@ -82,6 +82,23 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
     found = HippoFormer.from_pretrained(saved, base_model=model.base, **options)
     found.config.name_or_path = str(name)
     return found
+
+
+def _is_saved_model(name: str) -> bool:
+    """Whether a folder or repository holds a HippoFormer; an unreachable one is left to the base's loader."""
+    if Path(name).is_dir():
+        return checkpoint.is_saved_model(Path(name))
+    if name in PINNED_MODELS:
+        return False
+    try:
+        config = try_to_load_from_cache(name, checkpoint.CONFIG)
+        if not isinstance(config, str):
+            if hub_failure(name, checkpoint.CONFIG, None) is not None:
+                return False
+            config = hf_hub_download(name, checkpoint.CONFIG)
+    except (HfHubHTTPError, HFValidationError):
+        return False
+    return checkpoint.is_saved_model(Path(config).parent)
 
 
 def _holds(name: str, file: str) -> bool:

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
-from hippoformer.errors import ConfigurationError, InputError, NonFiniteError
+from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, merge_lora
-from hippoformer.model.base_models import load_base_model
+from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
-from hippoformer.model.window import WindowedBase
+from hippoformer.model.window import WindowedBase, vocabulary_size
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
@@ -96,12 +96,16 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
         if base_model is None:
-            base_model = load_base_model(config.base_model_name)
+            attention = config._attn_implementation or "sdpa"
+            if torch.get_default_device().type == "meta":
+                base_model = empty_base_model(config.base_model_name, attn_implementation=attention)
+            else:
+                base_model = load_base_model(config.base_model_name, attn_implementation=attention)
         text = base_model.config.get_text_config(decoder=True)
         window = WindowedBase(base_model, config)
         config.vocab_size, config.hidden_size = window.vocab_size, window.hidden_size
         config.num_hidden_layers = window.n_layers
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "_attn_implementation"):
             setattr(config, name, getattr(text, name, None))
         if config.memory_layer is None:
             config.memory_layer = layers_of_depth(window.n_layers)
@@ -116,7 +120,50 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
         self.window = window
         self.generation_config = base_model.generation_config
+        self._made_empty = base_model.device.type == "meta"
+        self.post_init()
         self.eval()
+
+    # ---------------------------------------------------------------- weights
+
+    def init_weights(self) -> None:
+        """Draws all weights of a model that was made on the meta device and moved off it by `to_empty`.
+
+        Any other model has its weights, and keeps them.
+        """
+        if self._made_empty and self.device.type != "meta":
+            self.base.init_weights()
+            fresh = Hippocampus(self.config.hidden_size, self.config.vocab_size, self.config)
+            self.hippocampus.load_state_dict(fresh.state_dict())
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Sets the base's."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's language-model head."""
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Sets the base's language-model head."""
+        self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes the base's embeddings and head, as in transformers; the hippocampus and all caches follow."""
+        embeddings = self.base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.take_vocabulary()
+        return embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the base's embeddings."""
+        return self.config.vocab_size
 
     # ---------------------------------------------------------------- state
 
@@ -124,6 +171,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """The state of `batch_size` rows that have read nothing."""
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
+        self.take_vocabulary()
         device, dtype = self.device, self.dtype
         memory = MemoryState.empty(batch_size, self.hippocampus.width, self.config, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
@@ -172,6 +220,16 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def device(self) -> torch.device:
         """Where the base model reads its tokens."""
         return next(self.base.parameters()).device
+
+    def take_vocabulary(self) -> None:
+        """Follows a base whose embeddings were resized since (`base.resize_token_embeddings`); called by every call.
+
+        New tokens are words of their own, which nothing was read of; states follow when they are read into.
+        """
+        size = vocabulary_size(self.base)
+        if size != self.config.vocab_size:
+            self.window.vocab_size = self.config.vocab_size = size
+            self.hippocampus.resize_vocabulary(size)
 
     # ---------------------------------------------------------------- reading
 
@@ -388,7 +446,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         past_key_values: HippoCache | None = None,
@@ -396,8 +454,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         return_salience: bool = False,
         return_memory_stats: bool = False,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> HippoFormerOutput:
+    ) -> HippoFormerOutput | tuple[Any, ...]:
         """Reads `input_ids` after whatever the cache has read.
 
         Args:
@@ -408,14 +468,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             use_cache: whether the output carries the state.
             return_salience, return_memory_stats: what else the output carries.
             logits_to_keep: only the last so many columns of logits; 0 for all.
+            output_hidden_states: whether, or of which layers, the output carries the base's hidden states.
+            return_dict: False gives the output's fields as a tuple. None here and above: what the config says.
 
         Raises:
-            InputError: empty input, ids outside the vocabulary, a mask or labels of a wrong shape, a row that has read
-                nothing but padding. NonFiniteError: NaN in what the base computes.
+            InputError: an argument that cannot be served (`inputs_embeds`, `output_attentions`), empty input, ids
+                outside the vocabulary, a mask or labels of a wrong shape, a row that has read nothing but padding.
+            NonFiniteError: NaN in what the base computes.
         """
+        kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
         if unknown:
-            raise InputError(f"forward does not take {', '.join(unknown)}: it reads token ids, positions are its own")
+            reasons = [_NOT_TAKEN.get(name, "it reads token ids, positions are its own") for name in unknown]
+            raise InputError(f"forward does not take {', '.join(unknown)}: {'; '.join(dict.fromkeys(reasons))}")
+        if input_ids is None:
+            raise InputError("forward was given no input_ids: expected token ids of shape (rows, tokens)")
         if past_key_values is not None and input_ids.shape[1:] == (0,) and _GENERATION.get() is not None:
             log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
             return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
@@ -433,7 +500,20 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         nll, counted = torch.zeros((), device=ids.device), 0
         salience, importance = torch.zeros_like(ids, dtype=torch.float), torch.zeros_like(ids, dtype=torch.float)
         replayed: list[ReplayReport] = []
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        cache.wanted_states = output_hidden_states
+        hidden_states: list[Tensor | None] | None = None
         for step in self.stream(ids, lengths, cache):
+            if cache.hidden_states is not None:
+                if hidden_states is None:
+                    hidden_states = [
+                        None if part is None else part.new_zeros(*ids.shape, part.shape[-1])
+                        for part in cache.hidden_states
+                    ]
+                for whole, part in zip(hidden_states, cache.hidden_states, strict=True):
+                    if whole is not None and part is not None:
+                        place(whole, part, step.start, step.new, order)
             wanted = [max(0, k - s) for k, s, n in zip(skipped, step.start, step.new, strict=True) if s + n > k]
             if wanted:
                 first = min(wanted)
@@ -456,21 +536,24 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             if step.report is not None:
                 replayed.append(step.report)
         cache.count(ids, lengths)
+        cache.wanted_states, cache.hidden_states = False, None
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
         denominator = max(counted, 1) if denominator is None else denominator
         real = torch.zeros_like(ids, dtype=torch.bool)
         place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
-        return HippoFormerOutput(
+        output = HippoFormerOutput(
             loss=None if following is None else nll / denominator,
             logits=logits if logits is not None else torch.zeros(ids.shape[0], keep, self.config.vocab_size),
             past_key_values=cache if use_cache else None,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
             salience_scores=salience if return_salience else None,
             importance_weights=importance if return_salience else None,
             memory_stats=memory_stats(cache, replayed) if return_memory_stats else None,
             drift_stats=dict(cache.drift) if return_memory_stats else None,
             salience_stats=salience_stats(salience[real]) if return_memory_stats else None,
         )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
@@ -481,6 +564,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache = self.new_cache(input_ids.shape[0])
         elif isinstance(cache, HippoCache):
             cache.leave_inference_mode()
+            cache.follow_model()
         return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
 
     # ---------------------------------------------------------------- generation
@@ -611,6 +695,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
+        self.take_vocabulary()
         recall = self.hippocampus.recall
         hidden = self.hippocampus.normed(
             self.window.hidden_of(ids.to(self.device).long()).to(recall.key_proj.weight.dtype)
@@ -668,12 +753,36 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, name_or_path: str | Path, base_model: PreTrainedModel | None = None, **options: Any
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        base_model: PreTrainedModel | None = None,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
     ) -> "HippoFormer":
         """Loads what `save_pretrained` wrote, from a folder or a hub repository, and the base it names; see
         `checkpoint.load`.
+
+        Args:
+            state_dict: all of a model's tensors, base included, for a `config` and no name, as in transformers.
+
+        Returns:
+            The model; with `output_loading_info` a pair, see `checkpoint.load`.
         """
-        return checkpoint.load(cls, name_or_path, base_model, **options)
+        if pretrained_model_name_or_path is not None and state_dict is None:
+            return checkpoint.load(cls, pretrained_model_name_or_path, base_model, **options)
+        config = options.pop("config", None)
+        if pretrained_model_name_or_path is not None or state_dict is None or config is None or options:
+            raise ConfigurationError(
+                "from_pretrained expected the name of a saved model, or None with config= and state_dict= and no other "
+                "option than base_model="
+            )
+        model = cls(config, base_model)
+        try:
+            model.load_state_dict(state_dict)
+        except RuntimeError as error:
+            raise CheckpointError(f"the tensors do not fit this config and base: {error}") from error
+        return model
 
     def merge_lora(self) -> PreTrainedModel:
         """Makes the adapters part of the base's weights; the model reads on as before, and is saved with its own base.
@@ -727,4 +836,10 @@ def _ended(cache: HippoCache, new: list[int]) -> list[int]:
 
 _PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
 # Arguments that transformers hands to any model and that have nothing to say here.
-_HARMLESS = {"position_ids", "return_dict", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
+_HARMLESS = {"position_ids", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
+# Why others cannot be served.
+_NOT_TAKEN = {
+    "inputs_embeds": "embeddings name no tokens, and the memory stores and recalls tokens: give input_ids",
+    "output_attentions": "a token attends to slots of a window that moves with each segment, so there is no matrix of "
+    "all tokens by all tokens: ask the base alone, model.base(input_ids, output_attentions=True)",
+}

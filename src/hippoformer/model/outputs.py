@@ -22,6 +22,8 @@ class HippoFormerOutput(ModelOutput):
         loss: mean -log p of the labels, or None without labels.
         logits: (R, T, V) float32 normalised log-probabilities of the fused distribution; 0 at padding.
         past_key_values: the state, when `use_cache`.
+        hidden_states: the base's, with `output_hidden_states`: of the embeddings and of every layer (the last after the
+            final norm, and before a residual that enters there), each (R, T, D); 0 at padding.
         salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
         importance_weights: (R, T) weights the transitions were stored with, with `return_salience`.
         memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
@@ -30,6 +32,7 @@ class HippoFormerOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: HippoCache | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     salience_scores: Tensor | None = None
     importance_weights: Tensor | None = None
     memory_stats: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ Nothing here goes by a model's name: `inspect_base` measures how each layer move
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class WindowedBase:
         self.body: nn.Module = base.base_model
         text = base.config.get_text_config(decoder=True)
         self.n_layers: int = text.num_hidden_layers
-        self.vocab_size: int = base.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+        self.vocab_size = vocabulary_size(base)
         self.hidden_size: int = text.hidden_size
         self._sliding: int | None = getattr(text, "sliding_window", None)
         self._layer_types: set[str] = set(getattr(text, "layer_types", None) or ())
@@ -145,7 +145,13 @@ class WindowedBase:
                 f"window={config.window} + sink_tokens={config.sink_tokens} + segment_len={config.segment_len} need "
                 f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
             )
-        self.rotations = inspect_base(self)
+        if base.device.type != "meta":
+            self.rotations  # noqa: B018, what cannot be read through a window is refused now
+
+    @cached_property
+    def rotations(self) -> list[Rotation] | None:
+        """How each layer moves its keys, measured on the base's own weights; see `inspect_base`."""
+        return inspect_base(self)
 
     def new_cache(self, rows: int, device: torch.device) -> "WindowCache":
         """Empty slots for every layer."""
@@ -183,8 +189,10 @@ class WindowedBase:
             position_ids=slots.clamp_max(self.config.window_slots - 1),  # the spare slot is not a position
             past_key_values=cache,
             use_cache=True,
+            **({} if cache.wanted_states is False else {"output_hidden_states": cache.wanted_states}),
         )
         cache.placement = None
+        cache.hidden_states = None if cache.wanted_states is False else output.hidden_states
         return output.last_hidden_state
 
     def _masks(self, slots: Tensor, limit: int, padded: Tensor) -> Tensor | dict[str, Tensor]:
@@ -357,12 +365,20 @@ class WindowedBase:
         return torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
 
 
+def vocabulary_size(base: PreTrainedModel) -> int:
+    """Rows of the base's embedding: a quantised one may keep them in a weight of another shape."""
+    embedding: Any = base.get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+
+
 class WindowCache(Cache):
     """The key/value slots of all layers with the token of each slot: the window part of a row's state.
 
     Attributes:
         tokens: (R, C + 1) int32, the token in each slot.
         placement: where the step in progress writes; None between steps.
+        wanted_states: `output_hidden_states` of the call in progress, set by it; False between calls.
+        hidden_states: those of the last step, of the embeddings and of every layer, each (R, N, D), where wanted.
     """
 
     layers: list[WindowLayer]  # type: ignore[assignment]
@@ -371,6 +387,8 @@ class WindowCache(Cache):
         super().__init__(layers=list(layers))
         self.tokens = tokens
         self.placement: Placement | None = None
+        self.wanted_states: bool | int | list[int] = False
+        self.hidden_states: tuple[Tensor | None, ...] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object

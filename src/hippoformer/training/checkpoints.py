@@ -1,7 +1,7 @@
 """Training checkpoints: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
     checkpoint-00000200/
-        config.json, hippocampus.safetensors     a model anyone can load
+        config.json, model.safetensors           a model anyone can load
         training.safetensors                     optimizer, and what else the whole run shares
         process-00000-of-00001.safetensors       of each process: the state of its rows, its random state
         training.json                            counters; written last, so a folder without it is not a checkpoint
@@ -135,7 +135,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
     """
     path = locate(path)
     try:
-        model, run = load_file(path / checkpoint.WEIGHTS), load_file(path / _TENSORS)
+        model, run = load_file(checkpoint.weights_file(path)), load_file(path / _TENSORS)
         return model, run, json.loads((path / _COUNTERS).read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
