@@ -33,6 +33,9 @@ class TrainArguments:
     )
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
     max_document_tokens: int = field(default=8192, metadata={"help": "tokens read of each document"})
+    obey_control_tokens: bool = field(
+        default=False, metadata={"help": "control tokens written in the texts are control tokens, not text"}
+    )
     planted_documents: int = field(
         default=0, metadata={"help": "of the longest documents a further part is read, with made-up facts in it"}
     )
