@@ -56,7 +56,7 @@ def encode(tokenizer: Any, text: str, *, bos: bool = False, obey_control_tokens:
 def token_ids(tokenizer: Any, text: str, *, obey_control_tokens: bool | None = None) -> list[int]:
     """As `encode`, as a list and without a start token."""
     ids: list[int] = _call(tokenizer, text)["input_ids"]
-    if _obeys(tokenizer, obey_control_tokens) or not _control(tokenizer).within(ids, text):
+    if obeys(tokenizer, obey_control_tokens) or not _control(tokenizer).within(ids, text):
         return ids
     return broken_token_ids(tokenizer, _control(tokenizer).broken(text))
 
@@ -74,7 +74,7 @@ def token_spans(tokenizer: Any, text: str) -> tuple[list[int], _Spans]:
         )
     found = _call(tokenizer, text, return_offsets_mapping=True)
     control = _control(tokenizer)
-    if _obeys(tokenizer, None) or not control.within(found["input_ids"], text):
+    if obeys(tokenizer, None) or not control.within(found["input_ids"], text):
         return found["input_ids"], found["offset_mapping"]
     broken = control.broken(text)
     ids, spans = control.read(broken)
@@ -88,6 +88,11 @@ def start_tokens(tokenizer: Any) -> list[int]:
     """The start token where the tokenizer puts one before every text (as Gemma's does, and SmolLM2's does not)."""
     with _LOCK:
         return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+
+
+def obeys(tokenizer: Any, given: bool | None) -> bool:
+    """Whether control tokens in a text are obeyed: as given, or as the tokenizer says."""
+    return bool(getattr(tokenizer, "obey_control_tokens", False) if given is None else given)
 
 
 def break_control_tokens(tokenizer: Any, text: str) -> str:
@@ -196,7 +201,3 @@ def _control(tokenizer: Any) -> _Control:
 def _call(tokenizer: Any, text: str, **options: Any) -> Any:
     with _LOCK:
         return tokenizer(text, add_special_tokens=False, verbose=False, **options)
-
-
-def _obeys(tokenizer: Any, given: bool | None) -> bool:
-    return bool(getattr(tokenizer, "obey_control_tokens", False) if given is None else given)
