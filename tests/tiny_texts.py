@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from hippoformer import HippoFormer, HippoFormerConfig
 from hippoformer.data import Document
@@ -35,6 +35,60 @@ def byte_tokenizer(
         pair = (start, vocabulary.index(start))
         core.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[pair])
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def metaspace_tokenizer(kind: str, scheme: str = "first", **more: Any) -> PreTrainedTokenizerFast:
+    """As made of SentencePiece models: "▁" for a space and before a text, bytes for what has no piece."""
+    merges = [("▁", "h"), ("▁h", "i"), ("e", "r"), ("▁", "<"), ("s", ">")]
+    letters = sorted({*"▁hither<>|/sun", *(a + b for a, b in merges)})
+    pieces = ["<unk>", "<s>", "</s>", "<|user|>", *(f"<0x{number:02X}>" for number in range(256)), *letters]
+    model: Any
+    if kind == "unigram":
+        # In a model of SentencePiece the control tokens are pieces, and the likeliest of all.
+        scores = [0.0] * 4 + [-20.0] * 256 + [-10.0 + len(piece) for piece in letters]
+        model = models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=True)
+    else:
+        vocab = {piece: number for number, piece in enumerate(pieces)}
+        model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    core = Tokenizer(model)
+    if scheme == "prepended":  # as Llama 2 has it
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>"],
+        **more,
+    )
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """One token a character."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(bos_token="<s>", eos_token="</s>", **options)
+
+    vocab_size = 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(number): number for number in range(256)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
 
 
 CHAT_TEMPLATE = (

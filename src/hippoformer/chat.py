@@ -4,13 +4,16 @@ A chat template renders a whole conversation. Of that text a turn needs the end 
 the user's message, and the opening of the next reply. It is cut out of a rendering in which a mark stands for the
 earlier reply, so a template may rewrite older turns (some leave out earlier reasoning): what was read stays read. The
 token that ends a reply is chosen but never read; the template's own closing is, with the next turn.
+
+The template's control tokens are obeyed, those that a user or a system prompt spells are text (see `hippoformer.text`).
+Several conversations may go on at once, each in a thread of its own, with one model and one tokenizer.
 """
 
 import json
 import signal
+import threading
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.text import break_control_tokens, broken_token_ids, obeys, token_ids
 
 # Stands for a reply while a template is rendered; of a private area of Unicode, so in no text.
 _MARK = "\ue000reply\ue001"
@@ -38,6 +42,7 @@ class Conversation:
         cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
         reread_tokens: that are read again before a reply, of what is remembered of the user's words (see
             `HippoCache.reminded_of`); the base then replies alone, and the conversation does not hear them. 0: none.
+        obey_control_tokens: of the user's words and the system prompt, as for `hippoformer.text.encode`.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
     Attributes:
@@ -59,6 +64,7 @@ class Conversation:
         system: str | None = None,
         cache: HippoCache | None = None,
         reread_tokens: int = 0,
+        obey_control_tokens: bool | None = None,
         **options: Any,
     ) -> None:
         if reread_tokens < 0:
@@ -69,6 +75,7 @@ class Conversation:
                 "it expects turns to be written: take an instruction-tuned model, or set tokenizer.chat_template"
             )
         self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.obey_control_tokens = obeys(tokenizer, obey_control_tokens)
         self.reread_tokens, self.options = reread_tokens, {"max_new_tokens": 256} | _checked(options)
         self._take(model.new_cache() if cache is None else cache)
         self._ends()  # what the template refuses, it refuses now
@@ -78,8 +85,17 @@ class Conversation:
 
         Raises:
             ChatTemplateError: the template cannot be rendered, or leaves the replies out.
+            TextError: a control token in the text that this tokenizer cannot spell with others.
         """
-        return self._encode(self._render_turn(text, first=self.turns == 0))
+        first, written = self.turns == 0, [text, self.system or ""]
+        said = written if self.obey_control_tokens else [break_control_tokens(self.tokenizer, part) for part in written]
+        turn = self._render_turn(said[0], first, said[1])
+        ids = self._ids(turn) if said == written else broken_token_ids(self.tokenizer, turn)
+        # A stream has its start token at its start: none where a conversation follows something that was read.
+        start = self.tokenizer.bos_token_id
+        if first and self.cache.lengths[0] and ids[:1] == [start] and start not in self._later_turn():
+            ids = ids[1:]
+        return torch.tensor([ids]).long()
 
     def say(
         self,
@@ -107,7 +123,7 @@ class Conversation:
         try:
             out = self._answer(
                 ids,
-                self._encode(text),
+                torch.tensor([token_ids(self.tokenizer, text, obey_control_tokens=self.obey_control_tokens)]).long(),
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList(stopping_criteria),
                 **(asked | {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)),
@@ -173,8 +189,8 @@ class Conversation:
                 raise MemoryFileError(f"the memory's note about its conversation is damaged: {error!r}") from error
         self.cache, self.turns, self.system = cache, turns, system
 
-    def _render_turn(self, text: str, first: bool) -> str:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+    def _render_turn(self, text: str, first: bool, system_prompt: str) -> str:
+        system = [] if self.system is None else [{"role": "system", "content": system_prompt}]
         new = {"role": "user", "content": text}
         if first:
             return self._render([*system, new])
@@ -196,35 +212,45 @@ class Conversation:
                 "some know no system prompt: leave it out, or put it into the first turn"
             ) from error
 
-    def _encode(self, text: str) -> Tensor:
-        # The template writes the special tokens itself.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        return torch.as_tensor(encoded["input_ids"]).long()
+    def _ids(self, rendered: str) -> list[int]:
+        return token_ids(self.tokenizer, rendered, obey_control_tokens=True)
+
+    def _later_turn(self) -> list[int]:
+        """Tokens of some turn that is not the first."""
+        return self._ids(self._render_turn("...", False, "..."))
 
     def _ends(self) -> list[int]:
         """Tokens that end a reply: those of the model, and the one with which the template closes a turn."""
         own = _listed(self.model.generation_config.eos_token_id) or _listed(self.tokenizer.eos_token_id)
-        closing = int(self._encode(self._render_turn("...", first=False))[0, 0])
-        return sorted({*own, *({closing} & set(self.tokenizer.all_special_ids))})
+        closing = self._later_turn()[:1]
+        return sorted({*own, *(set(closing) & set(self.tokenizer.all_special_ids))})
 
 
 class Interrupt(StoppingCriteria):
-    """Ends a reply at Ctrl-C instead of the program: `with Interrupt() as stop: say(..., stopping_criteria=[stop])`."""
+    """Ends a reply at Ctrl-C instead of the program: `with Interrupt() as stop: say(..., stopping_criteria=[stop])`.
+
+    Python delivers Ctrl-C to its main thread alone. In another one, and from another one, `press` ends the reply.
+    """
+
+    pressed = False
 
     def __enter__(self) -> "Interrupt":
-        self.pressed = False
-        self._before = signal.signal(signal.SIGINT, self._press)
+        self.pressed, self._before = False, None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, lambda *_: self.press())
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def press(self) -> None:
+        """Ends the reply with the next token."""
+        self.pressed = True
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """(R,) bool, True everywhere once Ctrl-C was pressed."""
         return torch.full((input_ids.shape[0],), self.pressed, device=input_ids.device)
-
-    def _press(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

@@ -30,9 +30,10 @@ from torch.nn.utils.rnn import pad_sequence
 import hippoformer
 from hippoformer.data import Document, read_documents
 from hippoformer.errors import TextError
-from hippoformer.evaluation.scoring import EncodedDocument, encode, token_ids
+from hippoformer.evaluation.scoring import EncodedDocument, encode
 from hippoformer.model.cache import Episode, HippoCache
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.text import token_ids
 
 MODEL = "smollm2-135m"
 SPEECHES = ("1907-Roosevelt-1", "1946-Truman-1", "1981-Carter-1")

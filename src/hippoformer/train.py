@@ -15,13 +15,13 @@ from hippoformer.data.questions import Question, read_questions
 from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
-from hippoformer.evaluation.scoring import start_tokens, token_ids
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.words import words_of_tokens
+from hippoformer.text import start_tokens, token_ids
 from hippoformer.training import checkpoints
 from hippoformer.training.arguments import TrainArguments, config_options, parse
 from hippoformer.training.hidden_states import HiddenStateCache
@@ -57,6 +57,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     model = _model(arguments)
     model.to(accelerator.device)
     tokenizer = load_tokenizer(arguments.base_model)
+    tokenizer.obey_control_tokens = arguments.obey_control_tokens
     model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
     frozen = model.config.freeze_base and not model.config.use_lora
     _check_segments(arguments, model.config)
@@ -182,7 +183,7 @@ def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Do
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
-    return torch.tensor(tokenizer(text, truncation=True, max_length=limit)["input_ids"], dtype=torch.int64)
+    return torch.tensor([*start_tokens(tokenizer), *token_ids(tokenizer, text)][:limit], dtype=torch.int64)
 
 
 def _encode_question(question: Question, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:

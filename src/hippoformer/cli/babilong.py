@@ -86,8 +86,8 @@ def hide_stories(
     """Write questions about bAbI's stories hidden in books, to train on or to ask with `eval questions`."""
     from hippoformer.data import read_documents
     from hippoformer.data.babilong import hidden_questions, reasoned, sentences, write_questions
-    from hippoformer.evaluation.scoring import token_ids
     from hippoformer.model.base_models import load_tokenizer
+    from hippoformer.text import token_ids
 
     books, tokenizer = [sentences(book.text) for book in read_documents(text)], load_tokenizer(model)
 

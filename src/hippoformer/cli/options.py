@@ -66,6 +66,9 @@ class ModelOptions:
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; default: cuda where it is.")] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
+    obey_control_tokens: Annotated[
+        bool, typer.Option("--obey-control-tokens", help="Control tokens written in a text are not taken for text.")
+    ] = False
 
     def load(self, **more: Any) -> tuple[Any, Any]:
         """(model, tokenizer), with `more` options of the configuration.
@@ -82,6 +85,8 @@ class ModelOptions:
             options["dtype"] = _dtype(self.dtype)
         target = _device(self.device)
         model, tokenizer = hippoformer.load(self.model, **options)
+        if self.obey_control_tokens:
+            tokenizer.obey_control_tokens = True
         return (model if target is None else model.to(target)), tokenizer
 
 

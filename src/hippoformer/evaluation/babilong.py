@@ -24,9 +24,10 @@ from hippoformer.evaluation.examination import answer_nats, answers
 from hippoformer.evaluation.generation import decoded, first_line, left_padded, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import check_untouched, describe, reading, start_tokens, token_ids
+from hippoformer.evaluation.scoring import check_untouched, describe, reading
 from hippoformer.evaluation.statistics import LEVEL, share
 from hippoformer.evaluation.views import with_options
+from hippoformer.text import start_tokens, token_ids
 
 REREAD_TOKENS = 256
 _BEGINNING = 3  # tokens: the start token and one that differs, at most

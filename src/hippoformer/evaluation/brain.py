@@ -29,11 +29,12 @@ from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading, start_tokens
+from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, bootstrap_interval, mean_interval
 from hippoformer.evaluation.variants import switched_replay
 from hippoformer.evaluation.views import unsmoothed_gate, untrained_gate
 from hippoformer.evaluation.word_classes import TaggerName, WordClass, tagger, token_classes
+from hippoformer.text import start_tokens, token_spans
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader
@@ -169,10 +170,8 @@ def evaluate_brain(
         ways = _ways(model, seed)
         for number, document in enumerate(encoded):
             reads = {name: _read(way, cache, number, options) for name, (way, options) in ways.items()}
-            offsets = tokenizer(
-                document.document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )["offset_mapping"]
-            offsets = [*([(0, 0)] * n_start), *offsets][: document.tokens_read]
+            spans = token_spans(tokenizer, document.document.text)[1]
+            offsets = [*([(0, 0)] * n_start), *spans][: document.tokens_read]
             labels = token_classes(document.document.text, offsets, tag)
             surprise = (1.0 - cache[number].log_prob.exp()).double().numpy()
             found.append((reads, surprise, np.array([label or "" for label in labels])))

@@ -21,7 +21,7 @@ from typing import Any
 
 from hippoformer.data import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation.scoring import token_ids
+from hippoformer.text import token_ids
 
 PIECE = 512  # tokens read between two looks at what is due
 KINDS = ("pass key", "home", "one of three")

@@ -32,9 +32,9 @@ from hippoformer.evaluation.scoring import (
     other_rows,
     reading,
     score_batches,
-    start_tokens,
 )
 from hippoformer.evaluation.statistics import LEVEL, RESAMPLES, paired_ratio, perplexity_interval
+from hippoformer.text import start_tokens
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")

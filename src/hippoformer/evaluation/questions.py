@@ -19,9 +19,10 @@ from hippoformer.evaluation.generation import continued, decoded, first_line, re
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.quality import Difference, differences, means, shown_test
 from hippoformer.evaluation.report import Report, shown
-from hippoformer.evaluation.scoring import describe, reading, start_tokens, token_ids
+from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.statistics import RESAMPLES, Interval
 from hippoformer.evaluation.text_metrics import TEXT_METRICS, best_answer
+from hippoformer.text import start_tokens, token_ids
 
 _READ_ONCE = ("memory", "off")
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError
 from hippoformer.tensors.ragged import place
+from hippoformer.text import start_tokens, token_spans
 from hippoformer.training.hidden_states import HiddenStateCache
 
 CONDITIONS = ("memory", "off", "window-only", "other-document")
@@ -99,17 +100,12 @@ def encode(
         skip_tokens: read the first so many tokens without scoring them.
 
     Raises:
-        ConfigurationError: a tokenizer without offsets.
+        ConfigurationError: a tokenizer without offsets. TextError: see `hippoformer.text.encode`.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigurationError(
-            f"{type(tokenizer).__name__} does not say which characters a token covers, and bits per byte need that; "
-            "load the fast tokenizer of this model (AutoTokenizer does)."
-        )
-    encoding = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, spans = token_spans(tokenizer, document.text)
     start = start_tokens(tokenizer)
-    ids = [*start, *encoding["input_ids"]][:limit_tokens]
-    ends = [*(0 for _ in start), *(end for _, end in encoding["offset_mapping"])]
+    ids = [*start, *tokens][:limit_tokens]
+    ends = [*(0 for _ in start), *(end for _, end in spans)]
     first_scored = max(1, skip_tokens)
     text = ""
     if len(ids) > first_scored:
@@ -123,17 +119,6 @@ def encode(
         words=len(text.split()),
         utf8_bytes=len(text.encode("utf-8")),
     )
-
-
-def start_tokens(tokenizer: Any) -> list[int]:
-    """The start token where the tokenizer puts one before every text (as Gemma's does, and SmolLM2's does not)."""
-    return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
-
-
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A piece of text by itself, without a start token, however long it is."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
 
 
 def batches(documents: Sequence[EncodedDocument], batch_size: int) -> list[list[EncodedDocument]]:

@@ -23,9 +23,10 @@ from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation.provenance import provenance, write_json
 from hippoformer.evaluation.report import Report
-from hippoformer.evaluation.scoring import describe, encode, reading, start_tokens
+from hippoformer.evaluation.scoring import describe, encode, reading
 from hippoformer.hippocampus.circuit import working_fill
 from hippoformer.model.statistics import memory_stats
+from hippoformer.text import start_tokens, token_spans
 
 _STORE = ("position", "salience", "priority", "age", "strength", "credit")
 _DIGITS = 4
@@ -187,8 +188,8 @@ def evaluate_trace(
 
 def token_texts(tokenizer: Any, document: Document, count: int) -> list[str]:
     """The characters of each of the first tokens; those of one character split over several belong to the first."""
-    encoding = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [*(0 for _ in start_tokens(tokenizer)), *(end for _, end in encoding["offset_mapping"])][:count]
+    spans = token_spans(tokenizer, document.text)[1]
+    ends = [*(0 for _ in start_tokens(tokenizer)), *(end for _, end in spans)][:count]
     return [document.text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 

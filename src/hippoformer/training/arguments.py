@@ -36,6 +36,9 @@ class TrainArguments:
     )
     max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
     max_document_tokens: int = field(default=12288, metadata={"help": "tokens read of each document"})
+    obey_control_tokens: bool = field(
+        default=False, metadata={"help": "control tokens written in the texts are control tokens, not text"}
+    )
     planted_documents: int | None = field(
         default=None,
         metadata={
