@@ -7,7 +7,6 @@ weight with what comes out. No unit test touches the network: hub and pip are re
 import copy
 import dataclasses
 import hashlib
-import os
 import shutil
 import subprocess
 import threading
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
-from hippoformer.model import pinned_models
+from hippoformer.model import base_models, pinned_models
 from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
 from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel, cache_home
 from tiny_texts import LETTERS, byte_tokenizer
@@ -228,7 +227,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 @pytest.fixture(autouse=True)
 def a_processor_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(base_models, "faster_dtype", lambda stored, config, progress: stored)
 
 
 def test_a_folder_loads_as_stored(folder: Path, tiny_model: LlamaForCausalLM) -> None:
@@ -238,34 +237,6 @@ def test_a_folder_loads_as_stored(folder: Path, tiny_model: LlamaForCausalLM) ->
     assert model.config._attn_implementation == "sdpa"
     assert model.config.name_or_path == model.name_or_path == str(folder)
     assert load_tokenizer(folder).decode(load_tokenizer(folder)("a b 12")["input_ids"]) == "a b 12"
-
-
-@pytest.mark.parametrize(
-    ("capability", "accelerator", "memory", "expected"),
-    [
-        ("AVX2", False, 1 << 30, torch.float32),
-        ("AVX512", False, 1 << 30, torch.bfloat16),
-        ("DEFAULT", False, 1 << 30, torch.bfloat16),
-        ("AVX2", True, 1 << 30, torch.bfloat16),
-        ("AVX2", False, 4096, torch.bfloat16),
-    ],
-)
-def test_where_bfloat16_is_slow_weights_are_float32_if_they_fit(
-    folder: Path,
-    tiny_model: LlamaForCausalLM,
-    monkeypatch: pytest.MonkeyPatch,
-    capability: str,
-    accelerator: bool,
-    memory: int,
-    expected: torch.dtype,
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": memory // 4096, "SC_PAGE_SIZE": 4096}.__getitem__)
-    model = load_base_model(folder, progress=False)
-    assert model.dtype is expected
-    assert same_weights(model.bfloat16(), tiny_model), "no value changed"
-    assert load_base_model(folder, dtype=torch.bfloat16, progress=False).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "float32"])

@@ -3,28 +3,47 @@
 import hippoformer
 
 model, tokenizer = hippoformer.load("smollm2-135m", window=512, buffer_size=2048)
+
+Importing this imports neither torch nor transformers: the names below are imported when they are first used, and the
+Auto classes of transformers learn of the model when they are imported (`registration`).
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from hippoformer.chat import Conversation
-from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
-from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
-from hippoformer.hippocampus.salience import SalienceGate
-from hippoformer.model.cache import Episode, HippoCache
-from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.model.loading import load
-from hippoformer.model.modeling import HippoFormer
-from hippoformer.model.outputs import HippoFormerOutput
+from hippoformer.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from hippoformer.chat import Conversation
+    from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
+    from hippoformer.hippocampus.episodes import Episodes
+    from hippoformer.hippocampus.episodes import Episodes as DifferentiablePriorityBuffer
+    from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
+    from hippoformer.hippocampus.salience import SalienceGate
+    from hippoformer.model.cache import Episode, HippoCache
+    from hippoformer.model.configuration import HippoFormerConfig
+    from hippoformer.model.loading import load
+    from hippoformer.model.modeling import HippoFormer
+    from hippoformer.model.outputs import HippoFormerOutput
 
 __version__ = "0.1.0"
 
-# The name this had in the original research code.
-DifferentiablePriorityBuffer = Episodes
-
-AutoConfig.register(HippoFormerConfig.model_type, HippoFormerConfig, exist_ok=True)
-AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
+_MODULES = {
+    "ConsolidationRScore": "hippocampus.losses",
+    "Conversation": "chat",
+    "EmbeddingDriftCalibrator": "hippocampus.drift",
+    "Episode": "model.cache",
+    "Episodes": "hippocampus.episodes",
+    "HippoCache": "model.cache",
+    "HippoFormer": "model.modeling",
+    "HippoFormerConfig": "model.configuration",
+    "HippoFormerLoss": "hippocampus.losses",
+    "HippoFormerOutput": "model.outputs",
+    "SalienceGate": "hippocampus.salience",
+    "load": "model.loading",
+}
+# Names in the original research code.
+_ALIASES = {"DifferentiablePriorityBuffer": "Episodes"}
 
 __all__ = [
     "ConsolidationRScore",
@@ -41,3 +60,19 @@ __all__ = [
     "SalienceGate",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    known = _ALIASES.get(name, name)
+    if known not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[known]}"), known)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -16,9 +16,12 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True}
 @app.command("train", context_settings=_FORWARD, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a hippocampus; all options are those of `python -m hippoformer.train`."""
-    from hippoformer.train import main as train_main
+    from hippoformer.training.arguments import parse
 
-    raise typer.Exit(train_main(list(context.args)))
+    arguments = parse(list(context.args))  # before torch is imported: --help ends here
+    from hippoformer.train import run
+
+    run(arguments)
 
 
 @app.command("export-base")

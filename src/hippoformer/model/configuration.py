@@ -6,6 +6,7 @@ picture of the architecture; each says its unit and what it changes.
 """
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -239,6 +240,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.max_grad_norm = max_grad_norm
         self._check()
         super().__init__(**kwargs)
+        import_module("hippoformer.model.modeling")  # AutoModelForCausalLM knows the model from here on
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
@@ -814,6 +814,9 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             InputError: always, naming what to call.
         """
         raise InputError("the memory is in the cache object: call cache.reset(), or start with model.new_cache()")
+
+
+AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
 
 
 def _predicted(cache: HippoCache, ids: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Which precision computes fastest on this processor: measured once, then remembered for the machine.
+
+The instruction set does not tell: with AVX-512 and no bfloat16 units, float32 is 4.4 times as fast as bfloat16; with
+such units, bfloat16 is faster. So the model's own matrix product is timed, with many rows (reading) and with one
+(generating).
+"""
+
+import json
+import logging
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from hippoformer.model.pinned_models import cache_home
+
+_READING_ROWS = 128
+_REPEATS = 3
+# More weights than a cache holds: a generated token reads all of a model's weights from main memory.
+_WEIGHT_BYTES, _MOST_WEIGHTS = 32 << 20, 64
+
+_logger = logging.getLogger(__name__)
+
+
+def faster_dtype(stored: torch.dtype, config: PreTrainedConfig, *, progress: bool = True) -> torch.dtype:
+    """`stored` or float32, whichever this processor computes faster in.
+
+    The ratio of times is the geometric mean of that of reading and that of generating.
+
+    Args:
+        stored: a half precision. config: of the base model.
+        progress: say on stderr what a new measurement chose and why.
+    """
+    hidden = config.hidden_size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    key = _key(stored, hidden, intermediate)
+    known = _recall(key)
+    ratio = measured_ratio(stored, hidden, intermediate) if known is None else known
+    chosen = torch.float32 if ratio > 1 else stored
+    name, factor = str(stored).removeprefix("torch."), max(ratio, 1 / ratio)
+    line = f"computing in {str(chosen).removeprefix('torch.')}: {factor:.1f} times as fast here as "
+    line += name if chosen is torch.float32 else "float32"
+    if known is None:
+        line += f", measured on matrices of {hidden} x {intermediate}{_remember(key, ratio)}"
+        if progress:
+            print(line, file=sys.stderr)
+    _logger.info(line)
+    return chosen
+
+
+def measured_ratio(stored: torch.dtype, hidden: int, intermediate: int) -> float:
+    """Time in `stored` over time in float32: above 1 where float32 is faster."""
+    logs = []
+    for rows in (_READING_ROWS, 1):
+        turns = [(stored, torch.float32)] * 2  # alternating: other programs then slow both
+        times = [[seconds(dtype, rows, hidden, intermediate) for dtype in turn] for turn in turns]
+        half, single = (min(column) for column in zip(*times, strict=True))
+        logs.append(math.log(half / single))
+    return math.exp(sum(logs) / len(logs))
+
+
+def seconds(dtype: torch.dtype, rows: int, hidden: int, intermediate: int) -> float:
+    """Shortest time of a matrix product (rows, hidden) x (hidden, intermediate), on one thread.
+
+    It is processor time, so other programs that compute meanwhile do not decide what is remembered.
+    """
+    nbytes = hidden * intermediate * dtype.itemsize
+    matrices = 1 if rows > 1 else min(_MOST_WEIGHTS, math.ceil(_WEIGHT_BYTES / nbytes))
+    weights = [torch.ones(intermediate, hidden, dtype=dtype) for _ in range(matrices)]
+    states = torch.ones(rows, hidden, dtype=dtype)
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(1 + _REPEATS):
+                start = time.thread_time()
+                for weight in weights:
+                    torch.nn.functional.linear(states, weight)
+                times.append((time.thread_time() - start) / matrices)
+    finally:
+        torch.set_num_threads(threads)
+    return max(min(times[1:]), 1e-9)  # the first one also sets up
+
+
+def _key(stored: torch.dtype, hidden: int, intermediate: int) -> str:
+    """The machine, the software, and the size of the matrices to the nearest power of two."""
+    processor = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor}, torch {torch.__version__}, {stored}, 2^{round(math.log2(hidden * intermediate))}"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _file() -> Path:
+    return cache_home() / "precision.json"
+
+
+def _read() -> dict[str, float]:
+    """What is remembered; nothing where the file is missing, unreadable or damaged: it can be measured again."""
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _logger.debug("%s is not used: %s", _file(), error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recall(key: str) -> float | None:
+    ratio = _read().get(key)
+    return ratio if isinstance(ratio, float) and 0 < ratio < math.inf else None
+
+
+def _remember(key: str, ratio: float) -> str:
+    """Writes the file whole; returns what to add to the line said where that fails."""
+    file = _file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
+            json.dump(_read() | {key: ratio}, scratch, indent=1)
+        os.replace(scratch.name, file)
+    except OSError as error:
+        return f" (not remembered: {error})"
+    return ""
