@@ -1,11 +1,11 @@
 """What was read, word for word: a bounded store of whole sentences, lines and turns, one list of passages a row.
 
-A row's tokens are cut where the text pauses: at a blank line, the end of a line or of a sentence (any script; not at
-"Mr." or an initial), once `SHORTEST` or `SHORTEST_LINE` tokens are together; at a comma, a space or at least between
-characters where no pause comes within `LONGEST` tokens. Where it is cut depends on the tokens alone, not on the chunks they
-came in. Finished passages are immutable and shared between copies of the store; the tokens after the last cut are the
-open passage. A row keeps `capacity` tokens of finished passages: beyond that the passage of the lowest priority goes,
-whole. All of it lives on the CPU.
+A row's tokens are cut where the text pauses: at the first line end, or where none comes within `LONGEST` tokens at the
+last end of a sentence (any script; not at "Mr." or an initial); failing that at a comma, at a space, or at least
+between characters. Where it is cut depends on the tokens alone, not on the chunks they came in. Finished passages are
+immutable and shared between copies of the store; the tokens after the last cut are the open passage. A row keeps
+`capacity` tokens of finished passages: beyond that the passage of the lowest priority goes, whole. All of it lives on
+the CPU.
 """
 
 import re
@@ -24,20 +24,20 @@ from torch import Tensor
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.spelling import Spelling
 
-SHORTEST, SHORTEST_LINE, LONGEST = 16, 8, 64  # tokens of a passage
+SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, 64  # tokens of a passage
 _AHEAD = 8  # tokens after the longest passage that may decide where it ends
 _SETTLE = 256  # tokens of the widest row that wait, on their device, before they are cut into passages
 WRAPPED = range(50, 91)  # characters of a line that may have been broken for its length, within a sentence
 
-_CLOSING = "\"'”’»›)\\]}」』】）〉》*_"  # noqa: RUF001
-_STOP = f"(?P<stop>[.!?…‥]+[{_CLOSING}]*(?=\\s|$)|[。！？｡．؟۔।॥։၊။]+[{_CLOSING}]*)"  # noqa: RUF001
+_CLOSING = "\"'”’»›)\\]}」』】）〉》*_"
+_STOP = f"(?P<stop>[.!?…‥]+[{_CLOSING}]*(?=\\s|$)|[。！？｡．؟۔।॥։၊။]+[{_CLOSING}]*)"
 _PAUSE = re.compile(rf"(?:{_STOP}|(?=\n)|(?<=\S)(?=[^\S\n]+\n))(?P<space>\s*)")
 # Where a passage that would be too long is cut, best first: any stop or line end, a comma, a space.
-_SOFT = (re.compile(rf"{_STOP}\s*|\n\s*"), re.compile(r"(?:[,;:–—](?=\s)|[，、；：،؛])\s*"), re.compile(r"\s+"))  # noqa: RUF001
+_SOFT = (re.compile(rf"{_STOP}\s*|\n\s*"), re.compile(r"(?:[,;:–—](?=\s)|[，、；：،؛])\s*"), re.compile(r"\s+"))
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr st prof rev gen col capt lt sgt maj cmdr hon gov sen rep pres messrs mme mlle mt ft no nos vol fig ch"
-    " pp op vs cf ca approx viz eg ie sra srta dra nr hr fr bd ул им см стр тов".split()
+    """mr mrs ms dr st prof rev gen col capt lt sgt maj cmdr hon gov sen rep pres messrs mme mlle mt ft no nos vol fig
+    ch pp op vs cf ca approx viz eg ie sra srta dra nr hr fr bd ул им см стр тов""".split()  # noqa: SIM905
 )
 
 
@@ -105,9 +105,7 @@ class Row:
 
     def copy(self) -> "Row":
         """A row that goes on by itself; passages are shared."""
-        return replace(
-            self, finished=self.finished[:], open_ids=self.open_ids[:], open_salience=self.open_salience[:]
-        )
+        return replace(self, finished=self.finished[:], open_ids=self.open_ids[:], open_salience=self.open_salience[:])
 
     def opened(self) -> list[Passage]:
         """The open passage, if there is one."""
@@ -177,7 +175,7 @@ class Passages:
             passage = _passage(row.read - len(row.open_ids) + done, ids, row.open_salience[done : done + cut])
             row.finished.append(replace(passage, priority=self.priority(passage)))
             row.kept += cut
-            before, line_end, after = self.spelling.text(ids, mark=True).rpartition("\n")
+            _, line_end, after = self.spelling.text(ids, mark=True).rpartition("\n")
             row.column = len(after) if line_end else row.column + len(after)
             done += cut
             while row.kept > self.capacity:
@@ -239,11 +237,15 @@ class Passages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a file of it takes: 4 a token, and 48 a passage."""
+        """Bytes that a file of it takes: 4 a token (8 an open one), 64 a passage, 24 a row."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every number of the state, the rows one after the other: N tokens in P finished passages, M open tokens."""
+        """Every number of the state, the rows one after the other: N tokens in P finished passages, M open tokens.
+
+        `places` is row, start, length, times retrieved, when; `worth` is mean and peak salience, and priority; `rows`
+        is tokens read, column of the first open token, open tokens.
+        """
         self.settle()
         finished = [(number, passage) for number, row in enumerate(self.rows) for passage in row.finished]
         places = [(n, p.start, len(p), p.retrieved, p.retrieved_at) for n, p in finished]
@@ -251,8 +253,8 @@ class Passages:
         ids = np.concatenate([np.zeros(0, np.int32), *(p.token_ids for _, p in finished)])
         return {
             "token_ids": torch.from_numpy(ids),  # (N,)
-            "places": torch.tensor(places, dtype=torch.int32).reshape(-1, 5),  # (P, 5) row, start, length, retrieved, at
-            "worth": torch.tensor(worth, dtype=torch.float64).reshape(-1, 3),  # (P, 3) mean and peak salience, priority
+            "places": torch.tensor(places, dtype=torch.int32).reshape(-1, 5),  # (P, 5), see above
+            "worth": torch.tensor(worth, dtype=torch.float64).reshape(-1, 3),  # (P, 3)
             "open_ids": torch.tensor([i for row in self.rows for i in row.open_ids], dtype=torch.int32),  # (M,)
             "open_salience": torch.tensor([s for row in self.rows for s in row.open_salience], dtype=torch.float32),
             "rows": torch.tensor([(r.read, r.column, len(r.open_ids)) for r in self.rows]).reshape(-1, 3),  # (R, 3)
@@ -268,10 +270,10 @@ class Passages:
             self.rows.append(Row([], open_ids[span], open_salience[span], read, 0, column))
             done += count
         ids, done = tensors["token_ids"].numpy(), 0
-        for (row, start, length, times, at), worth in zip(
-            tensors["places"].tolist(), tensors["worth"].tolist(), strict=True
-        ):
-            passage = Passage(start, ids[done : done + length].copy(), *worth, retrieved=times, retrieved_at=at)
+        worth = tensors["worth"].tolist()
+        for (row, start, length, times, at), of_it in zip(tensors["places"].tolist(), worth, strict=True):
+            mean, peak, priority = of_it
+            passage = Passage(start, ids[done : done + length].copy(), mean, peak, priority, times, at)
             self.rows[row].finished.append(passage)
             self.rows[row].kept += length
             done += length
@@ -302,6 +304,7 @@ def find_cut(spelling: Spelling, ids: list[int], column: int) -> int:
             place -= 1
         return place if place and ends[place - 1] >= low else 0
 
+    sentence = 0
     for match in _PAUSE.finditer(text):
         if match.end() == len(text) and not enough:
             return 0
@@ -310,9 +313,11 @@ def find_cut(spelling: Spelling, ids: list[int], column: int) -> int:
         if place > LONGEST:
             break
         if least and place >= least:
-            return place
-    if not enough:
-        return 0
+            if least == SHORTEST_LINE:
+                return place
+            sentence = place
+    if not enough or sentence:
+        return sentence if enough else 0
     for pattern in _SOFT:
         places = [boundary(len(match[0].rstrip()) + match.start(), match.end()) for match in pattern.finditer(text)]
         if fitting := [place for place in places if SHORTEST <= place <= LONGEST]:
@@ -327,19 +332,16 @@ def _cuts_character(blob: bytes, offset: int) -> bool:
 
 def _shortest(text: str, match: re.Match[str], column: int) -> int:
     """Tokens that a passage must have to end at this pause; 0: it is none."""
-    line_ends, following = match["space"].count("\n"), text[match.end() : match.end() + 1]
-    if line_ends > 1:
-        return SHORTEST_LINE
-    if match["stop"]:
-        last = _LAST_WORD.search(text[max(0, match.start() - 12) : match.start()]) if match["stop"] == "." else None
-        if following.islower() or (last is not None and _abbreviates(last[0])):
-            return 0
-        return SHORTEST_LINE if line_ends else SHORTEST
-    if not line_ends or following.islower():
-        return 0
-    before = text.rfind("\n", 0, match.start()) + 1
-    length = match.start() - before + (0 if before else column)
-    return 0 if length in WRAPPED else SHORTEST_LINE
+    line_ends = match["space"].count("\n")
+    ended = match["stop"] is not None and not text[match.end() : match.end() + 1].islower()
+    if ended and match["stop"] == ".":
+        last = _LAST_WORD.search(text[max(0, match.start() - 12) : match.start()])
+        ended = last is None or not _abbreviates(last[0])
+    if line_ends == 1 and not ended:
+        before = text.rfind("\n", 0, match.start()) + 1
+        length = match.start("space") - before + (0 if before else column)
+        return 0 if length in WRAPPED else SHORTEST_LINE
+    return SHORTEST_LINE if line_ends else SHORTEST if ended else 0
 
 
 def _abbreviates(word: str) -> bool:

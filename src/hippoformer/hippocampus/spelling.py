@@ -1,14 +1,15 @@
 """The bytes of every token of a vocabulary, in two tensors that need no tokenizer.
 
-Byte-level vocabularies (GPT-2, Llama 3, Qwen) spell a byte as one of 256 letters, SentencePiece spells a space as U+2581
-and a byte it has no piece for as <0xE4>, WordPiece marks the pieces that continue a word, and tokens of tiktoken are
-bytes. What a row has read is the bytes of its tokens one after the other; one character may take several tokens.
+Byte-level vocabularies (GPT-2, Llama 3, Qwen) spell a byte as one of 256 letters, SentencePiece spells a space as
+U+2581 and a byte it has no piece for as <0xE4>, WordPiece marks the pieces that continue a word, and tokens of tiktoken
+are bytes. What a row has read is the bytes of its tokens one after the other; one character may take several tokens.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class Spelling:
     def pieces(self) -> list[bytes]:
         """The bytes of each of the V tokens."""
         blob, offsets = self.blob.cpu().numpy().tobytes(), self.offsets.tolist()
-        return [blob[start:stop] for start, stop in zip(offsets, offsets[1:], strict=False)]
+        return [blob[start:stop] for start, stop in pairwise(offsets)]
 
     @cached_property
     def marked_pieces(self) -> list[bytes]:
@@ -87,7 +88,9 @@ class Spelling:
         try:
             return b"".join([pieces[number] for number in token_ids]).decode(errors="replace")
         except IndexError:
-            raise InputError(f"a token id is not below {len(pieces)}, the size of the vocabulary spelled here") from None
+            raise InputError(
+                f"a token id is not below {len(pieces)}, the size of the vocabulary spelled here"
+            ) from None
 
     def whole(self, token_ids: Sequence[int]) -> list[bool]:
         """For each of the len + 1 places between tokens, True where no character is cut."""
@@ -105,16 +108,16 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _speller(tokenizer: Any, tokens: list[Any]) -> Any:
-    """The function from a token (str) to its bytes, by what the tokenizer says of its own decoder."""
+def _speller(tokenizer: Any, tokens: list[Any]) -> Callable[[str], bytes]:
+    """From a token to its bytes, by what the tokenizer's own decoder does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = "" if backend is None else repr(backend.decoder)
+    decoder = repr(None if backend is None else backend.decoder)
     alphabet = byte_alphabet()
     letters = {letter for token in tokens if isinstance(token, str) for letter in token}
-    slow = backend is None and ("Ġ" in letters or hasattr(tokenizer, "byte_decoder"))
-    if "ByteLevel" in decoder or (slow and letters <= alphabet.keys()):
+    slow_bytes = backend is None and "Ġ" in letters and letters <= alphabet.keys()
+    if "ByteLevel" in decoder or slow_bytes:
         return lambda token: bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()
-    if "WordPiece" in decoder or any(isinstance(token, str) and token.startswith("##") for token in tokens):
+    if "WordPiece" in decoder:
         return lambda token: (token[2:] if token.startswith("##") else " " + token).encode()
     if backend is not None and backend.decoder is None and "▁" not in letters:
         return lambda token: b" " + token.encode()  # such a tokenizer joins its tokens with spaces
