@@ -1,0 +1,348 @@
+"""What was read, word for word: a bounded store of whole sentences, lines and turns, one list of passages a row.
+
+A row's tokens are cut where the text pauses: at the first line end, or where none comes within `LONGEST` tokens at the
+last end of a sentence (any script; not at "Mr." or an initial); failing that at a comma, at a space, or at least
+between characters. Where it is cut depends on the tokens alone, not on the chunks they came in. Finished passages are
+immutable and shared between copies of the store; the tokens after the last cut are the open passage. A row keeps
+`capacity` tokens of finished passages: beyond that the passage of the lowest priority goes, whole. All of it lives on
+the CPU.
+"""
+
+import re
+from bisect import bisect_right
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hippoformer.errors import InputError
+from hippoformer.hippocampus.spelling import Spelling
+
+SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, 64  # tokens of a passage
+_AHEAD = 8  # tokens after the longest passage that may decide where it ends
+_SETTLE = 256  # tokens of the widest row that wait, on their device, before they are cut into passages
+WRAPPED = range(50, 91)  # characters of a line that may have been broken for its length, within a sentence
+
+_CLOSING = "\"'”’»›)\\]}」』】）〉》*_"
+_STOP = f"(?P<stop>[.!?…‥]+[{_CLOSING}]*(?=\\s|$)|[。！？｡．؟۔।॥։၊။]+[{_CLOSING}]*)"
+_PAUSE = re.compile(rf"(?:{_STOP}|(?=\n)|(?<=\S)(?=[^\S\n]+\n))(?P<space>\s*)")
+# Where a passage that would be too long is cut, best first: any stop or line end, a comma, a space.
+_SOFT = (re.compile(rf"{_STOP}\s*|\n\s*"), re.compile(r"(?:[,;:–—](?=\s)|[，、；：،؛])\s*"), re.compile(r"\s+"))
+_LAST_WORD = re.compile(r"[^\W\d_]+$")
+_ABBREVIATIONS = frozenset(
+    """mr mrs ms dr st prof rev gen col capt lt sgt maj cmdr hon gov sen rep pres messrs mme mlle mt ft no nos vol fig
+    ch pp op vs cf ca approx viz eg ie sra srta dra nr hr fr bd ул им см стр тов""".split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """A stretch of what a row has read.
+
+    Attributes:
+        start, stop: place of its tokens in the row's own text, counted in tokens.
+        token_ids: (stop - start,) int32.
+        salience, peak: mean and maximum of its tokens' salience.
+        priority: the lowest goes first when the store is full.
+        retrieved: how often it was brought back. retrieved_at: tokens the row had read then; -1: never.
+        score: fit to the query it was retrieved for; 0 in the store.
+        cache: what reading its words costs once; shared by all copies of the passage.
+    """
+
+    start: int
+    token_ids: np.ndarray
+    salience: float = 0.0
+    peak: float = 0.0
+    priority: float = 0.0
+    retrieved: int = 0
+    retrieved_at: int = -1
+    score: float = 0.0
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def stop(self) -> int:
+        """The place after its last token."""
+        return self.start + len(self.token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+Priority = Callable[[Passage], float]
+
+
+def latest(passage: Passage) -> float:
+    """First in, first out."""
+    return float(passage.start)
+
+
+def mean_salience(passage: Passage) -> float:
+    """The passage's mean salience, however old it is."""
+    return passage.salience
+
+
+def at_random(seed: int) -> Priority:
+    """Every passage as likely to stay as any other; the same for the same seed and place."""
+    return lambda passage: float(np.random.default_rng((seed, passage.start)).random())
+
+
+@dataclass
+class Row:
+    """One sequence: finished passages in the order of the text, and the tokens after the last cut."""
+
+    finished: list[Passage] = field(default_factory=list)
+    open_ids: list[int] = field(default_factory=list)
+    open_salience: list[float] = field(default_factory=list)
+    read: int = 0  # tokens so far
+    kept: int = 0  # tokens of `finished`
+    column: int = 0  # characters between the last line end and the first open token
+
+    def copy(self) -> "Row":
+        """A row that goes on by itself; passages are shared."""
+        return replace(self, finished=self.finished[:], open_ids=self.open_ids[:], open_salience=self.open_salience[:])
+
+    def opened(self) -> list[Passage]:
+        """The open passage, if there is one."""
+        if not self.open_ids:
+            return []
+        return [_passage(self.read - len(self.open_ids), self.open_ids, self.open_salience)]
+
+
+class Passages:
+    """The store of R rows.
+
+    Args:
+        rows: R.
+        spelling: of the vocabulary that the rows are read in.
+        capacity: tokens of finished passages a row keeps; at least `LONGEST`.
+        priority: what a passage is worth, asked once when it is finished and again when it is retrieved.
+
+    Raises:
+        InputError: a capacity that does not hold one passage.
+    """
+
+    def __init__(
+        self, rows: int, spelling: Spelling, capacity: int = 65_536, priority: Priority = mean_salience
+    ) -> None:
+        if capacity < LONGEST:
+            raise InputError(f"passage_tokens={capacity} is less than one passage; give at least {LONGEST}")
+        self.rows = [Row() for _ in range(rows)]
+        self.spelling, self.capacity, self.priority = spelling, capacity, priority
+        self._waiting: list[tuple[Tensor, list[int], Tensor | None]] = []
+        self._longest_wait = 0
+
+    def append(self, token_ids: Tensor, lengths: Sequence[int] | None = None, salience: Tensor | None = None) -> None:
+        """Reads on. Tokens wait on their device until there are enough of them to be worth the transfer.
+
+        Args:
+            token_ids: (R, T), row r's new tokens first. lengths: of each row, default T.
+            salience: (R, T), default 0.
+
+        Raises:
+            InputError: another number of rows than the store's.
+        """
+        if token_ids.shape[0] != len(self.rows):
+            raise InputError(f"{token_ids.shape[0]} rows of tokens do not fit a store of {len(self.rows)} rows")
+        lengths = [token_ids.shape[1]] * len(self.rows) if lengths is None else list(lengths)
+        self._waiting.append((token_ids.detach(), lengths, None if salience is None else salience.detach()))
+        self._longest_wait += max(lengths, default=0)
+        if self._longest_wait >= _SETTLE:
+            self.settle()
+
+    def settle(self) -> None:
+        """Cuts what waits into passages. Everything that looks at the rows calls this first."""
+        waiting, self._waiting, self._longest_wait = self._waiting, [], 0
+        for token_ids, lengths, salience in waiting:
+            ids = token_ids.tolist()
+            values = [[0.0] * len(row) for row in ids] if salience is None else salience.float().tolist()
+            for row, length, new, weights in zip(self.rows, lengths, ids, values, strict=True):
+                row.open_ids += new[:length]
+                row.open_salience += weights[:length]
+                row.read += length
+        for row in self.rows if waiting else ():
+            self._cut(row)
+
+    def _cut(self, row: Row) -> None:
+        done = 0
+        while cut := find_cut(self.spelling, row.open_ids[done : done + LONGEST + _AHEAD], row.column):
+            ids = row.open_ids[done : done + cut]
+            passage = _passage(row.read - len(row.open_ids) + done, ids, row.open_salience[done : done + cut])
+            row.finished.append(replace(passage, priority=self.priority(passage)))
+            row.kept += cut
+            _, line_end, after = self.spelling.text(ids, mark=True).rpartition("\n")
+            row.column = len(after) if line_end else row.column + len(after)
+            done += cut
+            while row.kept > self.capacity:
+                lowest = min(row.finished, key=attrgetter("priority"))
+                row.finished.remove(lowest)
+                row.kept -= len(lowest)
+        del row.open_ids[:done], row.open_salience[:done]
+
+    def of_row(self, row: int) -> list[Passage]:
+        """A row's passages in the order of its text, the open one last.
+
+        Raises:
+            InputError: no such row.
+        """
+        if not 0 <= row < len(self.rows):
+            raise InputError(f"row {row} does not exist: the store holds {len(self.rows)} rows, from 0")
+        self.settle()
+        return self.rows[row].finished + self.rows[row].opened()
+
+    def mark_retrieved(self, row: int, starts: set[int]) -> None:
+        """Notes that the passages that begin at `starts` were brought back, and asks for their priority again."""
+        self.settle()
+        state = self.rows[row]
+        for place, passage in enumerate(state.finished):
+            if passage.start in starts:
+                used = replace(passage, retrieved=passage.retrieved + 1, retrieved_at=state.read)
+                state.finished[place] = replace(used, priority=self.priority(used))
+
+    def forget(self, row: int, condition: Callable[[Passage], bool]) -> int:
+        """Removes the passages for which the condition holds, the open one too, and returns how many.
+
+        Raises:
+            InputError: no such row.
+        """
+        gone = {passage.start for passage in self.of_row(row) if condition(passage)}
+        state = self.rows[row]
+        state.finished = [passage for passage in state.finished if passage.start not in gone]
+        state.kept = sum(map(len, state.finished))
+        if state.open_ids and state.read - len(state.open_ids) in gone:
+            state.open_ids, state.open_salience, state.column = [], [], 0
+        return len(gone)
+
+    def copy(self) -> "Passages":
+        """A store that goes on by itself; finished passages are shared."""
+        return self.select_rows(range(len(self.rows)))
+
+    def select_rows(self, rows: Sequence[int]) -> "Passages":
+        """A store of the given rows in the given order; a row may come more than once."""
+        self.settle()
+        selected = Passages(0, self.spelling, self.capacity, self.priority)
+        selected.rows = [self.rows[row].copy() for row in rows]
+        return selected
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forgets everything of the given rows (default: all)."""
+        self.settle()
+        for row in range(len(self.rows)) if rows is None else rows:
+            self.rows[row] = Row()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a file of it takes: 4 a token (8 an open one), 64 a passage, 24 a row."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every number of the state, the rows one after the other: N tokens in P finished passages, M open tokens.
+
+        `places` is row, start, length, times retrieved, when; `worth` is mean and peak salience, and priority; `rows`
+        is tokens read, column of the first open token, open tokens.
+        """
+        self.settle()
+        finished = [(number, passage) for number, row in enumerate(self.rows) for passage in row.finished]
+        places = [(n, p.start, len(p), p.retrieved, p.retrieved_at) for n, p in finished]
+        worth = [(p.salience, p.peak, p.priority) for _, p in finished]
+        ids = np.concatenate([np.zeros(0, np.int32), *(p.token_ids for _, p in finished)])
+        return {
+            "token_ids": torch.from_numpy(ids),  # (N,)
+            "places": torch.tensor(places, dtype=torch.int32).reshape(-1, 5),  # (P, 5), see above
+            "worth": torch.tensor(worth, dtype=torch.float64).reshape(-1, 3),  # (P, 3)
+            "open_ids": torch.tensor([i for row in self.rows for i in row.open_ids], dtype=torch.int32),  # (M,)
+            "open_salience": torch.tensor([s for row in self.rows for s in row.open_salience], dtype=torch.float32),
+            "rows": torch.tensor([(r.read, r.column, len(r.open_ids)) for r in self.rows]).reshape(-1, 3),  # (R, 3)
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Replaces the state by one that `tensors` gave; the number of rows is that of the file."""
+        self._waiting, self._longest_wait = [], 0
+        self.rows, done = [], 0
+        open_ids, open_salience = tensors["open_ids"].tolist(), tensors["open_salience"].tolist()
+        for read, column, count in tensors["rows"].tolist():
+            span = slice(done, done + count)
+            self.rows.append(Row([], open_ids[span], open_salience[span], read, 0, column))
+            done += count
+        ids, done = tensors["token_ids"].numpy(), 0
+        worth = tensors["worth"].tolist()
+        for (row, start, length, times, at), of_it in zip(tensors["places"].tolist(), worth, strict=True):
+            mean, peak, priority = of_it
+            passage = Passage(start, ids[done : done + length].copy(), mean, peak, priority, times, at)
+            self.rows[row].finished.append(passage)
+            self.rows[row].kept += length
+            done += length
+
+
+def _passage(start: int, ids: list[int], salience: list[float]) -> Passage:
+    return Passage(start, np.array(ids, np.int32), sum(salience) / len(ids), max(salience))
+
+
+def find_cut(spelling: Spelling, ids: list[int], column: int) -> int:
+    """Where the passage that begins with these tokens ends; 0 where later tokens may still decide.
+
+    Args:
+        ids: at most LONGEST + 8 tokens. column: characters of their first line that stand before them.
+    """
+    pieces = [spelling.marked_pieces[number] for number in ids]
+    blob = b"".join(pieces)
+    text = getincrementaldecoder("utf-8")("surrogateescape").decode(blob)  # without a last character that is incomplete
+    ends = list(accumulate(map(len, pieces)))  # bytes up to and with each token
+    enough = len(ids) == LONGEST + _AHEAD
+
+    def boundary(low: int, high: int) -> int:
+        """The last place between tokens from character `low` to character `high`; 0: none."""
+        if len(text) != len(blob):
+            low, high = (len(text[:at].encode(errors="surrogateescape")) for at in (low, high))
+        place = bisect_right(ends, high)
+        while place and ends[place - 1] >= low and _cuts_character(blob, ends[place - 1]):
+            place -= 1
+        return place if place and ends[place - 1] >= low else 0
+
+    sentence = 0
+    for match in _PAUSE.finditer(text):
+        if match.end() == len(text) and not enough:
+            return 0
+        least = _shortest(text, match, column)
+        place = boundary(match.start("space"), match.end()) if least else 0
+        if place > LONGEST:
+            break
+        if least and place >= least:
+            if least == SHORTEST_LINE:
+                return place
+            sentence = place
+    if not enough or sentence:
+        return sentence if enough else 0
+    for pattern in _SOFT:
+        places = [boundary(len(match[0].rstrip()) + match.start(), match.end()) for match in pattern.finditer(text)]
+        if fitting := [place for place in places if SHORTEST <= place <= LONGEST]:
+            return fitting[-1]
+    whole = [place for place in range(SHORTEST, LONGEST + 1) if not _cuts_character(blob, ends[place - 1])]
+    return whole[-1] if whole else LONGEST
+
+
+def _cuts_character(blob: bytes, offset: int) -> bool:
+    return offset < len(blob) and blob[offset] & 0xC0 == 0x80
+
+
+def _shortest(text: str, match: re.Match[str], column: int) -> int:
+    """Tokens that a passage must have to end at this pause; 0: it is none."""
+    line_ends = match["space"].count("\n")
+    ended = match["stop"] is not None and not text[match.end() : match.end() + 1].islower()
+    if ended and match["stop"] == ".":
+        last = _LAST_WORD.search(text[max(0, match.start() - 12) : match.start()])
+        ended = last is None or not _abbreviates(last[0])
+    if line_ends == 1 and not ended:
+        before = text.rfind("\n", 0, match.start()) + 1
+        length = match.start("space") - before + (0 if before else column)
+        return 0 if length in WRAPPED else SHORTEST_LINE
+    return SHORTEST_LINE if line_ends else SHORTEST if ended else 0
+
+
+def _abbreviates(word: str) -> bool:
+    return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
