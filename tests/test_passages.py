@@ -172,9 +172,9 @@ def test_copies_go_on_by_themselves() -> None:
 
 def test_what_is_forgotten_is_gone_and_reading_goes_on() -> None:
     store, text = read("Alpha beta.\nGamma delta.\nEpsilon"), "Alpha beta.\nGamma delta.\nEpsilon"
-    assert store.forget(0, lambda passage: passage.start <= 3 < passage.stop) == 1
+    assert len(store.forget(0, lambda passage: passage.start <= 3 < passage.stop)) == 1
     assert [BYTES.text(p.token_ids) for p in store.of_row(0)] == ["Gamma delta.\n", "Epsilon"]
-    assert store.forget(0, lambda passage: passage.stop == len(text)) == 1  # the open one
+    assert len(store.forget(0, lambda passage: passage.stop == len(text))) == 1  # the open one
     store.append(torch.tensor([list(b" zeta.\n")]))
     assert [(p.start, BYTES.text(p.token_ids)) for p in store.of_row(0)] == [
         (12, "Gamma delta.\n"),

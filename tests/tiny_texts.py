@@ -127,7 +127,9 @@ def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, 
     config = HippoFormerConfig(base_model_name=name, use_lora=False, **(small | sizes))
     model = HippoFormer(config, base.eval())
     model.hippocampus.fusion.open()
-    return model, tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
+    model.set_tokenizer(tokenizer, words=False)
+    return model, tokenizer
 
 
 def text(seed: int, characters: int) -> str:

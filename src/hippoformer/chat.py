@@ -23,13 +23,18 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
+from hippoformer.hippocampus.passages import Passage
+from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.rereading import as_text
 from hippoformer.text import break_control_tokens, broken_token_ids, obeys, token_ids
 
 # Stands for a reply while a template is rendered; of a private area of Unicode, so in no text.
 _MARK = "\ue000reply\ue001"
 _NOTE = "conversation"
+# Half of the default window: the other half holds the conversation's last turns.
+REREAD_TOKENS = 256
 _ONE_LINE = ("num_beams", "num_return_sequences")
 
 
@@ -40,13 +45,15 @@ class Conversation:
         model: a HippoFormer. tokenizer: of its base, with a chat template.
         system: the system prompt, or None for what the template does without one.
         cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
-        reread_tokens: that are read again before a reply, of what is remembered of the user's words (see
-            `HippoCache.reminded_of`); the base then replies alone, and the conversation does not hear them. 0: none.
+        reread_tokens: tokens of retrieved passages that a reply may stand on, put before the user's words in a copy of
+            the state (see `hippoformer.model.rereading`); the base then replies alone, and the conversation does not
+            keep them. Only what has left the window is retrieved. 0: none.
         obey_control_tokens: of the user's words and the system prompt, as for `hippoformer.text.encode`.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
     Attributes:
         cache: all that is remembered. turns: replies given so far.
+        passages: what the last reply stands on, best first; empty where nothing was read again.
 
     Raises:
         ChatTemplateError: the tokenizer has no chat template, or one that refuses the system prompt.
@@ -55,6 +62,7 @@ class Conversation:
 
     cache: HippoCache
     turns: int
+    passages: list[Passage]
 
     def __init__(
         self,
@@ -63,7 +71,7 @@ class Conversation:
         *,
         system: str | None = None,
         cache: HippoCache | None = None,
-        reread_tokens: int = 0,
+        reread_tokens: int = REREAD_TOKENS,
         obey_control_tokens: bool | None = None,
         **options: Any,
     ) -> None:
@@ -118,48 +126,51 @@ class Conversation:
         own, pad = self._ends(), self.model.generation_config.pad_token_id
         defaults = {"eos_token_id": own or None, "pad_token_id": pad if pad is not None else next(iter(own), 0)}
         asked: dict[str, Any] = defaults | self.options | _checked(options)
+        asked |= {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)
+        asked |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList(stopping_criteria)}
+        passages = self._retrieve(text, ids.shape[1])
         before = self.cache.copy()
         self.cache.new_turn()
         try:
-            out = self._answer(
-                ids,
-                torch.tensor([token_ids(self.tokenizer, text, obey_control_tokens=self.obey_control_tokens)]).long(),
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList(stopping_criteria),
-                **(asked | {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)),
-            )
-            reply = out[0, ids.shape[1] :]
+            if passages:  # the base alone: recall would go on in the words of the text that was just found
+                shown = f"{as_text(passages, self._spelling())}\n\n{text}"
+                with self.model.memory_off():
+                    reply = self._generate(self.turn_ids(shown).to(self.model.device), self.cache.copy(), asked)
+            else:
+                reply = self._generate(ids, self.cache, asked)
             # What ends a reply is never read; the last token of one that was cut short belongs to the text.
-            said = out if int(reply[-1]) not in _listed(asked["eos_token_id"]) else out[:, :-1]
-            if said.shape[1] > (unread := 0 if self.reread_tokens else out.shape[1] - 1):
+            said = torch.cat((ids, reply), dim=1)
+            ended = int(reply[0, -1]) in _listed(asked["eos_token_id"])
+            unread = said[:, self.cache.columns : said.shape[1] - ended]
+            if unread.shape[1]:
                 with torch.no_grad():
-                    self.model(said[:, unread:], past_key_values=self.cache, logits_to_keep=1)
+                    self.model(unread, past_key_values=self.cache, logits_to_keep=1)
         except BaseException:
             self.cache = before
             raise
-        self.turns += 1
-        return str(self.tokenizer.decode(reply, skip_special_tokens=True))
+        self.turns, self.passages = self.turns + 1, passages
+        return str(self.tokenizer.decode(reply[0], skip_special_tokens=True))
 
-    def _answer(self, ids: Tensor, cue: Tensor, **options: Any) -> Tensor:
-        """The turn and the reply to it, (1, T); where nothing is read again, the cache has read all but its last token.
+    def _generate(self, ids: Tensor, cache: HippoCache, options: dict[str, Any]) -> Tensor:
+        """The reply (1, L) to a prompt (1, T), which the cache reads."""
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        return out[:, ids.shape[1] :]
 
-        After rereading the base answers alone: recall would go on in the words of the text it has just found.
-        """
-        model: Any = self.model
-        options |= {"attention_mask": torch.ones_like(ids)}
-        if not self.reread_tokens:
-            return model.generate(ids, past_key_values=self.cache, **options)
-        with self.model.memory_off():
-            # A turn without words reminds of nothing.
-            if cue.numel():
-                copy = self.cache.reminded_of(cue.to(ids.device), n_tokens=self.reread_tokens)
-            else:
-                copy = self.cache.copy()
-            return model.generate(ids, past_key_values=copy, **options)
+    def _retrieve(self, text: str, turn_tokens: int) -> list[Passage]:
+        """What fits the user's words, of what has left the window, as far as it leaves the turn room in the window."""
+        room = min(self.reread_tokens, self.model.config.window - turn_tokens)
+        if self.cache.passages is None or room < 1 or self.cache.lengths[0] <= self.model.config.window:
+            return []
+        ids = token_ids(self.tokenizer, text, obey_control_tokens=self.obey_control_tokens)
+        return self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=True)[0]
+
+    def _spelling(self) -> Spelling:
+        assert self.model.spelling is not None  # a cache with passages has one
+        return self.model.spelling
 
     def forget(self) -> None:
         """Starts anew: nothing of the conversation is remembered."""
-        self.cache, self.turns = self.model.new_cache(), 0
+        self.cache, self.turns, self.passages = self.model.new_cache(), 0, []
 
     def save(self, path: str | Path) -> None:
         """Writes the memory, as `HippoCache.save` does, with a note of how far the conversation is."""
@@ -187,7 +198,7 @@ class Conversation:
                 turns, system = note["turns"], note["system"]
             except (KeyError, TypeError, ValueError) as error:
                 raise MemoryFileError(f"the memory's note about its conversation is damaged: {error!r}") from error
-        self.cache, self.turns, self.system = cache, turns, system
+        self.cache, self.turns, self.system, self.passages = cache, turns, system, []
 
     def _render_turn(self, text: str, first: bool, system_prompt: str) -> str:
         system = [] if self.system is None else [{"role": "system", "content": system_prompt}]

@@ -8,7 +8,7 @@ An answer is decoded greedily and counts if every token of it is right; a reply,
 from, if its last word is the answer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -282,8 +282,14 @@ def _asked(
         found["off"] = put(model, cache.copy())
         if reread_tokens:
             cues = [case.cue for case in batch]
-            again = cache.places(*left_padded(cues, model.device), n_tokens=reread_tokens)
-            reread = [_part_of(case.needed, places) for case, places in zip(batch, again, strict=True)]
+            again = cache.retrieve(*left_padded(cues, model.device), n_tokens=reread_tokens, beyond_window=True)
+            held = [
+                {*range(max(len(case.text) - model.config.window, 0), len(case.text))}.union(
+                    *(range(passage.start, passage.stop) for passage in found)
+                )
+                for case, found in zip(batch, again, strict=True)
+            ]
+            reread = [_part_of(case.needed, places) for case, places in zip(batch, held, strict=True)]
             found["reread"] = put(model, reminded(cache, cues, reread_tokens))
     for name, view in views.items():
         held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
@@ -328,7 +334,7 @@ def places_of(passages: Sequence[Sequence[int]], text: Sequence[int]) -> list[in
     return sorted(places)
 
 
-def _part_of(needed: Sequence[int], held: Sequence[int]) -> float | None:
+def _part_of(needed: Sequence[int], held: Iterable[int]) -> float | None:
     return len(set(needed).intersection(held)) / len(needed) if needed else None
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hippoformer.model.rereading import reread
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -89,9 +91,8 @@ def read_texts(model: Any, texts: Sequence[Sequence[int]]) -> Any:
 
 
 def reminded(cache: Any, cues: Sequence[Sequence[int]], n_tokens: int) -> Any:
-    """A copy of the state that has read again what each row remembers of its cue, `n_tokens` at most."""
-    ids, mask = left_padded(cues, cache.model.device)
-    return cache.reminded_of(ids, mask, n_tokens=n_tokens)
+    """A copy of the state that has read again what fits the cue of each row, `n_tokens` at most."""
+    return reread(cache, *left_padded(cues, cache.model.device), n_tokens=n_tokens)
 
 
 def first_line(tokenizer: Any, ids: Sequence[int]) -> str:

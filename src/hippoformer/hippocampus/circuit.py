@@ -133,6 +133,16 @@ class MemoryState:
         everyone = index.numel() == self.last_hidden.shape[0]
         return replace(state, stored_bound=0 if everyone else self.stored_bound)
 
+    def without_episodes(self, row: int, lost: Tensor) -> "MemoryState":
+        """The state in which some slots of a row, (E,) bool, are empty, and nothing is recalled from them."""
+        state = self.map(Tensor.clone)
+        for name, tensor in state.episodes.tensors().items():
+            tensor[row, lost] = -1 if name == "position" else 0
+        vote = state.vote
+        vote.nothing[row] += vote.weights[row, lost].sum()
+        vote.weights[row, lost] = 0
+        return state
+
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape

@@ -134,15 +134,23 @@ class Passages:
             raise InputError(f"passage_tokens={capacity} is less than one passage; give at least {LONGEST}")
         self.rows = [Row() for _ in range(rows)]
         self.spelling, self.capacity, self.priority = spelling, capacity, priority
-        self._waiting: list[tuple[Tensor, list[int], Tensor | None]] = []
+        self._waiting: list[tuple[Tensor, list[int], Tensor | None, list[int] | None]] = []
         self._longest_wait = 0
 
-    def append(self, token_ids: Tensor, lengths: Sequence[int] | None = None, salience: Tensor | None = None) -> None:
+    def append(
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int] | None = None,
+        salience: Tensor | None = None,
+        start: Sequence[int] | None = None,
+    ) -> None:
         """Reads on. Tokens wait on their device until there are enough of them to be worth the transfer.
 
         Args:
             token_ids: (R, T), row r's new tokens first. lengths: of each row, default T.
             salience: (R, T), default 0.
+            start: place of each row's first new token in its text; default behind the last one read here. Where it is
+                farther on, the tokens between were not stored, and the open passage ends before them.
 
         Raises:
             InputError: another number of rows than the store's.
@@ -150,7 +158,8 @@ class Passages:
         if token_ids.shape[0] != len(self.rows):
             raise InputError(f"{token_ids.shape[0]} rows of tokens do not fit a store of {len(self.rows)} rows")
         lengths = [token_ids.shape[1]] * len(self.rows) if lengths is None else list(lengths)
-        self._waiting.append((token_ids.detach(), lengths, None if salience is None else salience.detach()))
+        weights = None if salience is None else salience.detach()
+        self._waiting.append((token_ids.detach(), lengths, weights, None if start is None else list(start)))
         self._longest_wait += max(lengths, default=0)
         if self._longest_wait >= _SETTLE:
             self.settle()
@@ -158,30 +167,42 @@ class Passages:
     def settle(self) -> None:
         """Cuts what waits into passages. Everything that looks at the rows calls this first."""
         waiting, self._waiting, self._longest_wait = self._waiting, [], 0
-        for token_ids, lengths, salience in waiting:
+        for token_ids, lengths, salience, starts in waiting:
             ids = token_ids.tolist()
             values = [[0.0] * len(row) for row in ids] if salience is None else salience.float().tolist()
-            for row, length, new, weights in zip(self.rows, lengths, ids, values, strict=True):
+            for number, (row, length, new, weights) in enumerate(zip(self.rows, lengths, ids, values, strict=True)):
+                if starts is not None and length and row.read != starts[number]:
+                    self._skip(row, starts[number])
                 row.open_ids += new[:length]
                 row.open_salience += weights[:length]
                 row.read += length
         for row in self.rows if waiting else ():
             self._cut(row)
 
+    def _skip(self, row: Row, place: int) -> None:
+        """Ends the open passage: the row goes on at `place`."""
+        self._cut(row)
+        for passage in row.opened():
+            self._keep(row, passage)
+        row.open_ids, row.open_salience, row.column, row.read = [], [], 0, place
+
+    def _keep(self, row: Row, passage: Passage) -> None:
+        """Takes a finished passage in, and lets the lowest go while there is no room."""
+        row.finished.append(replace(passage, priority=self.priority(passage)))
+        row.kept += len(passage)
+        while row.kept > self.capacity:
+            lowest = min(row.finished, key=attrgetter("priority"))
+            row.finished.remove(lowest)
+            row.kept -= len(lowest)
+
     def _cut(self, row: Row) -> None:
         done = 0
         while cut := find_cut(self.spelling, row.open_ids[done : done + LONGEST + _AHEAD], row.column):
             ids = row.open_ids[done : done + cut]
-            passage = _passage(row.read - len(row.open_ids) + done, ids, row.open_salience[done : done + cut])
-            row.finished.append(replace(passage, priority=self.priority(passage)))
-            row.kept += cut
+            self._keep(row, _passage(row.read - len(row.open_ids) + done, ids, row.open_salience[done : done + cut]))
             _, line_end, after = self.spelling.text(ids, mark=True).rpartition("\n")
             row.column = len(after) if line_end else row.column + len(after)
             done += cut
-            while row.kept > self.capacity:
-                lowest = min(row.finished, key=attrgetter("priority"))
-                row.finished.remove(lowest)
-                row.kept -= len(lowest)
         del row.open_ids[:done], row.open_salience[:done]
 
     def of_row(self, row: int) -> list[Passage]:
@@ -204,19 +225,27 @@ class Passages:
                 used = replace(passage, retrieved=passage.retrieved + 1, retrieved_at=state.read)
                 state.finished[place] = replace(used, priority=self.priority(used))
 
-    def forget(self, row: int, condition: Callable[[Passage], bool]) -> int:
-        """Removes the passages for which the condition holds, the open one too, and returns how many.
+    def forget(self, row: int, condition: Callable[[Passage], bool]) -> list[Passage]:
+        """Removes the passages for which the condition holds, the open one too, and returns them.
 
         Raises:
             InputError: no such row.
         """
-        gone = {passage.start for passage in self.of_row(row) if condition(passage)}
-        state = self.rows[row]
-        state.finished = [passage for passage in state.finished if passage.start not in gone]
+        gone = [passage for passage in self.of_row(row) if condition(passage)]
+        state, starts = self.rows[row], {passage.start for passage in gone}
+        state.finished = [passage for passage in state.finished if passage.start not in starts]
         state.kept = sum(map(len, state.finished))
-        if state.open_ids and state.read - len(state.open_ids) in gone:
+        if state.open_ids and state.read - len(state.open_ids) in starts:
             state.open_ids, state.open_salience, state.column = [], [], 0
-        return len(gone)
+        return gone
+
+    def adopt(self, other: "Passages") -> None:
+        """Replaces what every row keeps by what the rows of another store keep; a store of one row serves all."""
+        for number, row in enumerate(self.rows):
+            theirs = other.of_row(number if len(other.rows) > 1 else 0)
+            self.settle()
+            row.finished, row.kept = list(theirs), sum(map(len, theirs))
+            row.open_ids, row.open_salience, row.column = [], [], 0
 
     def copy(self) -> "Passages":
         """A store that goes on by itself; finished passages are shared."""
@@ -261,7 +290,11 @@ class Passages:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Replaces the state by one that `tensors` gave; the number of rows is that of the file."""
+        """Replaces the state by one that `tensors` gave; the number of rows is that of the file.
+
+        Raises:
+            KeyError, IndexError, ValueError, RuntimeError: tensors that no store gave.
+        """
         self._waiting, self._longest_wait = [], 0
         self.rows, done = [], 0
         open_ids, open_salience = tensors["open_ids"].tolist(), tensors["open_salience"].tolist()

@@ -64,6 +64,10 @@ class Spelling:
         blob = torch.frombuffer(bytearray(b"".join(pieces)) or bytearray(1), dtype=torch.uint8)
         return cls(blob[: int(lengths.sum())], lengths.cumsum(0).int())
 
+    def resized(self, vocab_size: int) -> "Spelling":
+        """The same for a vocabulary of another size; new tokens are spelled as nothing."""
+        return Spelling.from_pieces((self.pieces + [b""] * vocab_size)[:vocab_size])
+
     @cached_property
     def pieces(self) -> list[bytes]:
         """The bytes of each of the V tokens."""

@@ -6,6 +6,7 @@ frozen, and given the memory of another stream.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.circuit import MemoryState
+from hippoformer.hippocampus.passages import Passage, Passages
+from hippoformer.hippocampus.retrieval import mentions, retrieve
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.window import WindowCache
 
@@ -53,6 +56,8 @@ class HippoCache(WindowCache):
         vocab_size: of the model when this state last followed it.
         lengths: tokens read, per row.
         columns: width read so far, padding included; what transformers calls the sequence length.
+        passages: what was read, word for word, in whole sentences, lines and turns; None without a spelled vocabulary
+            (`HippoFormer.set_tokenizer`; `hippoformer.load` sets it) or with `passage_tokens=0`.
         last_output: (R, D) final hidden state of each row's last token, from which its next token is predicted.
         digest: (R,) int64, a running hash of the tokens read since `new_turn`; None where that is not known.
         frozen: True while the store is read-only.
@@ -61,12 +66,19 @@ class HippoCache(WindowCache):
         notes: short texts that whoever uses the cache wants to find again; saved and copied along, gone on reset.
     """
 
-    def __init__(self, window: WindowCache, memory: MemoryState, last_output: Tensor, model: "HippoFormer") -> None:
+    def __init__(
+        self,
+        window: WindowCache,
+        memory: MemoryState,
+        last_output: Tensor,
+        model: "HippoFormer",
+        passages: Passages | None = None,
+    ) -> None:
         super().__init__(window.layers, window.tokens)
         self.model = model
         self.config: HippoFormerConfig = model.config
         self.memory = memory
-        self.last_output = last_output
+        self.last_output, self.passages = last_output, passages
         self.vocab_size = model.config.vocab_size
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
@@ -177,9 +189,14 @@ class HippoCache(WindowCache):
         return sum(_nbytes(tensor) for tensor in self.memory.marginals.tensors().values())
 
     @property
+    def passages_nbytes(self) -> int:
+        """Bytes of the passages: 4 a token that is kept, at most `passage_tokens`, and 64 a passage."""
+        return 0 if self.passages is None else self.passages.nbytes
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all state, the same for any length of the stream."""
-        return self.window_nbytes + self.memory_nbytes
+        """Bytes of all state, bounded for any length of the stream."""
+        return self.window_nbytes + self.memory_nbytes + self.passages_nbytes
 
     def episodes(self, row: int = 0, stored_only: bool = False) -> list[Episode]:
         """What a row remembers, oldest first.
@@ -214,58 +231,107 @@ class HippoCache(WindowCache):
             )
         return found
 
-    def passages(
+    def retrieve(
         self,
-        cue_ids: Tensor,
+        query_ids: Tensor,
         attention_mask: Tensor | None = None,
         n_tokens: int = 256,
-        span: int = 6,
-    ) -> tuple[Tensor, Tensor]:
-        """What each row remembers of a cue, as text: the passages that hold its rarest words, and those that what is
-        found there leads to, in their old order.
+        beyond_window: bool = False,
+    ) -> list[list[Passage]]:
+        """The passages of each row that fit a query best, by their words; any base, nothing trained.
 
         Args:
-            cue_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
-            n_tokens: of a row's passages together, at most. span: tokens on either side of a passage's middle.
+            query_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
+            n_tokens: of a row's passages together, at most.
+            beyond_window: leave out what the base still sees.
 
         Returns:
-            (R, L) ids, padded on the left, and their mask (R, L); L is 0 where no row remembers anything of it.
+            For each row its passages, best first; none where it has read no word of the query.
 
         Raises:
-            InputError: as for a call of the model; also a number out of range.
+            InputError: another number of rows, a mask of another shape, `n_tokens` below 1; no passages are kept.
         """
-        from hippoformer.model.rereading import passages
+        passages = self._kept_passages()
+        mask = torch.ones_like(query_ids) if attention_mask is None else attention_mask
+        if query_ids.dim() != 2 or query_ids.shape[0] != self.batch_size or mask.shape != query_ids.shape:
+            raise InputError(
+                f"query_ids of shape {tuple(query_ids.shape)} with a mask of {tuple(mask.shape)}; expected both "
+                f"({self.batch_size}, tokens): a query for each row of the cache"
+            )
+        if n_tokens < 1:
+            raise InputError(f"n_tokens={n_tokens}; expected at least 1")
+        found = []
+        for row, (ids, real) in enumerate(zip(query_ids.tolist(), (mask != 0).tolist(), strict=True)):
+            query = passages.spelling.text(token for token, counts in zip(ids, real, strict=True) if counts)
+            seen_from = self.lengths[row] - self.config.window if beyond_window else self.lengths[row]
+            kept = [passage for passage in passages.of_row(row) if passage.stop <= seen_from]
+            found.append(retrieve(kept, query, n_tokens, passages.spelling))
+        return found
 
-        return passages(self, cue_ids, attention_mask, n_tokens, span)
+    def forget(
+        self,
+        words: str | None = None,
+        *,
+        passages: Sequence[Passage] | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        row: int = 0,
+    ) -> list[Passage]:
+        """Deletes what a row remembers of something: passages, and the episodes read within them.
 
-    def places(
-        self, cue_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256, span: int = 6
-    ) -> list[list[int]]:
-        """Where each row read the tokens of `passages`, counted from the beginning of its own text."""
-        from hippoformer.model.rereading import places
-
-        return places(self, cue_ids, attention_mask, n_tokens, span)
-
-    def reminded_of(self, cue_ids: Tensor, attention_mask: Tensor | None = None, **options: int) -> "HippoCache":
-        """A copy that has read again what it remembers of a cue, and in which the cue can be read next.
-
-        Recall answers in the words of the text; with the passages back in the window all of the base model can work on
-        them. Use the copy for the answer, best under `model.memory_off()`, since recall would rather go on with the
-        text; and read on with this cache: nothing is stored twice.
+        What the base still sees stays in its window until it leaves; the counts of single tokens (`marginals`) stay.
 
         Args:
-            cue_ids, attention_mask, options: as for `passages`.
-        """
-        from hippoformer.model.rereading import reminded
+            words: all passages that have all of these words. passages: these, as `retrieve` gave them.
+            start, stop: all that was read from token `start` up to `stop` of the row's own text; one may be left out.
+            row: of which sequence.
 
-        return reminded(self, *self.passages(cue_ids, attention_mask, **options))
+        Returns:
+            The passages that were deleted.
+
+        Raises:
+            InputError: not exactly one way of naming them, no such row, or a cache without passages.
+        """
+        kept, within = (
+            self._kept_passages(),
+            (0 if start is None else start, self.lengths[row] if stop is None else stop),
+        )
+        if [words is not None, passages is not None, (start, stop) != (None, None)].count(True) != 1:
+            raise InputError("name what to forget in one way: words=, passages=, or start= and stop=")
+        if words is not None:
+            gone = kept.forget(row, mentions(words, kept.spelling))
+        elif passages is not None:
+            starts = {passage.start for passage in passages}
+            gone = kept.forget(row, lambda passage: passage.start in starts)
+        else:
+            gone = kept.forget(row, lambda passage: within[0] < passage.stop and passage.start < within[1])
+        self.leave_inference_mode()
+        position = self.memory.episodes.position[row]
+        lost = torch.zeros_like(position, dtype=torch.bool)
+        for first, last in (
+            *((passage.start, passage.stop) for passage in gone),
+            *([within] if words is None and passages is None else []),
+        ):
+            lost |= (position >= first) & (position < last)
+        self.memory = self.memory.without_episodes(row, lost)
+        return gone
+
+    def _kept_passages(self) -> Passages:
+        if self.passages is None:
+            raise InputError(
+                "this cache keeps no passages: load the model with hippoformer.load, or tell it how its tokens are "
+                "spelled by model.set_tokenizer(tokenizer), leave passage_tokens above 0, and read into a new cache"
+            )
+        return self.passages
 
     def freeze_memory(self, frozen: bool = True) -> None:
         """Makes the store read-only (or writable again): nothing is admitted, replayed or forgotten."""
         self.frozen = frozen
 
     def adopt_memory(self, other: "HippoCache") -> None:
-        """Replaces store and marginals by those of another cache of the same model; window and working episodes stay.
+        """Replaces store, passages and marginals by those of another cache of the same model.
+
+        Window and working episodes stay.
 
         Args:
             other: of the same number of rows, or of one row that every row here gets.
@@ -285,6 +351,8 @@ class HippoCache(WindowCache):
         self.memory.episodes.recalled[:, : self.config.buffer_size] = 0.0  # by a query of another text
         for name, tensor in self.memory.marginals.tensors().items():
             tensor[:] = other.memory.marginals.tensors()[name]
+        if self.passages is not None and other.passages is not None:
+            self.passages.adopt(other.passages)
         self.memory.stored_bound = other.memory.stored_bound
         self.written = self.written or other.written
 
@@ -298,6 +366,8 @@ class HippoCache(WindowCache):
         self.tokens, self.last_output = self.tokens.index_fill(0, index, 0), self.last_output.index_fill(0, index, 0)
         self.digest = None if self.digest is None else self.digest.index_fill(0, index, 0)
         self.memory = self.memory.without_rows(index)
+        if self.passages is not None:
+            self.passages.reset(rows)
         self.lengths = [0 if row in set(rows) else done for row, done in enumerate(self.lengths)]
         if len(rows) == self.batch_size:
             self.new_turn()
@@ -349,14 +419,11 @@ class HippoCache(WindowCache):
 
     def copy(self) -> "HippoCache":
         """An independent copy: what is read into one never shows in the other."""
-        return self._with_rows(Tensor.clone, self.lengths)
+        return self._with_rows(Tensor.clone, range(self.batch_size))
 
     def select_rows(self, index: Tensor) -> "HippoCache":
         """A new cache of the chosen rows, (J,) int64, copied."""
-        chosen = index.tolist()
-        return self._with_rows(
-            lambda tensor: tensor.index_select(0, index.to(tensor.device)), [self.lengths[i] for i in chosen]
-        )
+        return self._with_rows(lambda tensor: tensor.index_select(0, index.to(tensor.device)), index.tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes what row beam_idx[i] was."""
@@ -387,7 +454,7 @@ class HippoCache(WindowCache):
             "without an assistant, or keep a copy() of the cache from before"
         )
 
-    def _with_rows(self, function, lengths: list[int]) -> "HippoCache":  # type: ignore[no-untyped-def]
+    def _with_rows(self, function, rows: Sequence[int]) -> "HippoCache":  # type: ignore[no-untyped-def]
         layers = []
         for layer in self.layers:
             new = copy.copy(layer)
@@ -399,7 +466,8 @@ class HippoCache(WindowCache):
         new_cache.tokens, new_cache.last_output = function(self.tokens), function(self.last_output)
         new_cache.digest = None if self.digest is None else function(self.digest)
         new_cache.memory = self.memory.map(function)
-        new_cache.lengths, new_cache.notes = list(lengths), dict(self.notes)
+        new_cache.passages = None if self.passages is None else self.passages.select_rows(rows)
+        new_cache.lengths, new_cache.notes = [self.lengths[row] for row in rows], dict(self.notes)
         return new_cache
 
 

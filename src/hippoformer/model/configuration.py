@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hippoformer.errors import ConfigurationError
+from hippoformer.hippocampus.passages import LONGEST
 from hippoformer.hippocampus.selection import RULES
 
 _SAME_SETTING = {"recall_n_heads", "fusion_n_heads"}
@@ -66,6 +67,9 @@ class HippoFormerConfig(PreTrainedConfig):
         soft_topk_temperature: softness, in units of log-priority, of the relaxed competition through which the loss
             reaches the gate in training; the forward pass itself is always the hard competition.
         seed: of the replay draws.
+    Passages:
+        passage_tokens: tokens of text that are kept per row, whole sentences, lines or turns, to be found by the words
+            of a question (`HippoCache.retrieve`); 4 bytes each. 0 keeps none.
     Recall and fusion:
         memory_layer: what the hippocampus reads, and where the residual enters: -1 is the final hidden state, k >= 1
             the output of decoder layer k. Several layers are read side by side; they have no residual read-out. None:
@@ -131,6 +135,7 @@ class HippoFormerConfig(PreTrainedConfig):
         capture_span: int = 4,
         selection: str = "salience",
         buffer_size: int = 2048,
+        passage_tokens: int = 65_536,
         decay_rate: float | None = None,
         max_replay_rounds: int = 0,
         replay_batch: int = 16,
@@ -193,6 +198,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.capture_span = capture_span
         self.selection = selection
         self.buffer_size = buffer_size
+        self.passage_tokens = passage_tokens
         self.decay_rate = decay_rate
         self.max_replay_rounds = max_replay_rounds
         self.replay_batch = replay_batch
@@ -297,6 +303,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "sink_tokens >= 0": self.sink_tokens >= 0,
             "segment_len >= 1": self.segment_len >= 1,
             "buffer_size >= 0": self.buffer_size >= 0,
+            f"passage_tokens == 0 or >= {LONGEST}": self.passage_tokens == 0 or self.passage_tokens >= LONGEST,
             "capture_span >= 0": self.capture_span >= 0,
             "decay_rate=None or 0 < decay_rate <= 1": self.decay_rate is None or 0 < self.decay_rate <= 1,
             "max_replay_rounds >= 0": self.max_replay_rounds >= 0,

@@ -15,7 +15,6 @@ from hippoformer.model.base_models import load_base_model, load_tokenizer
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
-from hippoformer.model.words import words_of_tokens
 
 
 def shipped_hippocampus(name: str) -> Path | None:
@@ -53,8 +52,7 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         model.to(torch.device(device))  # type: ignore[arg-type]
     own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")
     tokenizer = load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
-    if saved is None:
-        model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
+    model.set_tokenizer(tokenizer, words=saved is None)
     return model, tokenizer
 
 
@@ -80,7 +78,7 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
             f"{name} was trained on {config.base_model_name}, not on {model.config.base_model_name}"
         )
     found = HippoFormer.from_pretrained(saved, base_model=model.base, **options)
-    found.config.name_or_path = str(name)
+    found.config.name_or_path, found.spelling = str(name), model.spelling
     return found
 
 

@@ -9,6 +9,7 @@ belong to the old weights. A file of another kind of model is refused.
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
 _NOTE = "note."  # before the name of each of the cache's notes
+_PASSAGES = "passages."  # before the name of each of the passages' tensors
 _PRINTS = ("base", "hippocampus", "shape")
 _SAMPLES = 1024
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
@@ -80,6 +82,8 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     ids = model.hippocampus.drift_calibrator.anchor_ids
     keys, values = model.anchors(ids)
     tensors = cache.tensors()
+    if cache.passages is not None:
+        tensors |= {f"{_PASSAGES}{name}": tensor for name, tensor in cache.passages.tensors().items()}
     tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
     counters = {
         "lengths": cache.lengths,
@@ -125,6 +129,7 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
             "load it with a model that selects by another rule"
         )
     _check_tensors(tensors, cache, str(path))
+    _restore_passages(cache, tensors, str(path))
     unchanged = mine == theirs
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
     cache.restore(kept, counters["stored_bound"])
@@ -174,6 +179,33 @@ def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> 
     missing = [name for name in ("anchors.ids", "anchors.keys", "anchors.values") if name not in tensors]
     if missing:
         raise MemoryFileError(f"{path} is damaged: it lacks {', '.join(missing)}")
+
+
+def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) -> None:
+    """Puts the passages of a file into the cache, as far as both have any."""
+    kept = {n.removeprefix(_PASSAGES): t for n, t in tensors.items() if n.startswith(_PASSAGES)}
+    if cache.passages is None:
+        if kept:
+            warnings.warn(
+                f"{path} holds passages, but this model keeps none: what was read is not found by its words. Call "
+                "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0",
+                stacklevel=3,
+            )
+        return
+    if not kept:
+        warnings.warn(
+            f"{path} was written without passages: what was read before is recalled as before, but not found by its "
+            "words; read the text again for that",
+            stacklevel=3,
+        )
+        return
+    rows = cache.batch_size
+    try:
+        cache.passages.restore(kept)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise MemoryFileError(f"the passages of {path} are damaged: {error!r}") from error
+    if len(cache.passages.rows) != rows:
+        raise MemoryFileError(f"{path} is damaged: passages of {len(cache.passages.rows)} rows for {rows} rows")
 
 
 def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str) -> None:

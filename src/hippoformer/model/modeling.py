@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
+from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.replay import ReplayReport
+from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, merge_lora
 from hippoformer.model.base_models import empty_base_model, load_base_model
@@ -28,9 +30,11 @@ from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
+from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
 from hippoformer.model.window import WindowedBase, vocabulary_size
+from hippoformer.model.words import words_of_tokens
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
@@ -119,6 +123,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         self.base = base_model
         self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
         self.window = window
+        self.spelling: Spelling | None = None
         self.generation_config = base_model.generation_config
         self._made_empty = base_model.device.type == "meta"
         self.post_init()
@@ -175,7 +180,21 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         device, dtype = self.device, self.dtype
         memory = MemoryState.empty(batch_size, self.hippocampus.width, self.config, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
-        return HippoCache(self.window.new_cache(batch_size, device), memory, last_output, self)
+        passages = None
+        if self.spelling is not None and self.config.passage_tokens:
+            passages = Passages(batch_size, self.spelling, self.config.passage_tokens)
+        return HippoCache(self.window.new_cache(batch_size, device), memory, last_output, self, passages)
+
+    def set_tokenizer(self, tokenizer: Any, words: bool = True) -> None:
+        """Tells how the vocabulary is spelled, so that what is read can be kept as text (`HippoCache.passages`).
+
+        Args:
+            tokenizer: of the base. words: also tell recall which tokens are the same word (`Recall.set_words`), which
+                a saved hippocampus knows already.
+        """
+        self.spelling = Spelling.of(tokenizer, self.config.vocab_size)
+        if words:
+            self.hippocampus.recall.set_words(*words_of_tokens(tokenizer, self.config.vocab_size))
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
@@ -230,6 +249,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         if size != self.config.vocab_size:
             self.window.vocab_size = self.config.vocab_size = size
             self.hippocampus.resize_vocabulary(size)
+            self.spelling = None if self.spelling is None else self.spelling.resized(size)
 
     # ---------------------------------------------------------------- reading
 
@@ -395,6 +415,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache.memory = memory
             raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load them again")
         cache.written = True
+        if cache.passages is not None and not cache.frozen:
+            cache.passages.append(ids, new, found.salience, start=cache.lengths)
         return found, hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
 
     def _advance(self, cache: HippoCache, new: list[int]) -> ReplayReport | None:
@@ -578,10 +600,16 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
         Args:
             inputs: (R, T) prompt: all that the cache has read since its `new_turn`, and what is new, if anything.
+            options: those of transformers; and `reread_tokens`, so many tokens of what fits the new part of the prompt
+                are read again before it, in a copy of the cache, by the base alone (see `rereading`). The cache given
+                reads the prompt and what was generated, as otherwise.
 
         Raises:
-            InputError: a prompt that is shorter than what the cache has read, or begins with something else.
+            InputError: a prompt that is shorter than what the cache has read, or begins with something else; rereading
+                without a cache that keeps passages, or with several sequences for a prompt.
         """
+        if n_tokens := options.pop("reread_tokens", 0):
+            return self._generate_after_rereading(inputs, n_tokens, *arguments, **options)
         generation, cache = _Generation(), options.get("past_key_values")
         token = _GENERATION.set(generation)
         try:
@@ -593,6 +621,32 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache = output.past_key_values
         if generation.beams is not None and isinstance(cache, HippoCache):
             cache.become(self._reread(generation.beams, generation, sequences))
+        return output
+
+    def _generate_after_rereading(
+        self, inputs: Tensor | None, n_tokens: int, *arguments: Any, past_key_values: Any = None, **options: Any
+    ) -> Any:
+        cache, mask = past_key_values, options.pop("attention_mask", None)
+        prompt = inputs if inputs is not None else options.pop("input_ids", None)
+        if not isinstance(cache, HippoCache) or prompt is None or prompt.shape[0] != cache.batch_size:
+            raise InputError("rereading needs a prompt, and as past_key_values a HippoCache with a row for each prompt")
+        mask = torch.ones_like(prompt) if mask is None else mask
+        if mask.shape == prompt.shape:  # the whole text; otherwise only what is new
+            cache.check_prompt(prompt, mask)
+            new, real = prompt[:, cache.columns :], mask[:, cache.columns :]
+        else:
+            new, real = prompt, mask[:, -prompt.shape[1] :]
+        if new.shape[1] == 0:
+            raise InputError("nothing is new in this prompt, so nothing says what to read again: give a question")
+        with self.memory_off():  # recall would go on in the words of the text that was just found
+            copy = reread(cache, new, real, n_tokens)
+            before = torch.tensor(copy.lengths)
+            output = self.generate(new, *arguments, past_key_values=copy, attention_mask=real, **options)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        made = torch.tensor(copy.lengths) - before - real.cpu().sum(1)  # tokens that each row wrote and read
+        columns = torch.arange(sequences.shape[1] - new.shape[1] - 1)
+        written = (columns < made.unsqueeze(-1)).to(real)
+        self.score(sequences[:, :-1], attention_mask=torch.cat((real, written), dim=1), past_key_values=cache)
         return output
 
     def _reread(self, beams: HippoCache, generation: "_Generation", sequences: Tensor) -> HippoCache:

@@ -1,56 +1,80 @@
-"""Rereading: what is remembered of a cue, as text that is read again before it (see `hippocampus.reinstatement`).
+"""Rereading: retrieved passages as text that is read again before a question.
 
-It happens in a copy of the state. There the passages are ordinary text at the end of what was read, so that every layer
-of the base attends to them; the state they came from never hears of it.
+Recall answers in the words of the text; with the passages back in the window all layers of the base can work on them
+(the reinstatement of a context by a part of it, Teyler & DiScenna 1986; retrieved text before a question, Lewis et al.
+2020, arXiv:2005.11401). It happens in a copy of the state: what is stored never depends on what was retrieved.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hippoformer.errors import InputError
-from hippoformer.hippocampus.reinstatement import reinstated
-from hippoformer.model.cache import HippoCache
-from hippoformer.model.inputs import check_token_ids, squeeze_padding
+from hippoformer.hippocampus.passages import Passage
+from hippoformer.hippocampus.spelling import Spelling
+
+if TYPE_CHECKING:
+    from hippoformer.model.cache import HippoCache
+
+GAP = "[...]"
 
 
-def passages(
-    cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n_tokens: int, span: int
-) -> tuple[Tensor, Tensor]:
-    """The passages and their mask, both (R, L); the arguments are those of `HippoCache.passages`."""
-    chosen = _chosen(cache, cue_ids, attention_mask, n_tokens, span)
-    # In each row the chosen move to the end, in their order.
-    order = chosen.to(torch.int8).argsort(dim=1, stable=True)[:, chosen.shape[1] - int(chosen.sum(1).max()) :]
-    found = chosen.gather(1, order)
-    return torch.where(found, cache.memory.episodes.token.gather(1, order), 0).long(), found.long()
+def as_text(passages: Sequence[Passage], spelling: Spelling) -> str:
+    """Passages as a person would read them: neighbours joined, a mark between what did not stand together.
+
+    Groups of neighbours stand in the order of their best score, the best last: a small base goes by what it read last.
+
+    Args:
+        passages: of one row, each with its score, in any order.
+    """
+    texts = [
+        spelling.text(token for passage in group for token in passage.token_ids).strip() for group in _groups(passages)
+    ]
+    return f"\n{GAP}\n".join(text for text in texts if text)
 
 
-def places(
-    cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n_tokens: int, span: int
-) -> list[list[int]]:
-    """Where each row read the tokens of its passages; the arguments are those of `HippoCache.passages`."""
-    chosen = _chosen(cache, cue_ids, attention_mask, n_tokens, span)
-    return [row[of].tolist() for row, of in zip(cache.memory.episodes.position, chosen, strict=True)]
+def reread(
+    cache: "HippoCache", query_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256
+) -> "HippoCache":
+    """A copy of a state that has read again what fits a query, and in which the query can be read next.
 
+    Only what has left the window is read again. For a base without a chat template; a `Conversation` puts what it
+    retrieves into the user's turn.
 
-@torch.no_grad()
-def _chosen(cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n_tokens: int, span: int) -> Tensor:
-    """(R, E) bool, the episodes that make the passages."""
-    if n_tokens < 1 or span < 1:
-        raise InputError(f"n_tokens={n_tokens}, span={span}; expected at least 1")
-    check_token_ids(cue_ids)
-    cache.follow_model()
-    recall, device = cache.model.hippocampus.recall, cache.model.device
-    rows = squeeze_padding(cue_ids, attention_mask, cache, cache.config.vocab_size, device)
-    real = torch.arange(rows.ids.shape[1], device=device) < torch.tensor(rows.lengths, device=device).unsqueeze(-1)
-    cue = torch.where(real, recall.word_of_token[rows.ids], -1)
-    episodes = cache.memory.episodes
-    return reinstated(episodes, recall.word_of_token[episodes.token.long()], cue, n_tokens, span)
-
-
-def reminded(cache: HippoCache, ids: Tensor, mask: Tensor) -> HippoCache:
-    """A copy of the state that has read the passages `ids` (R, L) with their `mask` again."""
+    Args:
+        cache: of R rows; it stays as it is. query_ids, attention_mask, n_tokens: as for `HippoCache.retrieve`.
+    """
     copy = cache.copy()
-    if ids.shape[1]:
-        cache.model.score(ids, attention_mask=mask, past_key_values=copy)
     copy.new_turn()
+    found = cache.retrieve(query_ids, attention_mask, n_tokens, beyond_window=True)
+    rows = [_as_ids(passages, cache.model.spelling) for passages in found]
+    width = max(map(len, rows))
+    if width:
+        device = cache.model.device
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        cache.model.score(ids, attention_mask=mask, past_key_values=copy)
+        copy.new_turn()
     return copy
+
+
+def _as_ids(passages: Sequence[Passage], spelling: Spelling) -> list[int]:
+    """The tokens of `as_text`, a line end in the place of a mark where the vocabulary has one."""
+    line_end = [spelling.pieces.index(b"\n")] if b"\n" in spelling.pieces else []
+    ids: list[int] = []
+    for group in _groups(passages):
+        ids += [*(line_end if ids else []), *(int(token) for passage in group for token in passage.token_ids)]
+    return [*ids, *line_end] if ids else []
+
+
+def _groups(passages: Sequence[Passage]) -> list[list[Passage]]:
+    """Neighbours together, in the order of the text; the groups in the order of their best score, the best last."""
+    in_order = sorted(passages, key=lambda passage: passage.start)
+    groups = [in_order[:1]] if in_order else []
+    for before, passage in pairwise(in_order):
+        if before.stop != passage.start:
+            groups.append([])
+        groups[-1].append(passage)
+    return sorted(groups, key=lambda group: max(passage.score for passage in group))
