@@ -21,6 +21,7 @@ from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import babilong
 from hippoformer.evaluation.babilong import BabilongReport, Told, evaluate_babilong, places_of
 from hippoformer.model import base_models
+from hippoformer.model.rereading import reread
 from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
 
 PLACES = ("bathroom", "hallway", "garden", "office", "kitchen")
@@ -202,7 +203,7 @@ def test_every_condition_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
             cache, cue = model.new_cache(1), torch.tensor([tokenizer("Where?").input_ids])
             model.score(ids[:, : -len(tail)], past_key_values=cache)
             with model.memory_off():
-                again = model.score(ids[:, -len(tail) :], past_key_values=cache.reminded_of(cue))[0, -5:].sum()
+                again = model.score(ids[:, -len(tail) :], past_key_values=reread(cache, cue))[0, -5:].sum()
         expected = {"memory": memory, "off": off, "reread": again, "window 800": log_probs}
         for condition, value in expected.items():
             assert told.nats[condition] == pytest.approx(-float(value), rel=1e-4), condition
@@ -331,7 +332,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
             evaluated(tmp_path, **wrong)
     with pytest.raises(TextError, match="babi-qa2"):
         evaluated(tmp_path, tasks=("qa2",))
-    model, tokenizer = tiny_load(residual_readout=True, memory_layer=1)
+    model, tokenizer = tiny_load(residual_readout=True, marginal_weight=0.0, memory_layer=1)
     with pytest.raises(ConfigurationError, match="residual at layer 1"):
         evaluate_babilong(model, tokenizer, BOOKS, ("qa1",), (0,), 1, data_dir=babi(tmp_path))
 

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hippoformer import Conversation, HippoCache, HippoFormer
 from hippoformer.chat import Interrupt
 from hippoformer.cli import app
 from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
+from hippoformer.model.rereading import as_text
 from hippoformer.text import encode
 from tiny import same_state, state_of
 from tiny_texts import WINDOW, SlowTokenizer, byte_tokenizer, metaspace_tokenizer, tiny_load
@@ -90,27 +92,32 @@ def test_turns_add_up_to_the_whole_conversation(system: str | None, monkeypatch:
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_reply_after_rereading_is_that_of_a_reminded_copy(ends: bool) -> None:
-    """And the conversation reads the turn and the reply, nothing else."""
-    model, tokenizer = tiny_load()
+def test_a_reply_after_rereading_is_the_base_s_and_only_turn_and_reply_are_read(ends: bool) -> None:
+    """The passages stand before the user's words in a copy; the conversation reads the turn and the reply alone."""
+    model, tokenizer = tiny_load(window=128)
     options = {"max_new_tokens": 6, "do_sample": False} | ({"forced_eos_token_id": 0} if ends else LETTERS_ALONE)
-    talk = Conversation(model, tokenizer, reread_tokens=60, **options)
-    for text in ("Who was first that morning, and who came next?", "And second? Was it the cook?", "", "The cook?"):
-        expected = talk.cache.copy()
-        expected.new_turn()
-        if text:
-            cue = tokenizer(text, return_tensors="pt").input_ids
-            assert talk.turns == 0 or talk.cache.passages(cue, n_tokens=60)[0].shape[1] > 5
-            with model.memory_off():
-                expected = talk.cache.reminded_of(cue, n_tokens=60)
-        ids, before = talk.turn_ids(text), talk.cache.copy()
+    cache = model.new_cache()
+    book = "The cook was first. " + "Nobody else came for a very long time. " * 5
+    model.score(tokenizer(book, return_tensors="pt", add_special_tokens=False).input_ids, past_key_values=cache)
+    talk = Conversation(model, tokenizer, cache=cache, reread_tokens=60, **options)
+    for text in ("Who was first, the cook?", "", "The cook?"):
+        words = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.long()
+        found = talk.cache.retrieve(words, n_tokens=60, beyond_window=True)[0]
+        assert bool(found) == bool(text)
+        shown = f"{as_text(found, model.spelling)}\n\n{text}" if found else text
+        asked, ids, before = talk.turn_ids(shown), talk.turn_ids(text), talk.cache.copy()
         before.new_turn()
-        asked = {"eos_token_id": 0, "pad_token_id": 0} | options
-        with model.memory_off():
-            out = model.generate(ids, past_key_values=expected, attention_mask=torch.ones_like(ids), **asked)
-        assert talk.say(text) == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        with model.memory_off() if found else nullcontext():
+            out = model.generate(
+                asked,
+                past_key_values=before.copy(),
+                attention_mask=torch.ones_like(asked),
+                **({"eos_token_id": 0, "pad_token_id": 0} | options),
+            )[:, asked.shape[1] :]
+        assert talk.say(text) == tokenizer.decode(out[0], skip_special_tokens=True)
+        assert talk.passages == found
         with torch.no_grad():
-            model(out[:, : -1 if ends else None], past_key_values=before)
+            model(torch.cat((ids, out[:, : -1 if ends else None]), dim=1), past_key_values=before)
         ahead = tokenizer("What is next?", return_tensors="pt").input_ids
         with torch.no_grad():
             one, two = (model(ahead, past_key_values=cache.copy()).logits for cache in (talk.cache, before))
@@ -442,8 +449,6 @@ def test_replies_are_those_of_the_seed_and_go_on_from_a_memory(say: Say, tmp_pat
     assert on.exit_code == 0 and "turns: 1, " in on.stdout
     greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).stdout for seed in "12"]
     assert greedy[0] == greedy[1]
-    reread = say("a b and c", "c?", options=("--temperature", "0", "--reread-tokens", "64"))
-    assert reread.exit_code == 0 and reread.stdout != say("a b and c", "c?", options=("--temperature", "0")).stdout
 
 
 def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path) -> None:

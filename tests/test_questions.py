@@ -15,6 +15,7 @@ from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.questions import evaluate_questions
 from hippoformer.evaluation.text_metrics import text_scores
+from hippoformer.model.rereading import reread
 from tiny_texts import text, tiny_load
 
 BABI = """1 Mary moved to the bathroom.
@@ -133,7 +134,7 @@ def test_answers_are_those_of_generate_up_to_the_line_s_end() -> None:
 
 
 @torch.no_grad()
-def test_reread_is_the_base_s_answer_from_a_reminded_copy() -> None:
+def test_reread_is_the_base_s_answer_after_rereading_in_a_copy() -> None:
     model, tokenizer = tiny_load(residual_readout=False)
     options = {"new_tokens": 8, "batch_size": 2, "resamples": 20}
     report = evaluate_questions(model, tokenizer, QUESTIONS, "mine", reread_tokens=90, **options)
@@ -146,7 +147,7 @@ def test_reread_is_the_base_s_answer_from_a_reminded_copy() -> None:
         cue = tokenizer(question.question, return_tensors="pt").input_ids
         ids = tokenizer(question.prompt, return_tensors="pt").input_ids
         with model.memory_off():
-            copy = cache.reminded_of(cue, n_tokens=90)
+            copy = reread(cache, cue, n_tokens=90)
             made = model.generate(ids, past_key_values=copy, max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert row["reread"] == tokenizer.decode(made[0, ids.shape[1] :]).strip().partition("\n")[0].strip()
     assert set(report.reread_differences) == set(report.differences)

@@ -15,6 +15,7 @@ from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation import examination, recall
 from hippoformer.evaluation.needles import ALL_KINDS, KINDS, draw_needle, haystack
 from hippoformer.evaluation.recall import evaluate_recall
+from hippoformer.model.rereading import reread
 from tiny_texts import documents, tiny_load, tiny_tokenizer
 
 FAST = {"distances": (600, 1200), "facts": 1}
@@ -85,7 +86,7 @@ def test_a_reworded_home_is_asked_for_in_other_words() -> None:
 
 
 @torch.no_grad()
-def test_what_is_right_after_rereading_is_the_base_s_answer_to_a_reminded_copy() -> None:
+def test_what_is_right_after_rereading_is_the_base_s_answer_in_a_copy() -> None:
     model, tokenizer = tiny_load()
     ids, planted = haystack(tokenizer, documents(700), 0, 2, ("home", "reworded"), 60, 400, seed=3)
     cache = model.new_cache(1)
@@ -96,7 +97,7 @@ def test_what_is_right_after_rereading_is_the_base_s_answer_to_a_reminded_copy()
     for fact, found in zip(planted, asked, strict=True):
         cue = torch.tensor([fact.needle.question])
         with model.memory_off():
-            reminded = cache.reminded_of(cue, n_tokens=90)
+            reminded = reread(cache, cue, n_tokens=90)
             ((said, nats),) = examination.answers(model, reminded, [fact.needle])
         assert found.right_reread == (said == fact.needle.answer)
         assert found.nats_reread == pytest.approx(nats, abs=1e-3)
