@@ -161,6 +161,10 @@ def test_questions_come_back_from_their_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- asked
 
 
+# One word of it is among the first of the first book.
+ASKED = f"Where is {max(BOOKS[0].text[:100].split(), key=len)}?"
+
+
 def loud(buffer_size: int = 256) -> HippoFormer:
     """A model whose memory is heard, and whose base never hears it."""
     model, _ = tiny_load(residual_readout=False, buffer_size=buffer_size)
@@ -178,7 +182,7 @@ def evaluated(folder: Path, **options: Any) -> BabilongReport:
 
 def given(monkeypatch: pytest.MonkeyPatch, contexts: list[str]) -> None:
     """Lets the evaluation ask about these contexts."""
-    questions = [Question(f"q{i}", context, "Where?", ("here",)) for i, context in enumerate(contexts)]
+    questions = [Question(f"q{i}", context, ASKED, ("here",)) for i, context in enumerate(contexts)]
     monkeypatch.setattr(babilong, "hidden_questions", lambda *_: questions)
 
 
@@ -191,7 +195,7 @@ def test_every_condition_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     given(monkeypatch, contexts)
     report = evaluated(tmp_path, lengths=(0,), windows=(64, 800))
     model, tokenizer = loud(), tiny_tokenizer()
-    tail = tokenizer("\n\nQuestion: Where?\nAnswer: here").input_ids
+    tail = tokenizer(f"\n\nQuestion: {ASKED}\nAnswer: here").input_ids
     for told, context in zip(by_name(report), contexts, strict=True):
         ids = torch.tensor([tokenizer(context).input_ids + tail])
         assert told.tokens_read == len(context)
@@ -200,7 +204,7 @@ def test_every_condition_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
             with model.memory_off():
                 off = model.score(ids)[0, -5:].sum()
             log_probs = model.base(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[-5:].sum()
-            cache, cue = model.new_cache(1), torch.tensor([tokenizer("Where?").input_ids])
+            cache, cue = model.new_cache(1), torch.tensor([tokenizer(ASKED).input_ids])
             model.score(ids[:, : -len(tail)], past_key_values=cache)
             with model.memory_off():
                 again = model.score(ids[:, -len(tail) :], past_key_values=reread(cache, cue))[0, -5:].sum()

@@ -115,7 +115,7 @@ def test_a_reply_after_rereading_is_the_base_s_and_only_turn_and_reply_are_read(
                 **({"eos_token_id": 0, "pad_token_id": 0} | options),
             )[:, asked.shape[1] :]
         assert talk.say(text) == tokenizer.decode(out[0], skip_special_tokens=True)
-        assert talk.passages == found
+        assert [passage.start for passage in talk.passages] == [passage.start for passage in found]
         with torch.no_grad():
             model(torch.cat((ids, out[:, : -1 if ends else None]), dim=1), past_key_values=before)
         ahead = tokenizer("What is next?", return_tensors="pt").input_ids

@@ -292,10 +292,9 @@ class HippoCache(WindowCache):
         Raises:
             InputError: not exactly one way of naming them, no such row, or a cache without passages.
         """
-        kept, within = (
-            self._kept_passages(),
-            (0 if start is None else start, self.lengths[row] if stop is None else stop),
-        )
+        kept = self._kept_passages()
+        kept.of_row(row)  # refuses a row that is not there
+        within = (0 if start is None else start, self.lengths[row] if stop is None else stop)
         if [words is not None, passages is not None, (start, stop) != (None, None)].count(True) != 1:
             raise InputError("name what to forget in one way: words=, passages=, or start= and stop=")
         if words is not None:
