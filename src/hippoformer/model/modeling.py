@@ -28,7 +28,7 @@ from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.window import WindowedBase, vocabulary_size
+from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase, vocabulary_size
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
@@ -106,6 +106,14 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Sets the base's language-model head."""
         self.base.set_output_embeddings(new_embeddings)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Not as transformers does it.
+
+        Raises:
+            ConfigurationError: always, naming what to call.
+        """
+        raise ConfigurationError(NO_CHECKPOINTING)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
