@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hippoformer import HippoFormer, HippoFormerConfig
+from hippoformer import HippoCache, HippoFormer, HippoFormerConfig
 from tiny import SMALL, VOCAB, tiny_base
 
 FOLDER = Path(os.environ["TRANSFORMERS_TESTS"])
@@ -86,6 +86,11 @@ class HippoFormerModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.Tes
         """Labels only go by transformers' own list of causal models."""
         inputs = super()._prepare_for_class(inputs, model_class, return_labels)
         return inputs | {"labels": inputs["input_ids"]} if return_labels else inputs
+
+    def _check_past_key_values_for_generate(self, batch_size: int, cache: HippoCache, *_: object) -> None:
+        """A window has as many slots as it has, whatever was read."""
+        self.assertIsInstance(cache, HippoCache)
+        self.assertEqual(cache.batch_size, batch_size)
 
 
 def test_every_listed_test_exists() -> None:
