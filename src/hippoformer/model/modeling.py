@@ -53,7 +53,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
         if base_model is None:
             attention = config._attn_implementation or "sdpa"
-            if torch.get_default_device().type == "meta":
+            if torch.empty(0).device.type == "meta":
                 base_model = empty_base_model(config.base_model_name, attn_implementation=attention)
             else:
                 base_model = load_base_model(config.base_model_name, attn_implementation=attention)
