@@ -88,10 +88,12 @@ class HippoFormerModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.Tes
         inputs = super()._prepare_for_class(inputs, model_class, return_labels)
         return inputs | {"labels": inputs["input_ids"]} if return_labels else inputs
 
-    def _check_past_key_values_for_generate(self, batch_size: int, cache: HippoCache, *_: object) -> None:
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: HippoCache, seq_length: int, config: HippoFormerConfig
+    ) -> None:
         """A window has as many slots as it has, whatever was read."""
-        self.assertIsInstance(cache, HippoCache)
-        self.assertEqual(cache.batch_size, batch_size)
+        self.assertIsInstance(past_key_values, HippoCache)
+        self.assertEqual(past_key_values.batch_size, batch_size)
 
 
 def test_every_listed_test_exists() -> None:
