@@ -19,7 +19,12 @@ LOWEST_TORCH ?= 2.13.0
 SKY := .venv-sky
 DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test unit test-lowest test-cloud test-deepspeed lint support results results-quick clean
+# The source distribution of transformers, whose tests of a model run over ours. It leaves out those of `generate`: with a
+# checkout of the same release, make test-transformers TRANSFORMERS_TESTS=checkout/tests runs them too.
+TRANSFORMERS := .transformers
+TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
+
+.PHONY: demo test unit test-lowest test-cloud test-deepspeed test-transformers lint support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -45,6 +50,11 @@ test-cloud: $(INSTALLED) $(SKY)/.installed
 # of its own.
 test-deepspeed: $(DEEPSPEED)/.installed
 	$(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py tests/test_processes.py
+
+# transformers' own tests of a model, over a tiny HippoFormer; what cannot apply is in docs/support.md.
+test-transformers: $(INSTALLED) $(TRANSFORMERS_TESTS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt parameterized
+	TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) $(BIN)/python $(PYTEST) -c tests/transformers_suite/pytest.ini tests/transformers_suite
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -89,5 +99,11 @@ $(DEEPSPEED)/.installed: pyproject.toml constraints.txt
 	$(DEEPSPEED)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[deepspeed]" pytest pytest-timeout
 	touch $@
 
+$(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
+	rm -rf $(TRANSFORMERS)
+	$(BIN)/python -m pip download --disable-pip-version-check -c constraints.txt --no-deps --no-binary transformers -d $(TRANSFORMERS) transformers
+	tar -xzf $(TRANSFORMERS)/transformers-*.tar.gz -C $(TRANSFORMERS) --strip-components=1
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

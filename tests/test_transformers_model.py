@@ -188,6 +188,17 @@ def test_weights_that_are_there_are_never_drawn_again() -> None:
     assert model._no_split_modules == {"LlamaDecoderLayer"}
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # newer releases have another name
+def test_checkpointing_that_takes_the_cache_away_is_refused() -> None:
+    model, ids = awake(freeze_base=False), text(rows=1, length=5)
+    with pytest.raises(ConfigurationError, match="checkpoint_layers"):
+        model.gradient_checkpointing_enable()
+    model.base.gradient_checkpointing_enable()
+    model(ids)
+    with pytest.raises(ConfigurationError, match="checkpoint_layers"):
+        model.train()(ids)
+
+
 # ---------------------------------------------------------------- embeddings
 
 

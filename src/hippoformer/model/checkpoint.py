@@ -169,7 +169,7 @@ def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrai
         CheckpointError: not a HippoFormer checkpoint, or one whose weights are missing, damaged or of other shapes.
         ConfigurationError: an option that does not exist, more than one device, or the meta device.
     """
-    if torch.get_default_device().type == "meta":
+    if torch.empty(0).device.type == "meta":
         raise ConfigurationError(
             "from_pretrained reads weights, and the meta device holds none: leave torch.device('meta'), or make an "
             "empty model by HippoFormer(config)"

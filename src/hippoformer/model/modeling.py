@@ -33,7 +33,7 @@ from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
-from hippoformer.model.window import WindowedBase, vocabulary_size
+from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase, vocabulary_size
 from hippoformer.model.words import words_of_tokens
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
@@ -101,7 +101,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
         if base_model is None:
             attention = config._attn_implementation or "sdpa"
-            if torch.get_default_device().type == "meta":
+            if torch.empty(0).device.type == "meta":
                 base_model = empty_base_model(config.base_model_name, attn_implementation=attention)
             else:
                 base_model = load_base_model(config.base_model_name, attn_implementation=attention)
@@ -156,6 +156,14 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Sets the base's language-model head."""
         self.base.set_output_embeddings(new_embeddings)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Not as transformers does it.
+
+        Raises:
+            ConfigurationError: always, naming what to call.
+        """
+        raise ConfigurationError(NO_CHECKPOINTING)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -31,6 +31,10 @@ from hippoformer.tensors.masks import additive, window_mask
 from hippoformer.tensors.rotation import Rotation
 from hippoformer.tensors.selection import put, take
 
+NO_CHECKPOINTING = (
+    "transformers' gradient checkpointing takes the key/value cache away from the layers, and the window is one: leave "
+    "it off, and call hippoformer.training.layers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
+)
 # Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
 _HEAD_BLOCK = 64
 
@@ -173,7 +177,15 @@ class WindowedBase:
         return self.read_at(cache, ids, fill, new)
 
     def read_at(self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
-        """The same from given slots on: `fill` says how many each row has in use."""
+        """The same from given slots on: `fill` says how many each row has in use.
+
+        Raises:
+            ConfigurationError: gradient checkpointing of transformers is on.
+        """
+        if self.body.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self.body.modules()
+        ):
+            raise ConfigurationError(NO_CHECKPOINTING)
         device, n = ids.device, ids.shape[1]
         column = torch.arange(n, device=device)
         padded = column >= torch.tensor(new, device=device).unsqueeze(-1)
