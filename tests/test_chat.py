@@ -1,12 +1,16 @@
 """A conversation: each turn reads what is new and nothing else, and what was read is what the template says."""
 
+import os
+import re
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 import torch
 from torch import Tensor
@@ -457,6 +461,80 @@ def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path)
     for expected in ("no /nothing", "/save FILE", "no memory file at", "/forget", "start anew"):
         assert expected in said.stdout
     assert say(options=("--memory", str(tmp_path / "none"))).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("/etc/hosts is empty", "/etc/hosts is empty"),
+        ("//forget", "/forget"),
+        ("// a note", "// a note"),
+        ("/ a b", "/ a b"),
+        ("//srv/x", "//srv/x"),
+    ],
+)
+def test_a_slash_alone_makes_no_command(typed: str, text: str, say: Say) -> None:
+    said = say(typed, "/memory", options=("--temperature", "0"))
+    talk = Conversation(*tiny_load(), max_new_tokens=5, do_sample=False)
+    talk.say(text)
+    assert f"turns: 1, tokens read: {talk.cache.lengths[0]}, " in said.stdout
+
+
+def test_lines_of_a_pipe_are_turns_and_leaving_says_what_is_lost(say: Say, tmp_path: Path) -> None:
+    said = say("a b", "c d", "/memory")
+    assert "turns: 2, " in said.stdout and "The conversation of 2 turns was not saved: /save FILE" in said.stderr
+    assert "a b" not in said.stderr
+    file = tmp_path / "talk.safetensors"
+    for lines in (["a b", f"/save {file}"], ["a b", "/forget"], [f"/load {file}", "/memory"], ["/help"]):
+        assert "not saved" not in say(*lines).stderr
+    assert "of 2 turns was not saved" in say(f"/load {file}", "c").stderr
+    assert "of 1 turn was not saved" in say("a b", f"/save {file}/is/no/folder").stderr
+
+
+def test_control_tokens_are_obeyed_on_request(say: Say) -> None:
+    def read(*options: str) -> int:
+        return int(re.findall(r"tokens read: (\d+), ", say("a" + 10 * "<end>", "/memory", options=options).stdout)[0])
+
+    assert read() >= len("u: a<end><end><end><end><end><end><end><end><end><end>.\na: ")
+    assert read("--obey-control-tokens") <= len("u: a...........\na: ") + 5
+
+
+_IN_A_TERMINAL = """
+import hippoformer, tiny_texts
+from hippoformer.cli import app
+hippoformer.load = tiny_texts.tiny_load
+app(["chat", "--model", "tiny", "--max-new-tokens", "5", "--temperature", "0"])
+"""
+
+
+def test_in_a_terminal_a_paste_is_a_turn(tmp_path: Path) -> None:
+    """And so are lines that Alt+Enter or a backslash joins; what was said can be saved on leaving."""
+    paths = [str(Path(__file__).parent), str(Path(hippoformer.__file__).parents[1])]
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    pasted = "/forget is a line\nof many,\n\n  three\n/quit"
+    turns = (pasted, "one\ntwo\nthree", "/etc/hosts is empty")
+    terminal = pexpect.spawn(sys.executable, ["-c", _IN_A_TERMINAL], env=surroundings, encoding="utf-8", timeout=120)
+    for typed in (
+        "\x1b[200~" + pasted.replace("\n", "\r") + "\x1b[201~\r",
+        "one\\\rtwo\x1b\rthree\r",
+        "/etc/hosts is empty\r",
+        "/quit\r",
+    ):
+        terminal.expect("\x1b\\[\\?2004h")  # a terminal that hears this marks what is pasted
+        terminal.send(typed)
+    terminal.expect("Save the conversation of 3 turns as")
+    terminal.send(f"{Path(__file__)}/is/no/folder\r")
+    terminal.expect("Error: ")
+    terminal.expect("Save the conversation of 3 turns as")
+    terminal.send(f"{tmp_path}/talk\r")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    expected = Conversation(*tiny_load(), max_new_tokens=5, do_sample=False)
+    for text in turns:
+        expected.say(text)
+    found = HippoCache.load(tmp_path / "talk", expected.model)
+    assert not same_state(state_of(found), state_of(expected.cache))
 
 
 def test_a_model_without_a_template_is_one_red_line(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:

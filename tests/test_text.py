@@ -7,8 +7,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation.scoring import encode as encode_document
+from hippoformer.evaluation.trace import token_texts
 from hippoformer.text import encode, start_tokens, token_ids, token_spans
+from hippoformer.train import _encode as encode_for_training
 from tiny_texts import SlowTokenizer, byte_tokenizer, metaspace_tokenizer
 
 
@@ -86,6 +90,20 @@ def test_other_text_has_the_tokens_it_always_had(name: str, text: str) -> None:
     else:
         with pytest.raises(ConfigurationError, match="SlowTokenizer does not say which characters"):
             token_spans(tokenizer, text)
+
+
+def test_evaluation_and_training_read_documents_so() -> None:
+    """One start token, and control tokens only where they are asked for."""
+    for obey, spelled in ((None, 4), (True, 1)):
+        tokenizer = byte_level()
+        tokenizer.obey_control_tokens = obey
+        expected = [0, *token_ids(tokenizer, "a</s>b")]
+        assert len(expected) == 3 + spelled and (1 in expected) == bool(obey)
+        document = Document("one", "a</s>b", "made up")
+        scored = encode_document(tokenizer, document)
+        assert scored.input_ids.tolist() == expected and scored.utf8_bytes == len("a</s>b")
+        assert token_texts(tokenizer, document, 99)[-1] == "b"
+        assert encode_for_training(document.text, tokenizer, 4).tolist() == expected[:4]
 
 
 def test_spans_are_of_the_text_without_breaks() -> None:

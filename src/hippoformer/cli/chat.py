@@ -1,5 +1,12 @@
-"""`hippoformer chat`: a conversation in the terminal, with a look at what the model remembers of it."""
+"""`hippoformer chat`: a conversation in the terminal, with a look at what the model remembers of it.
 
+In a terminal a turn may have several lines, and a paste is one turn. Of a pipe or a file each line is a turn.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +27,10 @@ COMMANDS = {
     "/help": "these lines",
     "/quit": "leave; so does the end of the input",
 }
+_HELP = (
+    "Enter sends. Alt+Enter, or a backslash at the end of a line, begins another line; a paste of many lines is one "
+    "turn. /etc/hosts and other paths are text; //forget says /forget."
+)
 
 
 @app.command("chat")
@@ -49,21 +60,80 @@ def chat(
     if memory is not None:
         conversation.load(memory)
     set_seed(seed)
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    ask, kept = _terminal_input() if in_terminal else input, conversation.turns
     while True:
         try:
-            line = input("> ").strip()
+            said = ask("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            return
-        if line == "/quit":
-            return
+            break
+        if said == "/quit":
+            break
+        with _errors_shown():
+            if _is_command(said):
+                if _command(conversation, *said.split(maxsplit=1)):
+                    kept = conversation.turns
+            elif said:
+                _reply(conversation, said[1:] if said.startswith("//") and _is_command(said[1:]) else said)
+    if conversation.turns != kept:
+        _offer_to_save(conversation, ask if in_terminal else None)
+
+
+def _terminal_input() -> Callable[[str], str]:
+    """Asks for a text of one or more lines, with the earlier ones at hand (arrow keys), which are kept in no file."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def begin_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    session: PromptSession[str] = PromptSession(multiline=True, prompt_continuation="  ", key_bindings=keys)
+    return session.prompt
+
+
+def _is_command(said: str) -> bool:
+    """One line that begins with a slash and a word; "/etc/hosts is empty" and "//help" are text."""
+    return "\n" not in said and re.match(r"/[^/\s]+(\s|$)", said) is not None
+
+
+def _offer_to_save(conversation: Any, ask: Callable[[str], str] | None) -> None:
+    """Nothing that was said is lost without a word."""
+    turns = f"{conversation.turns} turns" if conversation.turns != 1 else "1 turn"
+    if ask is None:
+        print(f"The conversation of {turns} was not saved: /save FILE keeps one.", file=sys.stderr)
+        return
+    while True:
         try:
-            if line.startswith("/"):
-                _command(conversation, *line.split(maxsplit=1))
-            elif line:
-                _reply(conversation, line)
-        except HippoFormerError as error:
-            console().print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
+            name = ask(f"Save the conversation of {turns} as (Enter: not at all): ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not name:
+            return
+        with _errors_shown():
+            _command(conversation, "/save", name)
+            return
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """An error that was explained is one red line, and the talk goes on."""
+    try:
+        yield
+    except HippoFormerError as error:
+        console().print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
 
 
 def _reply(conversation: Any, text: str) -> None:
@@ -77,29 +147,39 @@ def _reply(conversation: Any, text: str) -> None:
         conversation.say(text, streamer=streamer, stopping_criteria=[pressed])
 
 
-def _command(conversation: Any, name: str, argument: str | None = None) -> None:
+def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
+    """Whether the conversation is now kept elsewhere, or given up."""
     terminal = console()
     usage = [line for line in COMMANDS if line.split()[0] == name]
     if not usage or (argument is None) == (" " in usage[0]):
-        terminal.print(Text(f"There is no {name} like this: {usage[0]}" if usage else f"There is no {name}: see /help"))
+        instead = (
+            f"There is no {name} like this: {usage[0]}" if usage else f"There is no {name}: see /help, or say /{name}"
+        )
+        terminal.print(Text(instead))
+        return False
     elif name == "/help":
         for line, meaning in COMMANDS.items():
             terminal.print(Text(f"{line:12} {meaning}"))
+        terminal.print(Text(_HELP))
     elif name == "/memory":
         cache = conversation.cache
         size = f"bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories"
         terminal.print(f"{_read(conversation)}, {size}")
         decay = cache.config.decay
         terminal.print(episodes_table(cache, conversation.tokenizer, "of this conversation", decay, limit=10))
-    elif name == "/forget":
+    elif argument is None:
         conversation.forget()
         terminal.print("Forgotten.")
-    elif argument is not None and name == "/save":
+        return True
+    elif name == "/save":
         conversation.save(argument)
         terminal.print(Text(f"Saved to {argument}."))
-    elif argument is not None:
+        return True
+    else:
         conversation.load(argument)
         terminal.print(_read(conversation))
+        return True
+    return False
 
 
 def _read(conversation: Any) -> str:

@@ -33,10 +33,11 @@ recalls it, so that the model reads text of any length in constant space. {conte
 
 ```python
 import hippoformer
+from hippoformer.text import encode
 
 model, tokenizer = hippoformer.load("{name}")
 cache = model.new_cache(batch_size=1)  # all that will be remembered
-ids = tokenizer("Some long text.", return_tensors="pt").input_ids
+ids = encode(tokenizer, "Some long text.", bos=True)
 print(tokenizer.decode(model.generate(ids, past_key_values=cache, max_new_tokens=20)[0]))
 ```
 
