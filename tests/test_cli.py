@@ -224,7 +224,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(name: str, **options: Any) -> Any:
         tokenizer = SimpleNamespace(decode=lambda ids: "".join(f"[t{token}]\n" for token in ids))
-        return SimpleNamespace(config=SimpleNamespace(decay_rate=0.9)), tokenizer
+        return SimpleNamespace(config=SimpleNamespace(decay=0.9)), tokenizer
 
     monkeypatch.setattr(HippoCache, "load", load_cache)
     monkeypatch.setattr(hippoformer, "load", load, raising=False)

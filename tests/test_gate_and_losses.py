@@ -376,7 +376,7 @@ def test_first_in_first_out_keeps_the_last() -> None:
 
 @torch.no_grad()
 def test_surprise_keeps_the_least_expected() -> None:
-    stored, model, ids = stored_positions("surprise", capture_span=0)
+    stored, model, ids = stored_positions("surprise", capture_span=0, decay_rate=1.0)
     with model.memory_off():
         surprise = -model.score(ids)[0]  # entry t - 1 for token t
     ranked = sorted(range(1, 54), key=lambda t: float(surprise[t - 1]), reverse=True)

@@ -396,7 +396,8 @@ def test_the_real_model_on_a_tiny_base(tokenizer: PreTrainedTokenizerFast) -> No
         for index, log_probs in zip(SCORED, plain, strict=True)
     ]
     config = HippoFormerConfig(
-        **{"base_model_name": "tiny", "use_lora": False, "window": 8, "sink_tokens": 1, "segment_len": 4},
+        **{"memory_layer": -1, "residual_readout": True, "marginal_weight": 0.0},
+        **{"base_model_name": "tiny", "window": 8, "sink_tokens": 1, "segment_len": 4},
         **{"buffer_size": 16, "recall_n_heads": 2, "recall_head_dim": 16, "salience_n_heads": 2},
     )
     model = HippoFormer(config, base)

@@ -57,7 +57,7 @@ def test_it_is_trained_under_what_it_is_shipped_with(script: ModuleType) -> None
     ).to_dict()
     # What the base says of itself, and the rate and seed of that run.
     told = {"vocab_size", "hidden_size", "num_hidden_layers", "learning_rate", "seed", "transformers_version"}
-    told |= {"bos_token_id", "eos_token_id", "pad_token_id", "freeze_base", "replay_rate"}
+    told |= {"bos_token_id", "eos_token_id", "pad_token_id", "freeze_base", "replay_rate", "memory_layer"}
     shipped = SHIPPED.to_dict()
     assert {n: v for n, v in trained.items() if n not in told} == {n: shipped[n] for n in trained if n not in told}
 

@@ -18,7 +18,7 @@ from tiny_texts import documents, tiny_load
 FAST = {"distances": (600, 1200), "facts": 1}
 VARIANTS = {
     "as it is": {},
-    "fifo": {"selection": "fifo"},
+    "random": {"selection": "random"},
     "no replay, few": {"max_replay_rounds": 0, "buffer_size": 16},
 }
 

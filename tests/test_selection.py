@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hippoformer import HippoFormer, HippoFormerConfig
@@ -101,6 +103,14 @@ def test_surprise_goes_into_the_memory_file(tmp_path: Path) -> None:
     HippoCache.load(tmp_path / "surprise", gated).save(tmp_path / "salience")
     with pytest.raises(MemoryFileError, match="selection='surprise'"):
         HippoCache.load(tmp_path / "salience", model)
+    # A file of before the field was there.
+    with safe_open(tmp_path / "salience", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["memory.surprise"]
+    save_file(tensors, tmp_path / "older", metadata)
+    assert HippoCache.load(tmp_path / "older", gated).lengths == cache.lengths
+    with pytest.raises(MemoryFileError, match="selection='surprise'"):
+        HippoCache.load(tmp_path / "older", model)
 
 
 def test_surprise_is_one_minus_p_of_the_base() -> None:

@@ -22,7 +22,8 @@ def trainer(
     torch.manual_seed(0)
     config = HippoFormerConfig(
         window=12, segment_len=6, buffer_size=16, recall_n_heads=4, recall_head_dim=8, recall_value_dim=8,
-        salience_n_heads=2, n_anchors=8, anchor_len=4, **options,
+        salience_n_heads=2, n_anchors=8, anchor_len=4,
+        **{"use_lora": True, "memory_layer": -1, "residual_readout": True, "marginal_weight": 0.0} | options,
     )  # fmt: skip
     made = TrainingOptions(
         tmp_path, max_steps=4, rows=len(documents), segments_per_step=1, credit_documents=0, memory_off=memory_off

@@ -48,7 +48,7 @@ def test_documents_side_by_side_are_scored_as_alone(cache: Path) -> None:
 def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
     model, tokenizer = tiny_load()
     before = model.hippocampus.config
-    variants = {"salience": {}, "fifo": {"selection": "fifo"}, "small": {"buffer_size": 8}}
+    variants = {"salience": {}, "random": {"selection": "random"}, "small": {"buffer_size": 8}}
     report = evaluate_variants(model, tokenizer, documents(400, 300), variants, cache, resamples=100)
     assert model.hippocampus.config is before
     by_name = {v.name: v for v in report.variants}

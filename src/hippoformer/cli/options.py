@@ -62,7 +62,8 @@ class ModelOptions:
     sink_tokens: SinkOption = None
     buffer_size: Annotated[int | None, typer.Option("--buffer-size", help="Episodes kept beyond the window.")] = None
     decay_rate: Annotated[
-        float | None, typer.Option("--decay-rate", help="What is left of a priority after a segment.")
+        float | None,
+        typer.Option("--decay-rate", help="What is left of a priority after a segment; follows from the buffer."),
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, …; default: cuda where it is.")] = None
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None
