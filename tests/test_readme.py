@@ -34,6 +34,7 @@ def test_the_python_says_what_it_promises(tmp_path: Path, capsys: pytest.Capture
         assert cache.lengths[0] > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_python_runs_with_the_real_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

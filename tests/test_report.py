@@ -181,6 +181,7 @@ def a_far_mark() -> tuple[int, dict[str, Any]]:
     return next(i for i, t in enumerate(read["tokens"]) if t["mark"].startswith("up") and "far" in t["mark"]), columns
 
 
+@pytest.mark.slow
 def test_pointing_at_a_word_shows_what_was_recalled(window: Any) -> None:
     number, columns = a_far_mark()
     window.hover(f'.t[data-i="{number}"]')
@@ -195,6 +196,7 @@ def test_pointing_at_a_word_shows_what_was_recalled(window: Any) -> None:
     assert "What came to mind" not in window.inner_text("#detail") and window.locator(".t.from").count() == 0
 
 
+@pytest.mark.slow
 def test_the_keyboard_goes_from_mark_to_mark(window: Any) -> None:
     marks = [int(m.get_attribute("data-i")) for m in window.locator(".t.near, .t.far").all()]
     far = [int(m.get_attribute("data-i")) for m in window.locator(".t.far").all()]
@@ -220,6 +222,7 @@ def test_the_keyboard_goes_from_mark_to_mark(window: Any) -> None:
     assert window.locator(".text [tabindex='0']").count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [{"viewport": {"width": 360, "height": 740}, "has_touch": True}], indirect=True)
 def test_on_a_phone_nothing_is_cut_off_and_a_tap_shows(window: Any) -> None:
     assert window.evaluate("document.documentElement.scrollWidth") == 360

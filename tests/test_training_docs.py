@@ -55,8 +55,6 @@ def test_every_training_command_is_accepted(command: list[str]) -> None:
     assert arguments.output_dir.startswith("runs/")
 
 
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_accelerate_reads_the_configurations(file: Path) -> None:
     config = load_config_from_file(str(file))
