@@ -35,6 +35,7 @@ FACTS = (
 )
 _APART = 600  # characters before a fact and between two, where the text is long enough
 _MOST_CHARACTERS = 4_000_000  # about a million tokens
+_WARM_UP = 32  # tokens
 _LINES = 12  # pieces that the reading is divided into
 _ASKING = 0.15  # share of the time that is left for the questions
 _AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
@@ -159,7 +160,7 @@ def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) ->
     segment, total = model.config.segment_len, [0.0, 0.0]
     say("    tokens   tokens per   perplexity                        MB of   MB of a")
     say("      read       second   without memory   with   change    state   full cache")
-    score(model, torch.tensor([ids[:segment]], device=model.device), model.new_cache())  # sets up what is timed below
+    score(model, torch.tensor([ids[:_WARM_UP]], device=model.device), model.new_cache())  # sets up what is timed below
     done, size, began = 0, segment, clock()
     while done < len(ids):
         piece, start = torch.tensor([ids[done : done + size]], device=model.device), clock()
