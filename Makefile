@@ -1,4 +1,5 @@
-# make demo   a real model with a hippocampus reads real text; make test   everything that must hold.
+# make demo       a real model with a hippocampus reads real text, in three minutes
+# make test       what a change must pass, in ten minutes on two cores; make test-all   everything, before a release
 # Both make .venv first, from the pinned versions, and again when pyproject.toml or constraints.txt has changed.
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) decide where packages come from: a build of torch 2.13.0
 # for the CPU alone is taken where they offer one.
@@ -24,19 +25,24 @@ DEEPSPEED := .venv-deepspeed
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test unit test-lowest test-cloud test-deepspeed test-transformers lint support results results-quick clean
+.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/hippoformer demo
 
+# Without what is marked slow.
 test: lint
-	$(BIN)/python $(PYTEST) --junitxml=$(REPORT)
+	$(BIN)/python $(PYTEST) -m "not slow" --durations=20
+
+# All tests, and whether docs/support.md says what they showed.
+test-all: lint
+	$(BIN)/python $(PYTEST) --durations=20 --junitxml=$(REPORT)
 	$(BIN)/python scripts/support_table.py $(REPORT) --check
 
-# The quick part of the suite: no real model, nothing fetched.
+# The quick suite without the real model: nothing is fetched.
 unit: $(INSTALLED)
-	$(BIN)/python $(PYTEST) -m "not real"
+	$(BIN)/python $(PYTEST) -m "not slow and not real"
 
 # The same with the lowest version of every dependency; warnings are errors there too.
 test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)

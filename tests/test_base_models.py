@@ -530,6 +530,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------------ the real one
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_real_wheel_gives_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object) -> Path:

@@ -265,6 +265,7 @@ def test_an_interrupted_comparison_goes_on(folders: dict[str, Path], tmp_path: P
     assert nothing == [] and report == whole, "also what came after the line that was cut off"
 
 
+@pytest.mark.slow
 def test_only_what_is_the_same_is_taken_over(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +322,7 @@ def test_from_the_command_line(folders: dict[str, Path], tmp_path: Path, monkeyp
     assert wrong.exit_code == 2 and "METHOD:BUDGET" in wrong.output
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_beside_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hippoformer, "load", lambda name, **options: tiny_load(name, residual_readout=False, **options))
     (tmp_path / "text.txt").write_text(TEXTS[0].text)

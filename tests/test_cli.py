@@ -193,15 +193,11 @@ def test_train_hands_on_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, bool]] = []
-
-    def demo_main(texts: list[Path] | None = None, fast: bool = False) -> None:
-        seen.append((texts, fast))
-
-    install(monkeypatch, "hippoformer.demo", main=demo_main)
+    seen: list[Any] = []
+    install(monkeypatch, "hippoformer.demo", main=lambda *given: seen.append(given))
     assert run("demo").exit_code == 0
-    assert run("demo", "--fast", "--text", "a.txt", "b.txt").exit_code == 0
-    assert seen == [(None, False), ([Path("a.txt"), Path("b.txt")], True)]
+    assert run("demo", "--minutes", "1", "--model", "m", "--text", "a.txt", "b.txt").exit_code == 0
+    assert seen == [([], "smollm2-135m", 3.0), ([Path("a.txt"), Path("b.txt")], "m", 1.0)]
 
 
 @pytest.fixture

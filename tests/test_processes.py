@@ -139,7 +139,7 @@ MODES = {"frozen": [], "lora": ["--lora_r", "2"], "base": ["--train_base", "--gr
 
 @pytest.mark.supports(trainer="{mode}", architecture="llama", mode="two processes, {engine}")
 @pytest.mark.parametrize("engine", AVAILABLE)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("frozen", "base"))])
 def test_two_processes_compute_what_one_does(texts: Path, forge: Forge, mode: str, engine: str) -> None:
     """Data parallel and sharded; credit is measured, rows end and begin, and gradients are clipped on the way."""
     more = [*MODES[mode], "--eval_text", str(texts / "text.txt"), "--eval_steps", "8"]
@@ -170,6 +170,7 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.supports(trainer="lora", architecture="llama", mode="two processes, resumed ({engine})")
 @pytest.mark.parametrize("engine", AVAILABLE)
 def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine: str) -> None:
@@ -190,6 +191,7 @@ def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine
         assert got == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.supports(trainer="base", architecture="llama", mode="killed and resumed")
 def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forge: Forge) -> None:
     """SIGKILL before the first checkpoint, in the middle of writing the first or the second, and after it."""
@@ -215,6 +217,7 @@ def test_rows_must_divide_evenly() -> None:
         own_rows(3, Fake())  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_accelerate_launch(texts: Path) -> None:
     """The command of the documentation, two processes on the CPU."""
     (job,) = alone(texts, "launched", "--max_steps", "4")

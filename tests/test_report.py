@@ -17,7 +17,7 @@ from hippoformer.errors import ResultError
 from hippoformer.figures import FIGURES, Result
 from hippoformer.report import render, write_report
 from hippoformer.report.reading import reading
-from result_files import PROVENANCE, contents, results, write_results
+from result_files import contents, results, write_results
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "wbr"}
 
@@ -80,38 +80,6 @@ def test_the_page_is_well_formed(page: Page) -> None:
     assert {one or other for one, other in used} <= set(ids) and len(used) > 50
 
 
-def test_the_page_asks_for_nothing(page: Page) -> None:
-    """No address outside the page, and a policy that would refuse one."""
-    for tag, attributes, _ in page.elements:
-        for name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
-            value = attributes.get(name)
-            assert value is None or value.startswith(("#", "data:image/png;base64,")), f"<{tag} {name}={value!r}>"
-        assert tag not in ("link", "iframe", "object", "embed", "base")
-    assert re.findall(r"(?:https?:)?//[a-z]", re.sub(r"data:image/png;base64,[^\"]+", "", html())) == []
-    assert "@import" not in html() and not re.search(r"url\((?!#)", html())
-    (policy,) = [a["content"] for a, _ in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None and policy.startswith("default-src 'none'")
-
-
-def test_every_figure_and_table_says_where_it_is_from(page: Page) -> None:
-    assert len(page.all("figure")) == len(FIGURES) == len(page.all("figcaption"))
-    shown = page.all("figure") + page.all("article")[:-1]  # the last one is the table of sources
-    assert len(shown) == len(FIGURES) + 8
-    for _, text in shown:
-        assert "hippoformer eval" in text and re.search(r"commit (0123456789ab|[0-9a-f]{12}|not recorded)", text)
-    (training,) = [text for attributes, text in page.all("figure") if attributes["id"] == "figure-training"]
-    command = PROVENANCE["command"]
-    assert command in training and "commit 0123456789ab, with uncommitted changes · 2030-01-02 · seed 7" in training
-    (sources,) = page.all("table", "sources")
-    assert all(result.name in sources[1] for result in results())
-
-
-def test_a_result_without_provenance_says_so() -> None:
-    result = Result("bare", "bare.json", "hippoformer.brain/1", contents()["brain"] | {"provenance": None})
-    (figure,) = [text for a, text in Page(render([result])).all("figure") if a["id"] == "figure-brain"]
-    assert "not recorded" in figure and "commit not recorded" in figure
-
-
 def test_no_text_is_taken_for_markup(page: Page) -> None:
     """The traced text holds tags, entities, a template's brackets and the end of a script."""
     assert page.all("b") and not [text for _, text in page.all("b") if text == "no"]
@@ -137,28 +105,6 @@ def test_the_document_is_the_trace(page: Page) -> None:
     assert {"episode", "log_p", "log_p_off", "stored", "weight", "hit"} <= set(json.loads(data))
 
 
-@pytest.mark.parametrize(
-    ("change", "stored", "episode", "mark"),
-    [
-        (0.05, True, 3, ""),
-        (0.3, True, None, ""),
-        (0.3, True, 3, "up l1 far"),
-        (0.7, False, 3, "up l2 near"),
-        (-2.5, True, 3, "down l3 far"),
-    ],
-)
-def test_marks_say_what_recall_did(change: float, stored: bool, episode: int | None, mark: str) -> None:
-    content = contents()["trace"]
-    columns = content["tokens"]
-    columns["log_p_off"] = list(columns["log_p"])
-    columns["log_p"][9] += change
-    columns["stored"][9], columns["episode"][9] = stored, episode
-    read = reading(Result("trace", "trace.json", content["format"], content))
-    assert [token["mark"] for token in read["tokens"]] == [""] * 9 + [mark] + [""] * (len(columns["text"]) - 10)
-    assert (read["helped"], read["hurt"]) == ("up" in mark, "down" in mark)
-    assert read["gained"] - read["lost"] == pytest.approx(change if mark else 0.0)
-
-
 def test_tables_hold_the_numbers_of_the_files(page: Page) -> None:
     cells = [text for _, text in page.all("td")]
     memory = contents()["wiki"]["conditions"]["memory"]
@@ -172,16 +118,6 @@ def test_tables_hold_the_numbers_of_the_files(page: Page) -> None:
     assert {"43 % [22, 86]", "1.2"} <= set(cells)
     cards = [text for _, text in page.all("li")]
     assert any(change in card and "better in" in card and "of 2 documents" in card for card in cards)
-
-
-def test_what_is_missing_is_said_to_be(page: Page) -> None:
-    assert not page.all("div", "missing")
-    some = [result for result in results() if result.name in ("brain", "wiki")]
-    (missing,) = Page(render(some)).all("div", "missing")
-    assert "Salience over real text needs a trace" in missing[1] and "Brain-like" not in missing[1]
-    assert not Page(render(some)).all("div", "text")
-    with pytest.raises(ResultError, match="anything to show"):
-        render([Result("odd", "odd.json", "something/1", {})])
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -245,6 +181,7 @@ def a_far_mark() -> tuple[int, dict[str, Any]]:
     return next(i for i, t in enumerate(read["tokens"]) if t["mark"].startswith("up") and "far" in t["mark"]), columns
 
 
+@pytest.mark.slow
 def test_pointing_at_a_word_shows_what_was_recalled(window: Any) -> None:
     number, columns = a_far_mark()
     window.hover(f'.t[data-i="{number}"]')
@@ -259,6 +196,7 @@ def test_pointing_at_a_word_shows_what_was_recalled(window: Any) -> None:
     assert "What came to mind" not in window.inner_text("#detail") and window.locator(".t.from").count() == 0
 
 
+@pytest.mark.slow
 def test_the_keyboard_goes_from_mark_to_mark(window: Any) -> None:
     marks = [int(m.get_attribute("data-i")) for m in window.locator(".t.near, .t.far").all()]
     far = [int(m.get_attribute("data-i")) for m in window.locator(".t.far").all()]
@@ -284,31 +222,7 @@ def test_the_keyboard_goes_from_mark_to_mark(window: Any) -> None:
     assert window.locator(".text [tabindex='0']").count() == 1
 
 
-def test_the_strongest_comes_first(window: Any) -> None:
-    columns = contents()["trace"]["tokens"]
-    known = [i for i, value in enumerate(columns["log_p"]) if value is not None and columns["episode"][i] is not None]
-    best = max(known, key=lambda i: columns["log_p"][i] - columns["log_p_off"][i])
-    window.click("#strongest")
-    assert window.locator(".t.here").get_attribute("data-i") == str(best)
-
-
-def test_light_and_dark(window: Any) -> None:
-    def ground() -> str:
-        return str(window.evaluate("getComputedStyle(document.body).backgroundColor"))
-
-    def ink() -> str:
-        return str(window.evaluate("getComputedStyle(document.querySelector('#figure-summary svg text')).fill"))
-
-    light = ground(), ink()
-    window.click("#theme")
-    assert ground() != light[0] and ink() != light[1]
-    window.click("#theme")
-    assert (ground(), ink()) == light
-    window.emulate_media(color_scheme="dark")
-    window.wait_for_function("document.documentElement.dataset.theme === 'dark'")
-    assert ground() != light[0]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [{"viewport": {"width": 360, "height": 740}, "has_touch": True}], indirect=True)
 def test_on_a_phone_nothing_is_cut_off_and_a_tap_shows(window: Any) -> None:
     assert window.evaluate("document.documentElement.scrollWidth") == 360

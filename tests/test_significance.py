@@ -4,14 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from rich.table import Table
-from rich.text import Text
 from scipy import stats
 
 from hippoformer.errors import ConfigurationError, InputError, MissingPackageError
 from hippoformer.evaluation.packages import needed
 from hippoformer.evaluation.significance import TestResult, corrected, over_seeds, paired_test, unpaired_test
-from hippoformer.evaluation.tables import render
 
 DRAW = np.random.default_rng(0)
 NORMAL = DRAW.normal(size=20)
@@ -87,20 +84,6 @@ def test_what_cannot_be_compared_is_refused() -> None:
     for call in (lambda: paired_test([1.0], [1.0], "z"), lambda: corrected([], "sidak")):
         with pytest.raises(ConfigurationError, match="choose one of"):
             call()
-
-
-def test_tables() -> None:
-    table = Table()
-    table.add_column("condition")
-    table.add_column("a|b", justify="right")
-    table.add_row(Text("off & on"), Text("5 % [1, 2]"))
-    markdown = render(table).splitlines()
-    assert markdown[0].count("|") == 4 and "a\\|b" in markdown[0] and markdown[1].endswith("-:|")
-    assert [cell.strip() for cell in markdown[2].strip("|").split("|")] == ["off & on", "5 % [1, 2]"]
-    latex = render(table, "latex")
-    assert r"off \& on" in latex and r"5 \% [1, 2]" in latex and r"\toprule" in latex and "{lr}" in latex
-    with pytest.raises(ConfigurationError, match="markdown, latex"):
-        render(table, "word")
 
 
 def test_a_missing_package_is_named() -> None:

@@ -193,6 +193,7 @@ def test_one_command_for_everything(texts: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "No text was named" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["long-range", "dynamics", "ablations", "brain", "quality"])
 def test_one_command_a_part(part: str, texts: Path, tmp_path: Path) -> None:
     arguments = ["eval", part, "--model", "tiny", "--dataset", "wikitext-2", "--data-dir", str(texts.parent)]
@@ -207,6 +208,7 @@ def test_one_command_a_part(part: str, texts: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "part.json").read_text())["format"].startswith("hippoformer.")
 
 
+@pytest.mark.slow
 def test_the_original_s_command(texts: Path, tmp_path: Path) -> None:
     arguments = ["--checkpoint", "tiny", "--output", str(tmp_path / "results.json"), "--device", "cpu"]
     arguments += ["--samples", "1", "--data-dir", str(texts.parent), "--parts", "perplexity,salience"]

@@ -132,6 +132,7 @@ def test_the_call_gets_through(folder: Path, tracker: str, monkeypatch: pytest.M
     assert [{"step": float(step)} | numbers for step, numbers in recorder.numbers] == history(folder / "run")
 
 
+@pytest.mark.slow
 def test_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -148,6 +149,7 @@ def test_wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing == set()
 
 
+@pytest.mark.slow
 def test_trackio_keeps_its_own_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("trackio") is None:
         pytest.skip("trackio is not installed")

@@ -224,8 +224,8 @@ def test_the_base_learns_at_a_tenth_of_the_rate_and_adapters_are_float32(folder:
 WAYS = [
     pytest.param([], marks=pytest.mark.supports(trainer="frozen")),
     pytest.param(["--lora_r", "2"], marks=pytest.mark.supports(trainer="lora")),
-    pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
-    pytest.param(["--lora_r", "2", "--memory_off"]),
+    pytest.param(["--train_base"], marks=[pytest.mark.supports(trainer="base"), pytest.mark.slow]),
+    pytest.param(["--lora_r", "2", "--memory_off"], marks=pytest.mark.slow),
 ]
 
 

@@ -55,11 +55,6 @@ def test_every_training_command_is_accepted(command: list[str]) -> None:
     assert arguments.output_dir.startswith("runs/")
 
 
-def test_every_configuration_is_documented() -> None:
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert [file.name for file in CONFIGS if f"configs/{file.name}" not in page] == []
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_accelerate_reads_the_configurations(file: Path) -> None:
     config = load_config_from_file(str(file))

@@ -85,6 +85,7 @@ def test_recomputed_layers_keep_less() -> None:
     assert saved(model) < 0.8 * saved(adapted())
 
 
+@pytest.mark.slow
 @pytest.mark.supports(trainer="lora", architecture="llama", mode="compiled layers")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_layers_give_the_same_numbers() -> None:
@@ -113,7 +114,7 @@ def history(run: Path) -> list[dict[str, float]]:
             ["--lora_r", "2", "--gradient_checkpointing"],
             marks=pytest.mark.supports(trainer="lora", mode="recomputed layers"),
         ),
-        pytest.param(["--train_base"], marks=pytest.mark.supports(trainer="base")),
+        pytest.param(["--train_base"], marks=[pytest.mark.supports(trainer="base"), pytest.mark.slow]),
     ],
 )
 def test_bfloat16_trains_close_to_float32(folder: Path, mode: list[str]) -> None:

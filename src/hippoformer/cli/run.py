@@ -42,9 +42,10 @@ def export_base(
 def demo(
     text: Annotated[list[Path] | None, typer.Option("--text", help="Text to read instead of the demo's own.")] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="Further texts.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A shorter demo.")] = False,
+    model: Annotated[str, typer.Option(help="Saved HippoFormer, or base model: folder, hub name.")] = "smollm2-135m",
+    minutes: Annotated[float, typer.Option(min=0.1, help="To take; they decide how much is read.")] = 3.0,
 ) -> None:
-    """Read long documents with and without memory, and show what was remembered and why."""
+    """Read a long text in constant memory, with and without the hippocampus, and find facts in it again."""
     from hippoformer.demo import main as demo_main
 
-    demo_main(texts=[*(text or []), *(more or [])] or None, fast=fast)
+    demo_main([*(text or []), *(more or [])], model, minutes)
