@@ -195,6 +195,11 @@ class Hippocampus(nn.Module):
         self.recall.configure(config)
         self.fusion.configure(config)
 
+    def resize_vocabulary(self, size: int) -> None:
+        """Follows a base whose embeddings were resized to `size` tokens."""
+        self.recall.resize_vocabulary(size)
+        self.drift_calibrator.resize_vocabulary(size)
+
     def normed(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., n D) with each layer's part normalised: inner layers have a few very large components."""
         parts = hidden.unflatten(-1, (-1, self.hidden_size))

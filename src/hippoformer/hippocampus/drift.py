@@ -124,6 +124,10 @@ class EmbeddingDriftCalibrator(nn.Module):
             raise InputError(f"expected anchors of shape {tuple(self.anchor_ids.shape)}, got {tuple(ids.shape)}")
         self.anchor_ids.copy_(ids)
 
+    def resize_vocabulary(self, size: int) -> None:
+        """Takes another number of tokens: probes keep theirs, or get others where the vocabulary ends before them."""
+        self.anchor_ids.remainder_(size)
+
     def correction(self, old: Tensor, new: Tensor) -> AffineMap | None:
         """The map from old to new code, or None when the drift is within the threshold."""
         return fit_affine(old, new) if relative_drift(old, new) > self.threshold else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hippoformer.model.configuration import HippoFormerConfig
 
@@ -45,6 +46,12 @@ class Marginals:
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor."""
         return vars(self)
+
+    def resized(self, size: int) -> "Marginals":
+        """Those of a vocabulary of another size: what is new was neither read nor expected."""
+        if not self.are_kept or self.shift.shape[-1] == size:
+            return self
+        return Marginals(*(pad(tensor, (0, size - tensor.shape[-1])) for tensor in vars(self).values()))
 
     def read(self, tokens: Tensor, predicted: Tensor, expected: Tensor) -> "Marginals":
         """After more tokens; predictions stay as they are until the segment ends.

@@ -126,6 +126,13 @@ class Recall(nn.Module):
         self.word_of_token.copy_(word_of_token)
         self.ending_of_token.copy_(ending_of_token)
 
+    def resize_vocabulary(self, size: int) -> None:
+        """Takes another number of tokens: new ones are words of their own, of unknown spelling."""
+        words, endings = self.word_of_token[:size], self.ending_of_token[:size]
+        new = torch.arange(words.shape[0], size, dtype=words.dtype, device=words.device)
+        self.word_of_token = torch.cat((words, new))
+        self.ending_of_token = torch.cat((endings, torch.zeros_like(new, dtype=endings.dtype)))
+
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""
         return self.unit_heads(project(self.key_proj, hidden).float())

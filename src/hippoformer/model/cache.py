@@ -6,7 +6,7 @@ frozen, and given the memory of another stream.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,7 @@ class HippoCache(WindowCache):
     Attributes:
         model: that this state belongs to. config: its options.
         memory: episodes and what encoding carries from token to token.
+        vocab_size: of the model when this state last followed it.
         lengths: tokens read, per row.
         columns: width read so far, padding included; what transformers calls the sequence length.
         last_output: (R, D) final hidden state of each row's last token, from which its next token is predicted.
@@ -65,6 +66,7 @@ class HippoCache(WindowCache):
         self.config: HippoFormerConfig = model.config
         self.memory = memory
         self.last_output = last_output
+        self.vocab_size = model.config.vocab_size
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
         self.frozen = False
@@ -92,6 +94,25 @@ class HippoCache(WindowCache):
         length need not be kept for that: after this call it counts from 0 again. Nothing is forgotten.
         """
         self.columns = 0
+
+    def follow_model(self) -> None:
+        """Takes in that the base's embeddings were resized; called by every call that reads into this state.
+
+        Raises:
+            InputError: this state holds tokens that the vocabulary has no more.
+        """
+        self.model.take_vocabulary()
+        size = self.model.config.vocab_size
+        if size == self.vocab_size:
+            return
+        held = max(int(t.max()) for t in (self.tokens, self.memory.episodes.token, self.memory.vote.token))
+        if held >= size:
+            raise InputError(
+                f"the base's embeddings were resized from {self.vocab_size} to {size} tokens, and this cache holds "
+                f"token {held}: resize them back to read on, or start with model.new_cache()"
+            )
+        self.memory = replace(self.memory, marginals=self.memory.marginals.resized(size))
+        self.vocab_size = size
 
     @property
     def window_nbytes(self) -> int:

@@ -10,6 +10,7 @@ Files are written beside their place and moved into it, so that a full disk or a
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = N
     Args:
         state: what to write instead of the model's own tensors, by their names in its state dict.
     """
+    model.take_vocabulary()
     state = model.state_dict() if state is None else state
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
@@ -190,6 +192,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
     own = {n.removeprefix("hippocampus."): t for n, t in tensors.items() if n.startswith("hippocampus.")}
+    mine = model.config.vocab_size
+    theirs = own["recall.word_of_token"].shape[0] if "recall.word_of_token" in own else mine
+    if theirs != mine:
+        warnings.warn(
+            f"the hippocampus was saved for a vocabulary of {theirs} tokens, the base has {mine}: nothing is known of "
+            "how the others are spelled, until recall.set_words",
+            stacklevel=2,
+        )
+        model.hippocampus.resize_vocabulary(theirs)
     # One that was saved before tokens were spelled goes on without.
     spelled = model.hippocampus.recall.ending_of_token
     own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
@@ -197,6 +208,7 @@ def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> No
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit this base and config: {error}") from error
+    model.hippocampus.resize_vocabulary(mine)
 
 
 def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Path:

@@ -28,7 +28,7 @@ from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.window import WindowedBase
+from hippoformer.model.window import WindowedBase, vocabulary_size
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
@@ -79,6 +79,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         """The state of `batch_size` rows that have read nothing."""
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
+        self.take_vocabulary()
         device, dtype = self.device, self.dtype
         memory = MemoryState.empty(batch_size, self.hippocampus.width, self.config, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
@@ -112,6 +113,16 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def device(self) -> torch.device:
         """Where the base model reads its tokens."""
         return next(self.base.parameters()).device
+
+    def take_vocabulary(self) -> None:
+        """Follows a base whose embeddings were resized since (`base.resize_token_embeddings`); called by every call.
+
+        New tokens are words of their own, which nothing was read of; states follow when they are read into.
+        """
+        size = vocabulary_size(self.base)
+        if size != self.config.vocab_size:
+            self.window.vocab_size = self.config.vocab_size = size
+            self.hippocampus.resize_vocabulary(size)
 
     # ---------------------------------------------------------------- reading
 
@@ -419,6 +430,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         check_token_ids(input_ids)
         if cache is None:
             cache = self.new_cache(input_ids.shape[0])
+        elif isinstance(cache, HippoCache):
+            cache.follow_model()
         return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
 
     # ---------------------------------------------------------------- generation
@@ -445,6 +458,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
+        self.take_vocabulary()
         recall = self.hippocampus.recall
         hidden = self.hippocampus.normed(
             self.window.hidden_of(ids.to(self.device).long()).to(recall.key_proj.weight.dtype)

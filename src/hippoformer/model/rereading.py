@@ -38,6 +38,7 @@ def _chosen(cache: HippoCache, cue_ids: Tensor, attention_mask: Tensor | None, n
     if n_tokens < 1 or span < 1:
         raise InputError(f"n_tokens={n_tokens}, span={span}; expected at least 1")
     check_token_ids(cue_ids)
+    cache.follow_model()
     recall, device = cache.model.hippocampus.recall, cache.model.device
     rows = squeeze_padding(cue_ids, attention_mask, cache, cache.config.vocab_size, device)
     real = torch.arange(rows.ids.shape[1], device=device) < torch.tensor(rows.lengths, device=device).unsqueeze(-1)

@@ -130,7 +130,7 @@ class WindowedBase:
         self.body: nn.Module = base.base_model
         text = base.config.get_text_config(decoder=True)
         self.n_layers: int = text.num_hidden_layers
-        self.vocab_size: int = base.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment]
+        self.vocab_size = vocabulary_size(base)
         self.hidden_size: int = text.hidden_size
         self._sliding: int | None = getattr(text, "sliding_window", None)
         self._layer_types: set[str] = set(getattr(text, "layer_types", None) or ())
@@ -362,6 +362,12 @@ class WindowedBase:
     def _turned(self, keys: Tensor, source: Tensor, moved: Tensor, rotation: Rotation) -> Tensor:
         keys, sinks = self._moved(keys, source), self.config.sink_tokens
         return torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
+
+
+def vocabulary_size(base: PreTrainedModel) -> int:
+    """Rows of the base's embedding: a quantised one may keep them in a weight of another shape."""
+    embedding: Any = base.get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
 
 
 class WindowCache(Cache):
