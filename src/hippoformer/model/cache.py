@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.circuit import MemoryState
+from hippoformer.model.adapters import active_adapters
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.window import WindowCache
 
@@ -50,7 +51,8 @@ class HippoCache(WindowCache):
     Attributes:
         model: that this state belongs to. config: its options.
         memory: episodes and what encoding carries from token to token.
-        vocab_size: of the model when this state last followed it.
+        vocab_size: of the model when this state last followed it. dtype, adapters: of the model that reads it, the
+            names of its active adapters.
         lengths: tokens read, per row.
         columns: width read so far, padding included; what transformers calls the sequence length.
         last_output: (R, D) final hidden state of each row's last token, from which its next token is predicted.
@@ -66,7 +68,8 @@ class HippoCache(WindowCache):
         self.config: HippoFormerConfig = model.config
         self.memory = memory
         self.last_output = last_output
-        self.vocab_size = model.config.vocab_size
+        self.vocab_size, self.dtype = model.config.vocab_size, model.dtype
+        self.adapters = active_adapters(model.base)
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
         self.frozen = False
@@ -99,9 +102,18 @@ class HippoCache(WindowCache):
         """Takes in that the base's embeddings were resized; called by every call that reads into this state.
 
         Raises:
-            InputError: this state holds tokens that the vocabulary has no more.
+            InputError: the model's dtype, device or active adapters are no longer those that this state was read with,
+                or this state holds tokens that the vocabulary has no more.
         """
         self.model.take_vocabulary()
+        change = self.change_of_model()
+        if change is None and self.tokens.device != self.model.device:
+            change = f"its cache is on {self.tokens.device}, the model now on {self.model.device}"
+        if change is not None:
+            raise InputError(
+                f"{change}: change the model back, save this cache and load it again (HippoCache.load), which reads "
+                "its window again, or start with model.new_cache()"
+            )
         size = self.model.config.vocab_size
         if size == self.vocab_size:
             return
@@ -113,6 +125,15 @@ class HippoCache(WindowCache):
             )
         self.memory = replace(self.memory, marginals=self.memory.marginals.resized(size))
         self.vocab_size = size
+
+    def change_of_model(self) -> str | None:
+        """What makes the model compute other numbers than those that this state was read with; None if nothing does."""
+        dtype, adapters = self.model.dtype, active_adapters(self.model.base)
+        if dtype != self.dtype:
+            return f"its cache was read in {self.dtype}, the model is now in {dtype}"
+        if adapters != self.adapters:
+            return f"its cache was read with adapters {list(self.adapters)}, now active are {list(adapters)}"
+        return None
 
     @property
     def window_nbytes(self) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.model.adapters import load_lora_state, lora_state
+from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.card import model_card
 from hippoformer.model.configuration import HippoFormerConfig
@@ -72,6 +72,12 @@ def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = N
         state: what to write instead of the model's own tensors, by their names in its state dict.
     """
     model.take_vocabulary()
+    if foreign := foreign_adapters(model.base):
+        warnings.warn(
+            f"the base's adapters {foreign} are not saved with the hippocampus: save them by peft, and give the base "
+            "with them as base_model= when this model is loaded",
+            stacklevel=3,
+        )
     state = model.state_dict() if state is None else state
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
@@ -132,7 +138,8 @@ def load(
 
     Raises:
         CheckpointError: not a HippoFormer checkpoint, or one whose weights are missing, damaged or of other shapes.
-        ConfigurationError: an option that does not exist, or more than one device.
+        ConfigurationError: an option that does not exist, more than one device, or a base without the adapters of its
+            own that it had.
     """
     options = {name: value for name, value in options.items() if name not in _HARMLESS}
     hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
@@ -155,6 +162,12 @@ def load(
     if base_model is None:
         own = folder / BASE
         base_model = load_base_model(str(own) if own.is_dir() else config.base_model_name, dtype=dtype or older_name)
+    foreign = getattr(config, "base_adapters", None)
+    if foreign and not foreign_adapters(base_model):
+        raise ConfigurationError(
+            f"{folder} was saved over a base with adapters {foreign}, and this base has none: load them by peft "
+            "(PeftModel.from_pretrained) and give the peft model as base_model="
+        )
     model = cls(config, base_model)
     restore(model, _weights(folder))
     return model if device is None else model.to(device)  # type: ignore[arg-type]
