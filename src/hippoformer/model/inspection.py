@@ -28,7 +28,7 @@ _PROBE_TOKENS = 6
 _PROBE_SHIFT = 37
 # What is read through a window may be this many times as far from the base as the base is from itself, ...
 _NOISES = 4.0
-# ... which counts up to here: a base that is further from itself mixes its rows, or its pieces.
+# ... if that is no further than this: otherwise it mixes its rows, or its pieces.
 _NOISIEST = 0.1
 _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # Names under which transformers keeps a learned position table.
@@ -57,7 +57,7 @@ def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
     for weight, parameter in base.named_parameters():
         if parameter.is_meta and not is_offloaded(base, weight):
             raise ConfigurationError(
-                f"{name} has no weights: {weight} is on the meta device; load them (from_pretrained) before it is wrapped"
+                f"{name} has no weights: {weight} is on the meta device; load them (from_pretrained) before wrapping"
             )
     was_training = base.training
     base.eval()
@@ -92,18 +92,18 @@ def _measure(window: "WindowedBase", name: str) -> list[Rotation] | None:
     )
     if None in rotations and (any(rotations) or not has_table):
         noise = _noise(window, ids, here, expected)
-        pairs = zip(here, there, noise, strict=False)
-        rotations = [explain_shift(old, new, _PROBE_SHIFT, tables, _NOISES * own) for old, new, own in pairs]
+        pairs = zip(here, there, strict=True)
+        rotations = [explain_shift(old, new, _PROBE_SHIFT, tables, _allowed(noise)) for old, new in pairs]
         if None in rotations:
             raise UnsupportedArchitectureError(
                 f"{name}: no rotary rule explains the keys of its layers, which themselves differ by a relative "
-                f"{max(noise):.2g} between two ways to read one text. {SUPPORTED}"
+                f"{noise:.2g} between two ways to read one text. {SUPPORTED}"
             )
     if window.config.window >= _PROBE_TOKENS:
         tolerance = 8.0 * torch.finfo(expected.dtype).eps ** 0.75
         for mine, theirs in ((_read_raggedly(window, ids), expected), (window.head(expected), logits)):
             error = _relative_error(mine, theirs)
-            if not error <= tolerance and not error <= _NOISES * (own := max(_noise(window, ids, here, expected))):
+            if not error <= tolerance and not error <= _allowed(own := _noise(window, ids, here, expected)):
                 raise UnsupportedArchitectureError(
                     f"{name}: read in pieces through a window it computes other numbers than as a whole (relative "
                     f"error {error:.2g}; its own, between two ways to read one text, is {own:.2g}). {SUPPORTED}"
@@ -125,9 +125,14 @@ def _own_logits(window: "WindowedBase", ids: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def _noise(window: "WindowedBase", ids: Tensor, keys: list[Tensor], states: Tensor) -> list[float]:
-    """How far a base is from itself where each row is read alone, in two pieces: of each layer's keys and the final
-    states, at most `_NOISIEST`.
+def _allowed(noise: float) -> float:
+    """The relative error that a base of this noise may have through a window; none where it is too much for noise."""
+    return _NOISES * noise if noise <= _NOISIEST else 0.0
+
+
+def _noise(window: "WindowedBase", ids: Tensor, keys: list[Tensor], states: Tensor) -> float:
+    """How far a base is from itself where each row is read alone, in two pieces: relative, the most of all layers' keys
+    and the final states.
 
     It is rounding, unless activations are rounded to few bits by a scale that the whole batch shares.
     """
@@ -135,8 +140,7 @@ def _noise(window: "WindowedBase", ids: Tensor, keys: list[Tensor], states: Tens
     alone = [_keys_at(window, row.unsqueeze(0), 0, cut) for row, cut in zip(ids, cuts, strict=True)]
     rows = [torch.cat(parts) for parts in zip(*(one[0] for one in alone), strict=True)]
     rows.append(torch.cat([one[1] for one in alone]))
-    found = [_relative_error(mine, theirs) for mine, theirs in zip(rows, (*keys, states), strict=True)]
-    return [min(error, _NOISIEST) for error in found]
+    return max(_relative_error(mine, theirs) for mine, theirs in zip(rows, (*keys, states), strict=True))
 
 
 def _relative_error(mine: Tensor, theirs: Tensor) -> float:

@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
 
 
 def _take_vocabulary(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
-    """Marginals as this model keeps them: of its vocabulary, which may have been resized since; or none, or new ones."""
+    """Marginals as this model keeps them: of its vocabulary, which may have been resized since, or new, or none."""
     size = cache.vocab_size
     for name in ("window.tokens", "memory.token", "memory.vote_token", "anchors.ids"):
         if name in tensors and int(tensors[name].max()) >= size:
