@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
@@ -32,6 +33,41 @@ def test_sentencepiece_writes_spaces_otherwise() -> None:
     tokenizer = byte_tokenizer(last=["▁the", "the"])
     words, _ = words_of_tokens(tokenizer, len(tokenizer))
     assert words[-1] == words[-2] == len(tokenizer) - 2
+
+
+def test_tokens_that_are_bytes() -> None:
+    """As the tokenizers of some remote code have them: the same words and endings as the byte-level spelling."""
+    tokenizer = byte_tokenizer(merges=MERGES)
+    words, endings = words_of_tokens(tokenizer, len(tokenizer))
+    letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+
+    class InBytes:
+        all_special_ids = tokenizer.all_special_ids
+        __len__ = tokenizer.__len__
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[bytes | str]:
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            return [
+                token if number in self.all_special_ids else b"".join(letters[letter] for letter in token)
+                for number, token in zip(ids, tokens, strict=True)
+            ]
+
+    in_bytes, spelled = words_of_tokens(InBytes(), len(tokenizer))
+    assert torch.equal(in_bytes, words)
+    ascii_tokens = [n for n in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(n).strip("Ġ").isascii()]
+    assert torch.equal(spelled[ascii_tokens], endings[ascii_tokens])
+    assert (spelled != 0).equal(endings != 0)
+
+
+def test_bytes_of_sentencepiece_are_one_character_each() -> None:
+    tokenizer = byte_tokenizer(last=["<0xE4>", "<0x41>", "<0x0A>", "<0xE5>"])
+    words, endings = words_of_tokens(tokenizer, len(tokenizer))
+    accented, letter = tokenizer.convert_tokens_to_ids(["ä", "A"])
+    part, same, line, other = range(len(tokenizer) - 4, len(tokenizer))
+    assert all(0 < int(ending) <= 255 for ending in endings[-4:])
+    assert words[same] == words[letter] and endings[same] == endings[letter]
+    assert words[part] == part != words[accented] and endings[part] != endings[other]
+    assert endings[line] == ord(" ") + 1
 
 
 def twin_passages() -> torch.Tensor:

@@ -28,7 +28,8 @@ from hippoformer.evaluation.kv_selection import Method, SelectedKeys
 from hippoformer.evaluation.scoring import describe, reading
 from hippoformer.evaluation.views import with_options
 from hippoformer.model.base_models import load_base_model, load_tokenizer
-from hippoformer.model.memory_file import base_fingerprint, fingerprint
+from hippoformer.model.memory_file import fingerprint
+from hippoformer.model.weights import base_fingerprint
 
 _RECURRENT_PIECE = 512
 _LONGEST_WINDOW = 1_024

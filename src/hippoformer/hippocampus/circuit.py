@@ -10,6 +10,7 @@ made when the next token completes the episode), and the vote of the last query,
 and which leads the next query on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -198,6 +199,17 @@ class Hippocampus(nn.Module):
         self.fusion = Fusion(self.width, config)
         self.drift_calibrator = EmbeddingDriftCalibrator(vocab_size, config)
         self.configure(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Hippocampus":
+        """What `to`, `half`, `cuda` and their like call: moves to other devices, and stays in float32 whatever the
+        base computes in (see `tensors.precision`).
+        """
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def configure(self, config: HippoFormerConfig) -> None:
         """Takes other options; those that shape parameters must be as they were."""

@@ -19,6 +19,11 @@ from torch.nn.functional import pad
 from hippoformer.model.configuration import HippoFormerConfig
 
 
+def of_vocabulary(numbers: Tensor, size: int) -> Tensor:
+    """(R, V) numbers of each token as (R, size), 0 for new ones."""
+    return pad(numbers, (0, size - numbers.shape[-1]))
+
+
 @dataclass
 class Marginals:
     """The statistics of R rows; V is the vocabulary, or 0 where they are switched off (`marginal_weight`).
@@ -49,9 +54,7 @@ class Marginals:
 
     def resized(self, size: int) -> "Marginals":
         """Those of a vocabulary of another size: what is new was neither read nor expected."""
-        if not self.are_kept or self.shift.shape[-1] == size:
-            return self
-        return Marginals(*(pad(tensor, (0, size - tensor.shape[-1])) for tensor in vars(self).values()))
+        return Marginals(*(of_vocabulary(t, size) for t in vars(self).values())) if self.are_kept else self
 
     def read(self, tokens: Tensor, predicted: Tensor, expected: Tensor) -> "Marginals":
         """After more tokens; predictions stay as they are until the segment ends.

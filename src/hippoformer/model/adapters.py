@@ -1,14 +1,80 @@
 """LoRA on the base model, by peft, injected in place so that the base keeps its class."""
 
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hippoformer.errors import CheckpointError, ConfigurationError
+from hippoformer.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from hippoformer.model.configuration import HippoFormerConfig
 
 _ADAPTER = "hippoformer"
+
+
+def unwrap(base: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model of transformers within a peft model, whose adapters stay where they are: in its layers.
+
+    Raises:
+        UnsupportedArchitectureError: an adapter outside of the layers (prompt and prefix tuning).
+    """
+    if not isinstance(base, PeftModel):
+        return base
+    config = base.active_peft_config
+    if config.is_prompt_learning:
+        raise UnsupportedArchitectureError(
+            f"the adapter {base.active_adapter!r} ({getattr(config.peft_type, 'value', config.peft_type)}) puts a "
+            "learned prompt in front of every text, which has no place in a window: use adapters in the layers, as "
+            "LoRA's, or base_model=peft_model.get_base_model() without it"
+        )
+    return base.get_base_model()  # type: ignore[return-value]
+
+
+def present_adapters(module: nn.Module) -> tuple[str, ...]:
+    """Names of all adapters of peft in a module's layers, in order."""
+    return _adapters(module, switched_off=True)
+
+
+def active_adapters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters of peft that take part in what a module computes, in order."""
+    return _adapters(module, switched_off=False)
+
+
+def foreign_adapters(base: nn.Module) -> list[str]:
+    """Names of the active adapters that are not this package's own."""
+    return [name for name in active_adapters(base) if name != _ADAPTER]
+
+
+def check_foreign_adapters(base: nn.Module, config: HippoFormerConfig) -> None:
+    """Adapters that a base came with stay as they are: they are neither trained nor saved here.
+
+    Raises:
+        ConfigurationError: they would have to be.
+    """
+    found = [name for name in present_adapters(base) if name != _ADAPTER]
+    if found and (config.use_lora or not config.freeze_base):
+        raise ConfigurationError(
+            f"the base has adapters {found} of its own, which use_lora={config.use_lora}, "
+            f"freeze_base={config.freeze_base} would change or lose: merge them first "
+            "(peft_model.merge_and_unload()), or set use_lora=False and freeze_base=True"
+        )
+
+
+def _adapters(module: nn.Module, switched_off: bool) -> tuple[str, ...]:
+    found: set[str] = set()
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            held = {name for kind in layer.adapter_layer_names for name in getattr(layer, kind, ())}
+        elif isinstance(layer, ModulesToSaveWrapper):
+            held = set(layer.modules_to_save)
+        else:
+            continue
+        if switched_off:
+            found |= held
+        elif not layer.disable_adapters:
+            found |= held.intersection(layer.active_adapters)
+    return tuple(sorted(found))
 
 
 def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:

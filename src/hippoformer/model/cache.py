@@ -18,6 +18,7 @@ from hippoformer.errors import InputError
 from hippoformer.hippocampus.circuit import MemoryState
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
+from hippoformer.model.adapters import active_adapters
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.window import WindowCache
 
@@ -53,7 +54,8 @@ class HippoCache(WindowCache):
     Attributes:
         model: that this state belongs to. config: its options.
         memory: episodes and what encoding carries from token to token.
-        vocab_size: of the model when this state last followed it.
+        vocab_size: of the model when this state last followed it. dtype, adapters: of the model that reads it, the
+            names of its active adapters.
         lengths: tokens read, per row.
         columns: width read so far, padding included; what transformers calls the sequence length.
         passages: what was read, word for word, in whole sentences, lines and turns; None without a spelled vocabulary
@@ -79,7 +81,8 @@ class HippoCache(WindowCache):
         self.config: HippoFormerConfig = model.config
         self.memory = memory
         self.last_output, self.passages = last_output, passages
-        self.vocab_size = model.config.vocab_size
+        self.vocab_size, self.dtype = model.config.vocab_size, model.dtype
+        self.adapters = active_adapters(model.base)
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
         self.digest: Tensor | None = torch.zeros_like(window.tokens[:, 0], dtype=torch.int64)
@@ -157,9 +160,18 @@ class HippoCache(WindowCache):
         """Takes in that the base's embeddings were resized; called by every call that reads into this state.
 
         Raises:
-            InputError: this state holds tokens that the vocabulary has no more.
+            InputError: the model's dtype, device or active adapters are no longer those that this state was read with,
+                or this state holds tokens that the vocabulary has no more.
         """
         self.model.take_vocabulary()
+        change = self.change_of_model()
+        if change is None and self.tokens.device != self.model.device:
+            change = f"its cache is on {self.tokens.device}, the model now on {self.model.device}"
+        if change is not None:
+            raise InputError(
+                f"{change}: change the model back, save this cache and load it again (HippoCache.load), which reads "
+                "its window again, or start with model.new_cache()"
+            )
         size = self.model.config.vocab_size
         if size == self.vocab_size:
             return
@@ -171,6 +183,17 @@ class HippoCache(WindowCache):
             )
         self.memory = replace(self.memory, marginals=self.memory.marginals.resized(size))
         self.vocab_size = size
+        if self.passages is not None and self.model.spelling is not None:
+            self.passages.spelling = self.model.spelling
+
+    def change_of_model(self) -> str | None:
+        """What makes the model compute other numbers than those that this state was read with; None if nothing does."""
+        dtype, adapters = self.model.dtype, active_adapters(self.model.base)
+        if dtype != self.dtype:
+            return f"its cache was read in {self.dtype}, the model is now in {dtype}"
+        if adapters != self.adapters:
+            return f"its cache was read with adapters {list(self.adapters)}, now active are {list(adapters)}"
+        return None
 
     @property
     def window_nbytes(self) -> int:

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.model.adapters import load_lora_state, lora_state
+from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.card import model_card
 from hippoformer.model.configuration import HippoFormerConfig
@@ -78,6 +78,12 @@ def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = N
         state: what to write instead of the model's own tensors, by their names in its state dict.
     """
     model.take_vocabulary()
+    if foreign := foreign_adapters(model.base):
+        warnings.warn(
+            f"the base's adapters {foreign} are not saved with the hippocampus: save them by peft, and give the base "
+            "with them as base_model= when this model is loaded",
+            stacklevel=3,
+        )
     state = model.state_dict() if state is None else state
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
@@ -167,7 +173,8 @@ def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrai
 
     Raises:
         CheckpointError: not a HippoFormer checkpoint, or one whose weights are missing, damaged or of other shapes.
-        ConfigurationError: an option that does not exist, more than one device, or the meta device.
+        ConfigurationError: an option that does not exist, more than one device, the meta device, or a base without the
+            adapters of its own that it had.
     """
     if torch.empty(0).device.type == "meta":
         raise ConfigurationError(
@@ -198,6 +205,12 @@ def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrai
         base_model = load_base_model(own, dtype=dtype or older_name, attn_implementation=attention or "sdpa")
     elif attention is not None:
         base_model.set_attn_implementation(attention)
+    foreign = getattr(config, "base_adapters", None)
+    if foreign and not foreign_adapters(base_model):
+        raise ConfigurationError(
+            f"{folder} was saved over a base with adapters {foreign}, and this base has none: load them by peft "
+            "(PeftModel.from_pretrained) and give the peft model as base_model="
+        )
     model = cls(config, base_model)
     tensors = _tensors(weights)
     restore(model, tensors)

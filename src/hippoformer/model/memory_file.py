@@ -5,23 +5,29 @@ config; and how the writing model encoded the drift anchors. A file read by the 
 bit. Under a changed model of the same shape (LoRA steps, another quantisation) the anchors are encoded again: beyond
 `drift_threshold` keys and values are mapped to the new code, and the window is read again, since its keys/values
 belong to the old weights. A file of another kind of model is refused.
+
+What took hours to read can always be written: a fingerprint or anchors that cannot be computed are left out with a
+warning, and the file is then read by what is known.
 """
 
-import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from hippoformer.errors import MemoryFileError
 from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.hippocampus.drift import relative_drift
+from hippoformer.hippocampus.marginals import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
+from hippoformer.model.weights import base_fingerprint
 from hippoformer.tensors.ragged import last_of
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
 _NOTE = "note."  # before the name of each of the cache's notes
 _PASSAGES = "passages."  # before the name of each of the passages' tensors
 _PRINTS = ("base", "hippocampus", "shape")
-_SAMPLES = 1024
+_ANCHORS = ("anchors.ids", "anchors.keys", "anchors.values")
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
 _UNRELATED = 1.2
 # Options that shape the stored tensors; a file and a model must agree on them.
@@ -52,24 +58,27 @@ _SHAPING = (
 )
 
 
-def base_fingerprint(module: nn.Module) -> str:
-    """Digest of a module's weights: of every tensor its name, shape and up to 1,024 evenly spaced elements."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def fingerprint(model: "HippoFormer") -> dict[str, str]:
     """Digests of what a memory's numbers depend on: base with adapters, hippocampus, and the shaping options."""
     return {
         "base": base_fingerprint(model.base),
         "hippocampus": base_fingerprint(model.hippocampus),
-        "shape": json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True),
+        "shape": shape(model),
     }
+
+
+def shape(model: "HippoFormer") -> str:
+    """The options that shape a memory's tensors, as JSON."""
+    return json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True)
+
+
+@contextmanager
+def _left_out(what: str) -> Iterator[None]:
+    """Goes on without what cannot be computed, whatever the reason, and tells it."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"the memory's {what} cannot be computed ({error!r}): it goes without", stacklevel=5)
 
 
 def save_memory(cache: HippoCache, path: str | Path) -> None:
@@ -78,13 +87,19 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
     Raises:
         CheckpointError: the file could not be written; an earlier one at this place is unchanged.
     """
-    model = cache.model
-    ids = model.hippocampus.drift_calibrator.anchor_ids
-    keys, values = model.anchors(ids)
-    tensors = cache.tensors()
+    model, tensors = cache.model, cache.tensors()
+    change, prints = cache.change_of_model(), dict.fromkeys(_PRINTS, None) | {"shape": shape(model)}
     if cache.passages is not None:
         tensors |= {f"{_PASSAGES}{name}": tensor for name, tensor in cache.passages.tensors().items()}
-    tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
+    if change is not None:
+        warnings.warn(f"{path} cannot say by which model it was written: {change}", stacklevel=3)
+    else:
+        with _left_out("fingerprint"):
+            prints |= fingerprint(model)
+        with _left_out("drift anchors"):
+            ids = model.hippocampus.drift_calibrator.anchor_ids
+            keys, values = model.anchors(ids)
+            tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
     counters = {
         "lengths": cache.lengths,
         "columns": cache.columns,
@@ -93,7 +108,7 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
         "written": cache.written,
         "stored_bound": cache.memory.stored_bound,
     }
-    metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(fingerprint(model))}
+    metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(prints)}
     metadata |= {f"{_NOTE}{name}": text for name, text in cache.notes.items()}
     write_tensors(Path(path), tensors, metadata)
 
@@ -103,34 +118,32 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     """Reads a memory for a model.
 
     Returns:
-        The cache. Its `drift` says what was measured: `keys` and `values` (0 for an unchanged model), `calibrated`.
+        The cache. Its `drift` says what was measured: `keys` and `values` (0 for an unchanged model), `calibrated`;
+        only the last where a file has no anchors.
 
     Raises:
         MemoryFileError: no such file, truncated, not a memory, made by a model of another shape, or by one whose code
-            has nothing in common with this one's.
+            has nothing in common with this one's; without anchors, by another model.
     """
     tensors, counters, theirs, notes = _read(Path(path))
-    mine = fingerprint(model)
-    if mine["shape"] != theirs["shape"]:
-        ours, other = json.loads(mine["shape"]), json.loads(theirs["shape"])
-        differing = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in ours if ours[n] != other.get(n))
-        raise MemoryFileError(f"{path} was written by a model of another shape: {differing}; load that model")
     cache = model.new_cache(len(counters["lengths"]))
-    for name, tensor in cache.memory.marginals.tensors().items():
-        written = tensors.get(f"memory.marginal_{name}")
-        if written is None or 0 in (written.numel(), tensor.numel()):  # one of both keeps none: they begin anew
-            tensors[f"memory.marginal_{name}"] = tensor
-    surprise = cache.memory.episodes.surprise
-    if not surprise.numel():  # this model's rule does not read it
-        tensors["memory.surprise"] = surprise
-    elif not tensors.get("memory.surprise", surprise[..., :0]).numel():
-        raise MemoryFileError(
-            f"{path} does not say how surprising each episode was, which selection={model.config.selection!r} reads: "
-            "load it with a model that selects by another rule"
-        )
+    ours, other = json.loads(shape(model)), json.loads(theirs["shape"])
+    differing = [n for n in ours if ours[n] != other.get(n) and n != "vocab_size"]
+    if differing:
+        found = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in differing)
+        raise MemoryFileError(f"{path} was written by a model of another shape: {found}; load that model")
+    mine = dict.fromkeys(_PRINTS, None) | {"shape": shape(model)}
+    with _left_out("fingerprint"):
+        mine |= fingerprint(model)
+    _take_vocabulary(tensors, cache, str(path))
+    _take_surprise(tensors, cache, str(path))
     _check_tensors(tensors, cache, str(path))
     _restore_passages(cache, tensors, str(path))
-    unchanged = mine == theirs
+    known = None not in (*mine.values(), *theirs.values())
+    unchanged = known and mine == theirs
+    if not unchanged:
+        kinds = {name: tensor.dtype for name, tensor in cache.tensors().items()}
+        tensors |= {name: tensors[name].to(kind) for name, kind in kinds.items()}
     kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
     cache.restore(kept, counters["stored_bound"])
     cache.lengths, cache.columns = counters["lengths"], counters["columns"]
@@ -140,7 +153,8 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
     if unchanged:
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
     else:
-        _translate(cache, tensors, model, str(path))
+        cache.drift = _translated(cache, tensors, model, str(path), known)
+        _reread_window(cache)
     return cache
 
 
@@ -170,14 +184,42 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
     return tensors, counters, prints, notes
 
 
+def _take_vocabulary(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
+    """Marginals as this model keeps them: of its vocabulary, which may have been resized since, or new, or none."""
+    size = cache.vocab_size
+    for name in ("window.tokens", "memory.token", "memory.vote_token", "anchors.ids"):
+        if name in tensors and int(tensors[name].max()) >= size:
+            raise MemoryFileError(
+                f"{path} holds token {int(tensors[name].max())}, but the model's vocabulary has {size}"
+            )
+    for name, tensor in cache.memory.marginals.tensors().items():
+        written = tensors.get(f"memory.marginal_{name}")
+        if written is None or 0 in (written.numel(), tensor.numel()):  # one of both keeps none: they begin anew
+            tensors[f"memory.marginal_{name}"] = tensor
+        elif written.dim() == 2:
+            tensors[f"memory.marginal_{name}"] = of_vocabulary(written, size)
+
+
+def _take_surprise(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
+    """Surprise as this model's selection rule needs it: none where the rule does not read it."""
+    surprise = cache.memory.episodes.surprise
+    if not surprise.numel():
+        tensors["memory.surprise"] = surprise
+    elif not tensors.get("memory.surprise", surprise[..., :0]).numel():
+        raise MemoryFileError(
+            f"{path} does not say how surprising each episode was, which selection={cache.config.selection!r} reads: "
+            "load it with a model that selects by another rule"
+        )
+
+
 def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
     """Every tensor of the state must be there, in the shape this model and the counters give it."""
     for name, expected in cache.tensors().items():
         if name not in tensors or tensors[name].shape != expected.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise MemoryFileError(f"{path} is damaged: expected {name} of shape {tuple(expected.shape)}, found {found}")
-    missing = [name for name in ("anchors.ids", "anchors.keys", "anchors.values") if name not in tensors]
-    if missing:
+    missing = [name for name in _ANCHORS if name not in tensors]
+    if 0 < len(missing) < len(_ANCHORS):
         raise MemoryFileError(f"{path} is damaged: it lacks {', '.join(missing)}")
 
 
@@ -208,8 +250,24 @@ def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) 
         raise MemoryFileError(f"{path} is damaged: passages of {len(cache.passages.rows)} rows for {rows} rows")
 
 
-def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str) -> None:
-    """Carries a memory written in another code into this model's, as far as the anchors tell how."""
+def _translated(
+    cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str, known: bool
+) -> dict[str, float | bool]:
+    """Carries a memory written in another code into this model's, as far as the anchors tell how.
+
+    Args:
+        known: that it is another code, and not merely that nothing says whether it is.
+
+    Returns:
+        What was measured.
+    """
+    if "anchors.ids" not in tensors:
+        if known:
+            raise MemoryFileError(
+                f"{path} was written by another model and has no anchors to carry it over: load the model that wrote it"
+            )
+        warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=4)
+        return {"calibrated": False}
     calibrator, memory = model.hippocampus.drift_calibrator, cache.memory
     new_keys, new_values = model.anchors(tensors["anchors.ids"])
     old_keys, old_values = tensors["anchors.keys"].to(model.device), tensors["anchors.values"].to(model.device)
@@ -230,8 +288,12 @@ def _translate(cache: HippoCache, tensors: dict[str, Tensor], model: "HippoForme
         )
     for name, fitted in (("keys", key_map), ("values", value_map)):
         drift[f"{name}_calibrated"] = drift[name] if fitted is None else fitted.left
-    cache.drift = drift | {"calibrated": key_map is not None or value_map is not None}
+    return drift | {"calibrated": key_map is not None or value_map is not None}
 
+
+def _reread_window(cache: HippoCache) -> None:
+    """Keys and values of the window by this model, from its tokens."""
+    model, memory = cache.model, cache.memory
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
         final, inner = model.window.reread(cache, cache.tokens[:, : max(fill)].long(), fill)

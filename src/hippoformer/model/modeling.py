@@ -24,7 +24,7 @@ from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model import checkpoint
-from hippoformer.model.adapters import add_lora, merge_lora
+from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
@@ -33,7 +33,8 @@ from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
-from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase, vocabulary_size
+from hippoformer.model.weights import vocabulary_size
+from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
 from hippoformer.model.words import words_of_tokens
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
@@ -85,7 +86,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     Args:
         config: every option; `base_model_name` is loaded unless `base_model` is given.
-        base_model: a causal language model of transformers to wrap; with `use_lora` it gets adapters in place.
+        base_model: a causal language model of transformers to wrap, or a peft model with adapters in its layers; with
+            `use_lora` it gets adapters in place.
 
     Raises:
         UnsupportedArchitectureError, ConfigurationError, NonFiniteError, BaseModelNotFoundError.
@@ -105,7 +107,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 base_model = empty_base_model(config.base_model_name, attn_implementation=attention)
             else:
                 base_model = load_base_model(config.base_model_name, attn_implementation=attention)
+        base_model = unwrap(base_model)
         text = base_model.config.get_text_config(decoder=True)
+        check_foreign_adapters(base_model, config)
+        config.base_adapters = foreign_adapters(base_model)
         window = WindowedBase(base_model, config)
         config.vocab_size, config.hidden_size = window.vocab_size, window.hidden_size
         config.num_hidden_layers = window.n_layers
@@ -121,7 +126,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         elif config.freeze_base:
             base_model.requires_grad_(False)
         self.base = base_model
-        self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(base_model.device)
+        self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(window.device)
         self.window = window
         self.spelling: Spelling | None = None
         self.generation_config = base_model.generation_config
@@ -246,13 +251,15 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """Where the base model reads its tokens."""
-        return next(self.base.parameters()).device
+        return self.window.device
 
     def take_vocabulary(self) -> None:
-        """Follows a base whose embeddings were resized since (`base.resize_token_embeddings`); called by every call.
+        """Follows a base whose embeddings were resized (`base.resize_token_embeddings`), or whose dtype was changed;
+        called by every call.
 
         New tokens are words of their own, which nothing was read of; states follow when they are read into.
         """
+        self.window.follow_dtype()
         size = vocabulary_size(self.base)
         if size != self.config.vocab_size:
             self.window.vocab_size = self.config.vocab_size = size

@@ -27,6 +27,7 @@ from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inspection import inspect_base
 from hippoformer.model.taps import listening
+from hippoformer.model.weights import computing_device, vocabulary_size
 from hippoformer.tensors.masks import additive, window_mask
 from hippoformer.tensors.rotation import Rotation
 from hippoformer.tensors.selection import put, take
@@ -149,6 +150,8 @@ class WindowedBase:
                 f"window={config.window} + sink_tokens={config.sink_tokens} + segment_len={config.segment_len} need "
                 f"{config.window_slots} positions, but the base model was trained for {limit}: make the window smaller"
             )
+        self._computes_on = computing_device(base)
+        self._dtype, self._tables = base.dtype, _frequency_buffers(self.body)
         if base.device.type != "meta":
             self.rotations  # noqa: B018, what cannot be read through a window is refused now
 
@@ -156,6 +159,18 @@ class WindowedBase:
     def rotations(self) -> list[Rotation] | None:
         """How each layer moves its keys, measured on the base's own weights; see `inspect_base`."""
         return inspect_base(self)
+
+    def follow_dtype(self) -> None:
+        """Measures anew how keys move where the base's dtype has changed since, and its rotary tables with it."""
+        if self._dtype != self.base.dtype or any(getattr(*place) is not table for *place, table in self._tables):
+            self._dtype, self._tables = self.base.dtype, _frequency_buffers(self.body)
+            self.rotations = inspect_base(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes, also where its weights are offloaded in between."""
+        here = next(self.base.parameters()).device
+        return self._computes_on if here.type == "meta" else here
 
     def new_cache(self, rows: int, device: torch.device) -> "WindowCache":
         """Empty slots for every layer."""
@@ -216,7 +231,7 @@ class WindowedBase:
             near = torch.arange(limit, device=slots.device) > slots.unsqueeze(-1) - self._sliding
             masks["sliding_attention"] = torch.where(padded[:, None, :, None], full, full & near.unsqueeze(1))
         if getattr(self.base.config, "_attn_implementation", "sdpa") == "eager":  # it may be changed at any time
-            dtype = next(self.body.parameters()).dtype
+            dtype = self.base.dtype
             masks = {kind: additive(mask, dtype) for kind, mask in masks.items()}
         if len(self._layer_types) > 1:
             return {kind: masks[kind] for kind in self._layer_types}
@@ -377,10 +392,14 @@ class WindowedBase:
         return torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
 
 
-def vocabulary_size(base: PreTrainedModel) -> int:
-    """Rows of the base's embedding: a quantised one may keep them in a weight of another shape."""
-    embedding: Any = base.get_input_embeddings()
-    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+def _frequency_buffers(body: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and tensor of each rotary table."""
+    return [
+        (module, name, table)
+        for module in body.modules()
+        for name, table in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
 
 
 class WindowCache(Cache):

@@ -5,6 +5,8 @@ at the beginning of a line than within one. What was told in one dress and is as
 story (see `hippocampus.stories`).
 """
 
+import re
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 CHARACTERS = 7
 
 # How byte-level and SentencePiece vocabularies write a space, and the former the other white space.
-_SPACES = ("\u0120", "\u2581")
-_BLANKS = frozenset((*_SPACES, "\u0109", "\u010a", "\u010d", " ", "\t", "\n", "\r"))
+_SPACES = ("\u0120", "\u2581", " ")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_BLANKS = frozenset((*_SPACES, "\u0109", "\u010a", "\u010d", "\t", "\n", "\r"))
 
 
 def words_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -36,12 +39,23 @@ def words_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tupl
     for number, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(known)))):
         if token is None:
             continue
+        token = _spelled(token)
         bare = token[1:] if token.startswith(_SPACES) else token
         if bare and not bare.startswith(_SPACES):
             words[number] = first.setdefault(bare, number)
         if number not in special:
             endings[number] = _ending(token)
     return words, endings
+
+
+def _spelled(token: str | bytes) -> str:
+    """A token in characters: those of tokenizers on tiktoken are bytes, and SentencePiece has some of one byte each."""
+    if isinstance(token, bytes):
+        return token.decode("latin-1")
+    if _BYTE.fullmatch(token):
+        byte = int(token[3:5], 16)
+        return chr(byte if byte < 0x80 else 0xE000 + byte)  # not the character of that number, but a part of one
+    return token
 
 
 def _ending(token: str) -> int:

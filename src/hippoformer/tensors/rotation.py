@@ -48,17 +48,20 @@ class Rotation:
         return torch.cat((turned.to(keys.dtype), rest), dim=-1)
 
 
-def explain_shift(before: Tensor, after: Tensor, distance: int, frequencies: list[Tensor]) -> Rotation | None:
+def explain_shift(
+    before: Tensor, after: Tensor, distance: int, frequencies: list[Tensor], noise: float = 0.0
+) -> Rotation | None:
     """Finds the rotation that carries one layer's keys from one position to another.
 
     Args:
         before, after: (1, H, C, head size) keys of the same tokens, `distance` positions apart.
         frequencies: the frequency tables the model owns.
+        noise: relative error that is allowed where it is more than rounding.
 
     Returns:
-        The rotation that explains them best, or None when even that one leaves more than rounding unexplained.
+        The rotation that explains them best, or None when even that one leaves more unexplained.
     """
-    best, least = None, 0.25 if before.dtype in (torch.float16, torch.bfloat16) else 1e-2
+    best, least = None, max(noise, 0.25 if before.dtype in (torch.float16, torch.bfloat16) else 1e-2)
     size = after.float().norm().clamp_min(1e-12)
     for table in frequencies:
         if 2 * table.shape[0] > before.shape[-1]:

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hippoformer.errors import TextError
 from hippoformer.model.checkpoint import write_tensors
-from hippoformer.model.memory_file import base_fingerprint
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.weights import base_fingerprint
 
 
 @dataclass
