@@ -110,14 +110,25 @@ def test_asking_leaves_the_state_as_it_was_and_is_right_only_if_every_token_is()
     assert "wrong" in demo.verdict(tokenizer, [*fact.answer[:-1], 0], log_prob, fact)
 
 
-def test_the_strongest_memories_come_first() -> None:
+def test_the_strongest_memories_come_first_from_different_places() -> None:
     model, _ = tiny_load()
     cache = model.new_cache()
     model.score(torch.tensor([tiny_tokenizer()(text(0, 400)).input_ids]), past_key_values=cache)
-    decay, top = model.config.decay_rate, demo.strongest(cache, 5)
-    everything = sorted((e.priority * decay**e.age for e in cache.episodes(stored_only=True)), reverse=True)
-    assert [e.priority * decay**e.age for e in top] == pytest.approx(everything[:5], abs=0.01)
+    decay, top = model.config.decay_rate, demo.strongest(cache, 4)
+    strengths = [e.priority * decay**e.age for e in top]
+    everything = [e.priority * decay**e.age for e in cache.episodes(stored_only=True)]
+    assert len(top) > 1 and strengths[0] == pytest.approx(max(everything), abs=0.01)
+    assert strengths == pytest.approx(sorted(strengths, reverse=True), abs=0.01)
     assert not any(episode.in_window for episode in top)
+    assert min(abs(a.position - b.position) for a in top for b in top if a is not b) > 5
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [("one. two\nthree", 8), ("one two. three", 8), ("one two three", 7), ("onetwothree", 5)],
+)
+def test_facts_are_planted_where_a_line_a_sentence_or_a_word_ends(words: str, place: int) -> None:
+    assert demo.end_of_sentence(words, 5, len(words)) == place
 
 
 def test_an_untrained_hippocampus_is_called_that(

@@ -10,12 +10,12 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import ConfigurationError, InputError, MemoryFileError, UnsupportedArchitectureError
 from hippoformer.model import memory_file
-from tiny import CONFIGS, VOCAB, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
+from tiny import VOCAB, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
 
 # peft asks transformers 5.23 for a name that is going.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -50,7 +50,6 @@ def test_a_base_that_is_resized_after_wrapping(name: str, tmp_path: Path) -> Non
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, ids.shape[1] + 3)
     cache = model.new_cache()
     model(ids, past_key_values=cache)
-    cache.passages(WITH_NEW)
     cache.save(tmp_path / "memory.safetensors")
     assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
     model.save_pretrained(tmp_path / "model")
@@ -91,7 +90,6 @@ def test_a_cache_from_before_a_resize_goes_on(size: int) -> None:
     cache = model.new_cache(2)
     model(ids, past_key_values=cache)
     resize(model, size)
-    cache.passages(ahead)
     found = model(ahead, past_key_values=cache).logits
     assert found.shape[-1] == cache.memory.marginals.shift.shape[-1] == size
     expected = model(torch.cat((ids, ahead), dim=1)).logits[:, 50:]
@@ -177,10 +175,6 @@ def test_a_memory_of_an_offloaded_base_is_that_of_the_same_weights_in_memory(how
 
 
 def test_a_base_without_weights_is_refused_by_its_cause() -> None:
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
-    with pytest.raises(ConfigurationError, match=r"meta device.*load them"):
-        HippoFormer(small_config(), base)
     base = tiny_base()
     base.model.layers[1].to("meta")
     with pytest.raises(ConfigurationError, match=r"model.layers.1.*meta device.*load them"):
@@ -261,6 +255,7 @@ def test_a_peft_model_is_read_with_its_adapters(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_switching_adapters_under_a_live_cache_is_noticed(tmp_path: Path) -> None:
     peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk"), text(2, 40), text(2, 9, seed=3)
+    torch.manual_seed(0)
     model = HippoFormer(small_config(window=60), peft_model)
     cache, path = model.new_cache(2), tmp_path / "memory.safetensors"
     model(ids, past_key_values=cache)
@@ -438,7 +433,6 @@ def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 53)
     cache = model.new_cache(2)
     model(ids, past_key_values=cache)
-    cache.passages(ids[:, :9])
     cache.save(tmp_path / "memory.safetensors")
     assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
 

@@ -23,6 +23,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 def test_each_variant_answers_as_it_would_alone() -> None:
     model, tokenizer = tiny_load(priority_threshold=0.0)
     texts = documents(1500, 900)

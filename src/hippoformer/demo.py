@@ -125,7 +125,7 @@ def user_text(paths: Sequence[Path]) -> tuple[str, str]:
 
 
 def plant(tokenizer: Any, text: str) -> tuple[list[int], list[Fact]]:
-    """The tokens of a text with the facts in it, each after the end of a line where there is one near.
+    """The tokens of a text with the facts in it, each after the end of a line or sentence where there is one near.
 
     Raises:
         TextError: less than two tokens.
@@ -135,14 +135,21 @@ def plant(tokenizer: Any, text: str) -> tuple[list[int], list[Fact]]:
     ids, facts, end = start_tokens(tokenizer), [], 0
     apart = min(_APART, len(text) // (2 * len(FACTS)))
     for prompt, answer in FACTS:
-        line = text.find("\n", end + apart, end + 2 * apart)
-        cut = line if line >= 0 else end + apart
+        cut = end_of_sentence(text, end + apart, end + 2 * apart)
         ids += token_ids(tokenizer, text[end:cut])
         asked, answered = token_ids(tokenizer, "\n\n" + prompt), token_ids(tokenizer, answer)
         facts.append(Fact(asked, answered, len(ids) + len(asked)))
         ids += [*asked, *answered, *token_ids(tokenizer, ".\n\n")]
         end = cut
     return ids + token_ids(tokenizer, text[end:]), facts
+
+
+def end_of_sentence(text: str, start: int, stop: int) -> int:
+    """Where a line, or else a sentence, or else a word ends between two places; the first place where none does."""
+    for ending in ("\n", ". ", " "):
+        if (found := text.find(ending, start, stop)) >= 0:
+            return found + (ending == ". ")
+    return start
 
 
 # ---------------------------------------------------------------- reading and asking
@@ -232,10 +239,13 @@ def verdict(tokenizer: Any, said: list[int], log_prob: float, fact: Fact) -> str
 
 
 def strongest(cache: HippoCache, count: int) -> list[Episode]:
-    """The stored episodes of highest effective priority; among equals those owed most predictions."""
-    decay = cache.config.decay_rate
+    """The stored episodes of highest effective priority, one of each place; among equals those of most credit."""
+    decay, found = cache.config.decay_rate, list[Episode]()
     episodes = cache.episodes(stored_only=True)
-    return sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit))[:count]
+    for episode in sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit)):
+        if all(abs(episode.position - other.position) > _CONTEXT for other in found):
+            found.append(episode)
+    return found[:count]
 
 
 def visible(tokenizer: Any, ids: list[int]) -> str:
