@@ -233,7 +233,7 @@ def adapted(base: PreTrainedModel, *names: str) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
