@@ -1,10 +1,11 @@
-"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `memory show`, `figures`, `report`, `lm-eval`, …
+"""The command line: `hippoformer eval …`, `train`, `demo`, `chat`, `ask`, `memory show`, `figures`, …
 
 Each command is a thin layer over a function of the package, imported only when it runs, so that `--help` is quick. A
 file a group of commands; importing it registers them.
 """
 
 from hippoformer.cli import (
+    ask,
     babilong,
     chat,
     comparison,
@@ -22,6 +23,7 @@ from hippoformer.cli.app import app
 
 __all__ = [
     "app",
+    "ask",
     "babilong",
     "chat",
     "comparison",

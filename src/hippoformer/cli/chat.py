@@ -14,6 +14,7 @@ import typer
 from rich.text import Text
 
 from hippoformer.cli.app import app
+from hippoformer.cli.ask import passage_lines
 from hippoformer.cli.memory import episodes_table
 from hippoformer.cli.options import ModelOptions, with_groups
 from hippoformer.cli.terminal import console
@@ -23,6 +24,7 @@ COMMANDS = {
     "/memory": "what is remembered: sizes, and the memories held most strongly",
     "/save FILE": "put the conversation away",
     "/load FILE": "take up a saved conversation, or one about something read before",
+    "/why": "the passages that the last reply stands on",
     "/forget": "start anew",
     "/help": "these lines",
     "/quit": "leave; so does the end of the input",
@@ -43,8 +45,8 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability to sample from.")] = 0.9,
     reread_tokens: Annotated[
-        int, typer.Option("--reread-tokens", min=0, help="Tokens remembered of a turn, read again before its reply.")
-    ] = 0,
+        int, typer.Option("--reread-tokens", min=0, help="Tokens of passages that a reply may stand on; 0: none.")
+    ] = 256,
     seed: Annotated[int, typer.Option(help="Of the sampling and of the replay draws.")] = 0,
 ) -> None:
     """Talk with a model that remembers what has left its window. Ctrl-C ends a reply; /help lists the commands."""
@@ -167,6 +169,9 @@ def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
         terminal.print(f"{_read(conversation)}, {size}")
         decay = cache.config.decay
         terminal.print(episodes_table(cache, conversation.tokenizer, "of this conversation", decay, limit=10))
+    elif name == "/why":
+        lines = passage_lines(conversation)
+        terminal.print(Text("\n".join(lines) if lines else "On nothing but what the model still sees and recalls."))
     elif argument is None:
         conversation.forget()
         terminal.print("Forgotten.")
