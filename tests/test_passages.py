@@ -98,10 +98,9 @@ def test_sentences_end_in_every_script(stop: str) -> None:
 def test_a_turn_stays_whole_and_a_wrapped_line_is_no_end() -> None:
     talk = "Ann: I went to the shop. It was shut\nBob: What a pity. Did you ring them\nAnn: No I did not"
     assert [passage.strip() for passage in passages_of(talk)] == talk.split("\n")
-    wrapped = (
-        "It was late when the two of them came to the house of old Mr.\nDarcy and the Bennets were all\nin bed by then."
-    )
-    assert len(passages_of(wrapped)) == 1
+    wrapped = "It was late when the two of them came to the house of old Mr.\nDarcy and {} of the Bennets were\nin bed."
+    assert len(passages_of(wrapped.format("all of the others and most"))) == 1
+    assert len(passages_of(wrapped.format("all"))) == 2  # a line too short to have been broken for its length
 
 
 def test_a_control_token_ends_a_line() -> None:

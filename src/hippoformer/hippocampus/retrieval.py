@@ -2,8 +2,9 @@
 
 Words are those of the text, whatever the tokenizer cut: folded to one case and one form, inflections together (Snowball
 stemmers, by script), function words left out, scripts without spaces by pairs of characters. A word counts the more the
-fewer passages have it (BM25: Robertson & Zaragoza 2009), names and numbers of the query count more, and a passage lends
-weight to its neighbours and to its surroundings.
+fewer passages have it (BM25: Robertson & Zaragoza 2009). A passage lends weight to its neighbours and surroundings,
+which talk of the same; it gains by every further word of the query that stands in it or next to it, and by being said
+by someone the query names.
 """
 
 import unicodedata
@@ -23,11 +24,14 @@ from hippoformer.hippocampus.spelling import Spelling
 
 K1, B = 1.2, 0.75  # BM25: how soon a repeated word adds no more; how much a long passage is held back
 NEIGHBOURS = (0.6, 0.3)  # of a passage's score that the next one on either side gets, and the one after it
-SURROUNDINGS, SURROUNDINGS_WEIGHT = 20, 1.0  # passages on either side, and the weight of their mean score
-NAME_WEIGHT = 1.5  # of names and numbers in the query
+COVERAGE = 0.5  # a word's rarity counts so much once more where it stands in a passage, NEIGHBOURS[0] of it next to it
+SURROUNDINGS, SURROUNDINGS_WEIGHT = 20, 2.0  # passages on either side, and the weight of their mean score
+NAME = 1.0  # gain of a name or number of the query that hardly any passage has; that of common ones is less
+LABEL = 1.0  # gain of a passage whose line begins with a name and a colon, if the query has the name
 
 _WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]+")
+_LABEL = regex.compile(r"\s*([\p{L}\p{M}\p{N}][\p{L}\p{M}\p{N} .'-]{0,30})[:：]\s")
 _STEMMERS = {
     "LATIN": "english", "CYRILLIC": "russian", "ARABIC": "arabic", "GREEK": "greek", "DEVANAGARI": "hindi",
     "ARMENIAN": "armenian", "TAMIL": "tamil",
@@ -90,7 +94,7 @@ def retrieve(passages: Sequence[Passage], query: str, n_tokens: int, spelling: S
     """
     if not passages:
         return []
-    fit = surround(passages, score(passages, query, spelling))
+    fit = score(passages, query, spelling)
     found, left = [], n_tokens
     for place in np.lexsort((-np.arange(len(fit)), -fit)):
         if fit[place] <= 0:
@@ -104,38 +108,48 @@ def retrieve(passages: Sequence[Passage], query: str, n_tokens: int, spelling: S
 def passage_terms(passage: Passage, spelling: Spelling) -> np.ndarray:
     """(words,) uint32; worked out once for all copies of a passage."""
     if "terms" not in passage.cache:
-        passage.cache["terms"] = np.array(terms(spelling.text(passage.token_ids, mark=True)), np.uint32)
+        text = spelling.text(passage.token_ids, mark=True)
+        label = _LABEL.match(text)
+        passage.cache["terms"] = np.array(terms(text), np.uint32)
+        passage.cache["label"] = frozenset(terms(label[1])) if label else frozenset()
     return passage.cache["terms"]
 
 
 def score(passages: Sequence[Passage], query: str, spelling: Spelling) -> np.ndarray:
-    """(passages,) BM25 of each passage by itself."""
+    """(P,) how well each passage of a row fits a query; 0 where nothing in it or around it does."""
     found = [passage_terms(passage, spelling) for passage in passages]
     lengths = np.array([len(each) for each in found])
     flat, owner = np.concatenate(found), np.repeat(np.arange(len(found)), lengths)
     norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1.0))
-    total = np.zeros(len(found))
-    for term, weight in query_terms(query).items():
-        counts = np.bincount(owner[flat == term], minlength=len(found))
-        holders = np.count_nonzero(counts)
-        rarity = np.log(1 + (len(found) - holders + 0.5) / (holders + 0.5))
-        total += weight * rarity * counts * (K1 + 1) / np.maximum(counts + norm, 1e-9)
-    return total
+    adjacent = np.array([left.stop == right.start for left, right in pairwise(passages)], bool)  # (P - 1,)
+    wanted = query_terms(query)
+    alone, covered = np.zeros((2, len(found)))
+    for term, exact in wanted.items():
+        counts = np.bincount(owner[flat == term], minlength=len(found))  # (P,)
+        here = counts > 0
+        rarity = np.log(1 + (len(found) - here.sum() + 0.5) / (here.sum() + 0.5))
+        rarity *= 1 + NAME * exact * rarity / np.log(1 + len(found))
+        alone += rarity * counts * (K1 + 1) / np.maximum(counts + norm, 1e-9)
+        beside = np.zeros(len(found), bool)
+        beside[1:] |= here[:-1] & adjacent
+        beside[:-1] |= here[1:] & adjacent
+        covered += rarity * np.where(here, 1.0, NEIGHBOURS[0] * beside)
+    total = surround(alone + COVERAGE * covered, adjacent)
+    return total * (1 + LABEL * np.array([not passage.cache["label"].isdisjoint(wanted) for passage in passages]))
 
 
-def query_terms(query: str) -> dict[int, float]:
-    """The query's words and how much each counts."""
-    weights: dict[int, float] = {}
+def query_terms(query: str) -> dict[int, bool]:
+    """What the query's words are found by, and whether the word is a name or has a digit."""
+    found: dict[int, bool] = {}
     for place, word in enumerate(_WORD.findall(query)):
-        exact = (place and word[0].isupper()) or any(letter.isdigit() for letter in word)
+        exact = (place > 0 and word[0].isupper()) or any(letter.isdigit() for letter in word)
         for term in word_terms(word):
-            weights[term] = max(weights.get(term, 0.0), NAME_WEIGHT if exact else 1.0)
-    return weights
+            found[term] = found.get(term, False) or exact
+    return found
 
 
-def surround(passages: Sequence[Passage], fit: np.ndarray) -> np.ndarray:
-    """(passages,) scores with what neighbours and surroundings lend; a passage that was not read next lends nothing."""
-    adjacent = np.array([left.stop == right.start for left, right in pairwise(passages)], bool)
+def surround(fit: np.ndarray, adjacent: np.ndarray) -> np.ndarray:
+    """(P,) scores with what neighbours and surroundings lend; a passage that was not read next lends nothing."""
     total, joined = fit.copy(), np.ones(len(fit), bool)
     for distance, weight in enumerate(NEIGHBOURS, start=1):
         joined = joined[:-1] & adjacent[distance - 1 :]
