@@ -295,7 +295,7 @@ def test_ask_and_why_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert first.stderr.count("tokens") == 1
     for question, line in zip(asked, (STORY[2], STORY[0]), strict=True):
         assert question in first.stdout and line.strip() in first.stdout
-    start = 1 + len("".join(STORY[:2]))  # after the token that begins a text
+    start = len("".join(STORY[:2]))
     assert f"tokens {start} to {start + len(STORY[2])}: Old Jonas" in first.stdout
     again = run("ask", str(memory), *asked)
     assert again.stdout == first.stdout
