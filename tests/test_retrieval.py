@@ -95,7 +95,7 @@ def test_together_they_fit_and_are_what_was_read(n_tokens: int) -> None:
 
 def test_forgotten_by_its_words() -> None:
     store = store_of(["Anna's number is 55 12.", *FILLER, "Anna likes tea."])
-    assert store.forget(0, mentions("Anna number", BYTES)) == 1
+    assert len(store.forget(0, mentions("Anna number", BYTES))) == 1
     assert retrieve(store.of_row(0), "What is the number?", 64, BYTES) == []
     assert len(store.of_row(0)) == 4
     with pytest.raises(InputError, match="no word"):
