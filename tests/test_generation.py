@@ -242,6 +242,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.supports(architecture="llama", mode="prompt of 50,000 tokens")
 @torch.no_grad()
 def test_a_prompt_of_fifty_thousand_tokens_takes_no_more_space_than_a_short_one() -> None:

@@ -42,6 +42,7 @@ def test_each_variant_answers_as_it_would_alone() -> None:
     assert together.variants[1].against is not None and set(together.variants[1].against) == {600, 1200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marginals", [{}, {"marginal_weight": 0.75}], ids=["episodes", "and marginals"])
 def test_hippocampi_of_other_layers_and_shapes_answer_as_they_would_alone(marginals: dict, tmp_path: Path) -> None:
     """Three hippocampi, one reading of their base; the second hears a layer that the first does not."""
