@@ -214,7 +214,6 @@ class HippoCache(WindowCache):
             )
         for name, tensor in mine.items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
-        mine["recalled"][:, : self.config.buffer_size] = 0.0  # by a query of another text
         for name, tensor in self.memory.marginals.tensors().items():
             tensor[:] = other.memory.marginals.tensors()[name]
         self.memory.stored_bound = other.memory.stored_bound
