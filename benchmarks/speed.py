@@ -246,7 +246,6 @@ def one_segment(
             age=none,
             strength=torch.ones_like(none),
             credit=none,
-            recalled=none,
             matched=none,
         )
         return episodes.write(column + config.buffer_size + working_fill(done, config), new)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hippoformer import HippoFormerConfig
+from hippoformer.hippocampus import continuation
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.recall import Recall
 
@@ -174,12 +175,82 @@ def _text_before(slot: int, position: list[int], token: list[int], spelled: list
     return text[-7:]
 
 
+def _shared(one: bytes, other: bytes) -> int:
+    """How many letters two texts share at their ends."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False)))
+
+
+def _match_lengths(
+    module: Recall, tokens: list[int], token: list[int], position: list[int], visible: list[list[bool]], before: list
+) -> list[list[int]]:
+    """For each query and slot, how many tokens in a row, up to the query's own, the slot continues."""
+    word, found = module.word_of_token.tolist(), []
+    for read, seen in zip(tokens, visible, strict=True):
+        length = [0] * len(token)
+        for slot in range(1, len(token)):
+            follows = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
+            if follows and seen[slot] and word[token[slot - 1]] == word[read]:
+                length[slot] = min(int(before[slot - 1]) + 1, 1024)
+        found.append(length)
+        before = length
+    return found
+
+
+def _match_in_tokens(module: Recall, length: int, slot: int, own: int, token: list[int], position: list[int]) -> float:
+    """The length of a match that `slot` continues, with the letters that both texts share before it."""
+    if not length or not module.match_characters:
+        return float(length)
+    spelled, texts = [_letters(e) for e in module.ending_of_token.tolist()], []
+    for end in (slot - 1, min(own, len(token) - 1)):
+        start = max(end - length + 1, 0)
+        kept = position[start] == position[end] - length + 1
+        texts.append(_text_before(start, position, token, spelled) if kept else b"")
+    return min(length + _shared(*texts) / module.match_characters, 1024.0)
+
+
+def _attention(module: Recall, state: Tensor, key: Tensor, mass: Tensor, visible: list[bool]) -> Tensor:
+    """(E + 1,) recall by similarity, the mixture of all heads, the null last."""
+    weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+    share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)
+    total = torch.zeros(len(visible) + 1, dtype=torch.float64)
+    for head in range(module.n_heads):
+        span = slice(head * module.head_dim, (head + 1) * module.head_dim)
+        query = weight["query_proj.weight"][span] @ state
+        query = query / max(float(query.norm()), 1e-12)
+        scores = []
+        for slot, seen in enumerate(visible):
+            score = float(weight["log_scale"][head].exp() * (query @ key[slot, span].double()))
+            score += float(weight["priority_weight"][head]) * math.log(max(float(mass[slot]), 1e-6))
+            scores.append(score if seen else -math.inf)
+        if 0 < module.top_k < len(visible):
+            least = sorted(scores, reverse=True)[module.top_k - 1]
+            scores = [score if score >= least else -math.inf for score in scores]
+        scores.append(float(weight["null_proj.weight"][head] @ state + weight["null_proj.bias"][head]))
+        total += share[head] * torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
+    return total
+
+
+def _moved(module: Recall, state: Tensor, alike: list[float], length: list[float], places: list[int]) -> list[float]:
+    """(E,) the part of the weights that moves to each slot that continues a match: phi q."""
+    weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+    gate = float(weight["follow_gate.weight"][0] @ state + weight["follow_gate.bias"][0])
+    match = [0.0] * len(length)
+    for slot in places:
+        match[slot] = (alike[slot] + 1e-4) * length[slot] ** module.match_power
+        if length[slot] > 3.0:
+            newer = sum(other > slot and abs(length[other] - length[slot]) < 1e-3 for other in places)
+            match[slot] /= (1 + newer) ** (module.match_recency * math.log(length[slot] / 3.0))
+    moved = [0.0] * len(length)
+    for slot in places:
+        odds = gate + float(weight["match_weight"]) * math.log(length[slot])
+        moved[slot] = match[slot] / sum(match) / (1.0 + math.exp(-odds))
+    return moved
+
+
 def recall(
     module: Recall,
     hidden: Tensor,
     tokens: Tensor,
-    own: Tensor,
-    null_before: Tensor,
     episodes: Episodes,
     mass: Tensor,
     visible: Tensor,
@@ -187,77 +258,24 @@ def recall(
 ) -> dict[str, Tensor]:
     """Weights (R, N, E), null mass (R, N), content (R, N, U), peak (R, N),
     matched (R, N, E) and followed (R, N), one number at a time."""
-    hidden, mass, own = hidden.double(), mass.double(), own.double()
-    rows, n_queries, _ = hidden.shape
-    n_episodes, heads, width = episodes.position.shape[1], module.n_heads, module.head_dim
-    weight = {name: parameter.detach().double() for name, parameter in module.named_parameters()}
-    word, spelled = module.word_of_token.tolist(), [_letters(e) for e in module.ending_of_token.tolist()]
+    rows, n_queries, n_episodes = visible.shape
     result = torch.zeros(rows, n_queries, n_episodes + 1, dtype=torch.float64)
     matched = torch.zeros(rows, n_queries, n_episodes, dtype=torch.float64)
     followed = torch.zeros(rows, n_queries, dtype=torch.float64)
     for row in range(rows):
         position, token = episodes.position[row].tolist(), episodes.token[row].tolist()
-        before = episodes.recalled[row].double().tolist()
-        nothing, together = float(null_before[row]), episodes.matched[row].double().tolist()
-        for number in range(n_queries):
-            state = hidden[row, number]
-            share = torch.softmax(weight["head_mixture.weight"] @ state + weight["head_mixture.bias"], 0)
-            # Episodes that foretold the token just read lead to their successors.
-            lead, in_common = [0.0] * n_episodes, [0.0] * n_episodes
-            for slot in range(1, n_episodes):
-                goes_on = position[slot - 1] >= 0 and position[slot] == position[slot - 1] + 1
-                if goes_on and visible[row, number, slot] and word[token[slot - 1]] == word[int(tokens[row, number])]:
-                    lead[slot], in_common[slot] = before[slot - 1], together[slot - 1] + 1.0
-                    if together[slot - 1] == 0 and module.match_characters:
-                        there, here = (
-                            _text_before(at, position, token, spelled)
-                            for at in (slot - 1, min(int(own_slot[row]) + number, n_episodes - 1))
-                        )
-                        pairs = zip(reversed(there), reversed(here), strict=False)
-                        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-                        in_common[slot] += same / module.match_characters
-            evidence = sum(lead) + nothing * float(own[row, number])
-            lead = [value / evidence if evidence > 0 else 0.0 for value in lead]
-            together, matched[row, number] = in_common, torch.tensor(in_common, dtype=torch.float64)
-            total = torch.zeros(n_episodes + 1, dtype=torch.float64)
-            for head in range(heads):
-                span = slice(head * width, (head + 1) * width)
-                query = weight["query_proj.weight"][span] @ state
-                query = query / max(float(query.norm()), 1e-12)
-                scores = []
-                for slot in range(n_episodes):
-                    score = float(weight["log_scale"][head].exp() * (query @ episodes.key[row, slot, span].double()))
-                    score += float(weight["priority_weight"][head]) * math.log(max(float(mass[row, slot]), 1e-6))
-                    scores.append(score if visible[row, number, slot] else -math.inf)
-                if 0 < module.top_k < n_episodes:
-                    least = sorted(scores, reverse=True)[module.top_k - 1]
-                    scores = [score if score >= least else -math.inf for score in scores]
-                scores.append(float(weight["null_proj.weight"][head] @ state + weight["null_proj.bias"][head]))
-                highest, kappa = max(scores), math.exp(float(weight["log_contiguity"][head]))
-                now = [math.exp(score - highest) for score in scores]
-                for slot in range(n_episodes):
-                    now[slot] *= 1.0 + kappa * lead[slot]
-                total += share[head] * torch.tensor(now, dtype=torch.float64) / sum(now)
-            gate = float(weight["follow_gate.weight"][0] @ state + weight["follow_gate.bias"][0])
-            power = module.match_power
-            match = [
-                (float(total[slot]) + 1e-4) * min(count, 1024.0) ** power if count else 0.0
-                for slot, count in enumerate(in_common)
-            ]
-            for slot, count in enumerate(in_common):
-                if count > 3.0:
-                    newer = sum(abs(other - count) < 1e-3 for other in in_common[slot + 1 :])
-                    match[slot] /= (1 + newer) ** (module.match_recency * math.log(count / 3.0))
-            story = [0.0] * n_episodes
-            for slot, count in enumerate(in_common):
-                if count:
-                    odds = gate + float(weight["match_weight"]) * math.log(min(count, 1024.0))
-                    story[slot] = match[slot] / sum(match) / (1.0 + math.exp(-odds))
-            total *= 1.0 - sum(story)
-            total[:-1] += torch.tensor(story, dtype=torch.float64)
-            followed[row, number] = sum(story)
-            before, nothing = total[:-1].tolist(), float(total[-1])
-            result[row, number] = total
+        seen = visible[row].tolist()
+        lengths = _match_lengths(module, tokens[row].tolist(), token, position, seen, episodes.matched[row].tolist())
+        matched[row] = torch.tensor(lengths)
+        for number, run in enumerate(lengths):
+            state, own = hidden[row, number].double(), int(own_slot[row]) + number
+            total = _attention(module, state, episodes.key[row], mass[row].double(), seen[number])
+            longest = sorted((slot for slot in range(n_episodes) if run[slot]), key=lambda s: (run[s], s), reverse=True)
+            length = [_match_in_tokens(module, m, slot, own, token, position) for slot, m in enumerate(run)]
+            moved = _moved(module, state, total.tolist(), length, longest[: continuation.PLACES])
+            followed[row, number] = sum(moved)
+            result[row, number] = (1.0 - sum(moved)) * total
+            result[row, number, :-1] += torch.tensor(moved, dtype=torch.float64)
     weights = result[..., :-1]
     return {
         "weights": weights,

@@ -1,5 +1,6 @@
 """Marginals: what is counted, what predictions make of it, and that nothing of it leaks."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,8 @@ def by_hand(model: HippoFormer, ids: Tensor) -> Tensor:
             for v in range(VOCAB):
                 count = sum(int(ids[row, i] == v) for i in range(1, done))
                 expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
-                moved[row, t, v] = base[row, t, v] + weight * torch.log(
-                    torch.tensor((count + prior) / (expected + prior))
-                )
+                shift = weight * math.log((count + prior) / (expected + prior))
+                moved[row, t, v] = base[row, t, v] + max(shift, -1.0)
     return moved.log_softmax(-1)
 
 
@@ -42,6 +42,18 @@ def test_predictions_move_by_what_came_against_what_was_expected() -> None:
     torch.testing.assert_close(found, by_hand(model, ids), **TOLERANCE)
     with model.memory_off():
         assert (found - model(ids).logits)[:, 6:].abs().amax(-1).min() > 0.05, "nothing is moved"
+
+
+@torch.no_grad()
+def test_a_long_run_silences_no_other_token() -> None:
+    """The base goes on expecting others all along; they become less likely by a factor of e at most."""
+    model = fresh(**KEPT)
+    cache = model.new_cache(1)
+    model(torch.full((1, 300), 5), past_key_values=cache)
+    marginals = cache.memory.marginals
+    others = torch.arange(VOCAB) != 5
+    assert marginals.expected[0, others].max() > 10 and not marginals.count[0, others].any()
+    assert marginals.shift.min() == -1.0 and marginals.shift[0, 5] > 1.0
 
 
 @torch.no_grad()

@@ -1,12 +1,9 @@
 """Half precision: the same reading as in float32 but for rounding, and the same invariants within itself."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from hippoformer import HippoFormer
-from hippoformer.tensors.precision import in_whole_vectors
 from tiny import fresh, read_in_chunks, text, tiny_base
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,14 +62,3 @@ def test_generation_goes_on_where_it_stopped(precision: str) -> None:
         )
     assert torch.equal(ids, once)
     assert len(set(once[:, 31:].flatten().tolist())) > 2, "a degenerate text tests nothing"
-
-
-@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.log])
-def test_a_number_does_not_hang_on_how_many_come_after_it(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """The last few of a tensor are rounded otherwise than the same numbers further in front."""
-    values = torch.rand(2, 300, generator=torch.Generator().manual_seed(0)) * 5
-    whole = in_whole_vectors(function, values)
-    assert whole.shape == values.shape
-    torch.testing.assert_close(whole, function(values))
-    for count in range(1, 130):
-        assert torch.equal(in_whole_vectors(function, values[:, :count]), whole[:, :count])

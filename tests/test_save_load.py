@@ -391,8 +391,6 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
         return new.hippocampus.recall(
             hidden,
             nothing_read,
-            nothing_read.float(),
-            torch.ones(1),
             store,
             torch.ones_like(store.priority),
             visible,
@@ -441,3 +439,31 @@ def test_a_memory_moves_with_its_file(tmp_path: Path) -> None:
     shutil.move(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "b.safetensors", model)))
     assert str(tmp_path).encode() not in (tmp_path / "b.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_memory_written_when_recall_was_carried_is_read(tmp_path: Path) -> None:
+    """Earlier versions kept the weights of the last query, `memory.recalled`, with the episodes."""
+    model, file = awake(), tmp_path / "memory.safetensors"
+    cache = model.new_cache(2)
+    model(text(rows=2, length=47), past_key_values=cache)
+    cache.save(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    save_file(tensors | {"memory.recalled": torch.rand_like(tensors["memory.matched"])}, file, metadata)
+    assert not same_state(state_of(cache), state_of(HippoCache.load(file, model)))
+
+
+def test_a_hippocampus_trained_with_contiguity_is_loaded(tmp_path: Path) -> None:
+    """Earlier versions had a parameter for the weight of the query before, which is no longer used."""
+    model = awake()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "hippocampus.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"hippocampus.recall.log_contiguity": torch.zeros(4)}, file)
+    loaded = HippoFormer.from_pretrained(tmp_path, base_model=model.base).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    save_file(tensors | {"hippocampus.recall.unheard_of": torch.zeros(4)}, file)
+    with pytest.raises(CheckpointError, match="unheard_of"):
+        HippoFormer.from_pretrained(tmp_path, base_model=model.base)

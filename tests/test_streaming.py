@@ -103,7 +103,7 @@ def test_a_cache_is_what_generate_thinks_it_is() -> None:
 
 
 @torch.no_grad()
-def test_a_story_is_followed_across_every_edge() -> None:
+def test_a_match_goes_on_across_every_edge() -> None:
     """A passage comes again; token by token it is recognised as surely as in one call."""
     model = awake("llama")
     model.hippocampus.recall.follow_gate.bias.fill_(-6.0)  # it takes several tokens in a row

@@ -1,4 +1,4 @@
-"""Which tokens are the same word, and that a story told in one dress is followed in the other."""
+"""Which tokens are the same word, and that a match goes on across them."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
+from hippoformer.hippocampus.continuation import LONGEST
 from hippoformer.model.words import words_of_tokens
 from tiny import VOCAB, awake, text
 from tiny_texts import LETTERS, byte_tokenizer, tiny_load
@@ -78,7 +79,7 @@ def twin_passages() -> torch.Tensor:
 
 
 def followed(model: HippoFormer, ids: torch.Tensor) -> torch.Tensor:
-    """(1, N) how many tokens in a row, up to each, the longest story foretold."""
+    """(1, N) the longest match at each token, in tokens."""
     found: list[torch.Tensor] = []
     hook = model.hippocampus.recall.register_forward_hook(lambda *call: found.append(call[-1].matched.amax(-1)))
     with hook, torch.no_grad():
@@ -86,7 +87,7 @@ def followed(model: HippoFormer, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, dim=-1)
 
 
-def test_a_story_is_followed_in_another_dress() -> None:
+def test_a_match_goes_on_in_other_tokens_of_the_same_words() -> None:
     model, ids = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0), twin_passages()
     plain = followed(model, ids)
     mirrored = torch.minimum(torch.arange(VOCAB), VOCAB - 1 - torch.arange(VOCAB))
@@ -95,8 +96,9 @@ def test_a_story_is_followed_in_another_dress() -> None:
 
 
 def test_a_name_cut_into_other_tokens_is_recognised_by_its_characters() -> None:
-    """Two stories go on alike; the one told of the name that was just read counts for more, in whatever pieces."""
+    """Two sentences go on alike; the one about the name that was just read counts for more, in whatever pieces."""
     model = awake(buffer_size=64, max_replay_rounds=0, priority_threshold=0.0, match_characters=2)
+    model.hippocampus.recall.follow_gate.bias.detach().fill_(8.0)
     spelled = {1: " ann", 2: "a", 3: " an", 4: "na", 5: " eva", 6: " lives", 7: " in", 8: ".", 9: " rome", 10: " oslo"}
     endings = torch.zeros(VOCAB, dtype=torch.int64)
     for token, letters in spelled.items():
@@ -108,9 +110,10 @@ def test_a_name_cut_into_other_tokens_is_recognised_by_its_characters() -> None:
         model(torch.tensor([told]), past_key_values=cache)
         for token in (3, 4, 6, 7):
             model(torch.tensor([[token]]), past_key_values=cache)
-    episodes = cache.memory.episodes
-    rome, oslo = (float(episodes.matched[0, episodes.token[0] == token].max()) for token in (9, 10))
-    assert rome == 2 + 5 / 2 and oslo == 2 + 1 / 2
+    episodes, weights = cache.memory.episodes, cache.memory.vote.weights
+    assert all(episodes.matched[0, episodes.token[0] == token].max() == 2 for token in (9, 10))
+    rome, oslo = (float(weights[0, episodes.token[0] == token].sum()) for token in (9, 10))
+    assert rome > 5 * oslo, "2 + 5 / 2 tokens against 2 + 1 / 2, to the power of 8"
 
 
 @pytest.mark.parametrize("values", [(9, 10), (10, 9)])
@@ -125,8 +128,8 @@ def test_what_was_told_last_is_recalled(values: tuple[int, int]) -> None:
         with torch.no_grad():
             model(torch.tensor([told]), past_key_values=cache)
             model(torch.tensor([asked]), past_key_values=cache)
-        episodes = cache.memory.episodes
-        return [float(episodes.recalled[0, episodes.token[0] == value].sum()) for value in values]
+        token, weights = cache.memory.episodes.token[0], cache.memory.vote.weights[0]
+        return [float(weights[token == value].sum()) for value in values]
 
     with torch.no_grad():
         model.hippocampus.recall.follow_gate.bias.fill_(8.0)
@@ -162,7 +165,7 @@ def test_a_hippocampus_saved_before_tokens_were_spelled_is_loaded(tmp_path: Path
 
 
 def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
-    """Its stories have foretold everything for ever."""
+    """Every episode matches, and a memory file of an earlier version has counted for ever."""
     model, ids = awake(match_power=10.0), torch.full((1, 40), 5)
     cache = model.new_cache(1)
     with torch.no_grad():
@@ -170,6 +173,7 @@ def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
         assert cache.memory.episodes.matched.max() > 10
         cache.memory.episodes.matched.mul_(1e6)
         assert model(ids, past_key_values=cache).logits.isfinite().all()
+    assert cache.memory.episodes.matched.max() == LONGEST
 
 
 @pytest.mark.real

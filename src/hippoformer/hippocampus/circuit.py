@@ -6,8 +6,7 @@ retrieval are separate phases (Hasselmo 1995) and any chunking of a stream gives
 
 Time, exactly: row token t (0-based) completes the episode t-1 -> t. Query t sees the episodes completed at or before
 t, and predicts token t+1. Two things are carried over a step's edge: the hidden state of the last token (its key is
-made when the next token completes the episode), and the vote of the last query, by which the next token will be judged
-and which leads the next query on.
+made when the next token completes the episode), and the vote of the last query, by which the next token will be judged.
 """
 
 from collections.abc import Callable
@@ -147,8 +146,7 @@ class MemoryState:
     def without_vote(self, last_hidden: Tensor) -> "MemoryState":
         """The state after tokens that were read with the memory off."""
         rows, slots = self.episodes.position.shape
-        recalled, matched = torch.zeros_like(self.episodes.recalled), torch.zeros_like(self.episodes.matched)
-        episodes = replace(self.episodes, recalled=recalled, matched=matched)
+        episodes = replace(self.episodes, matched=torch.zeros_like(self.episodes.matched))
         vote = Vote.none(rows, slots, last_hidden.device)
         return replace(self, episodes=episodes, vote=vote, last_hidden=last_hidden)
 
@@ -282,11 +280,8 @@ class Hippocampus(nn.Module):
         )
         known = episodes.slots(low, high)
         mass = known.effective_priority(config.decay) * known.strength
-        own = (-surprise).exp()
         n_shared = max(config.buffer_size - low, 0)
-        recollection = self.recall(
-            after, tokens, own, state.vote.nothing, known, mass, visible[:, 1:], first - low, n_shared
-        )
+        recollection = self.recall(after, tokens, known, mass, visible[:, 1:], first - low, n_shared)
         mixture = self.fusion.mixture_weight(after, recollection)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.
@@ -299,7 +294,7 @@ class Hippocampus(nn.Module):
         )  # (R, N-1, e)
         hit = torch.cat((carried.sum(-1, keepdim=True), foretold.sum(-1)), dim=-1)
         with torch.no_grad():
-            own = own * (1.0 - prior_mixture * (1.0 - prior_nothing))
+            own = (-surprise).exp() * (1.0 - prior_mixture * (1.0 - prior_nothing))
             share = torch.where(is_real, prior_mixture / (own + prior_mixture * hit).clamp_min(1e-12), 0.0)  # (R, N)
             carried = carried * (share[:, 0] * vote.in_place).unsqueeze(-1)
             episodes = self._give_credit(episodes, carried, torch.einsum("rn,rne->re", share[:, 1:], foretold), low)
@@ -318,11 +313,7 @@ class Hippocampus(nn.Module):
         vote = self._next_vote(vote, output, length, low)
         return output, replace(
             state,
-            episodes=replace(
-                episodes,
-                recalled=torch.where(length.unsqueeze(-1) > 0, vote.weights, episodes.recalled),
-                matched=_of_last_query(recollection.matched, length, low, episodes.matched),
-            ),
+            episodes=replace(episodes, matched=_of_last_query(recollection.matched, length, low, episodes.matched)),
             vote=vote,
             last_hidden=last_of(hidden, new, state.last_hidden),
             recent_salience=last_of_each_row(extended, length, config.salience_min_duration - 1),
@@ -399,7 +390,6 @@ class Hippocampus(nn.Module):
             age=none,
             strength=is_real.to(none.dtype),
             credit=none,
-            recalled=none,
             matched=none,
         )
 

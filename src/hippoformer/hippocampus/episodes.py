@@ -17,11 +17,16 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d
+from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d, pad
 
 from hippoformer.hippocampus.selection import RULES
 from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import put, take, winners
+
+# Tokens in a row that must come again for an episode to be repeated; a power of two.
+REPEATED = 16
+# Salience and priority of a repeated episode, as a part of what they would be.
+_WORTH_REPEATED = 1e-3
 
 
 @dataclass
@@ -39,8 +44,7 @@ class Episodes:
         age: (R, E) segments since the last reactivation.
         strength: (R, E) how many experiences were merged into this one.
         credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
-        recalled: (R, E) weight that the row's last query gave it.
-        matched: (R, E) how many tokens in a row, up to the row's last, were what led to it.
+        matched: (R, E) how many tokens in a row, up to the row's last, it continues (see continuation).
     """
 
     key: Tensor
@@ -53,7 +57,6 @@ class Episodes:
     age: Tensor
     strength: Tensor
     credit: Tensor
-    recalled: Tensor
     matched: Tensor
 
     @classmethod
@@ -75,7 +78,6 @@ class Episodes:
             age=zeros(),
             strength=zeros(),
             credit=zeros(),
-            recalled=zeros(),
             matched=zeros(),
         )
 
@@ -128,6 +130,34 @@ def joined(position: Tensor) -> Tensor:
     return (position[:, 1:] == position[:, :-1] + 1) & (position[:, :-1] >= 0)
 
 
+def repeats(token: Tensor, position: Tensor) -> Tensor:
+    """(R, E) bool, whether the `REPEATED` tokens of the text from an episode's own on come again in newer episodes.
+
+    Args:
+        token, position: (R, E) of the episodes, from old to new.
+    """
+    n_slots, reach = token.shape[1], 1
+    stretch, whole = _numbered(token.long()), position >= 0
+    if n_slots < REPEATED:
+        return torch.zeros_like(whole)
+    # Every stretch of 1, 2, 4, ... tokens gets a number, equal ones the same (Karp, Miller & Rosenberg 1972).
+    while reach < REPEATED:
+        goes_on = pad((position[:, reach:] == position[:, :-reach] + reach) & whole[:, reach:], (0, reach))
+        whole = whole & goes_on
+        stretch = _numbered(stretch * n_slots + pad(stretch[:, reach:], (0, reach)))
+        reach *= 2
+    stretch = torch.where(whole, stretch, -1 - torch.arange(n_slots, device=token.device))
+    in_order, order = stretch.sort(dim=-1, stable=True)
+    return torch.zeros_like(whole).scatter(-1, order, pad(in_order[:, 1:] == in_order[:, :-1], (0, 1)))
+
+
+def _numbered(code: Tensor) -> Tensor:
+    """(R, E) int64 below E, the same for equal codes (R, E) of a row and for no others."""
+    in_order, order = code.sort(dim=-1)
+    number = pad(in_order[:, 1:] != in_order[:, :-1], (1, 0)).cumsum(-1)
+    return torch.zeros_like(code).scatter(-1, order, number)
+
+
 def importance(salience: Tensor, config: HippoFormerConfig) -> Tensor:
     """Weight of a token: `untagged_weight` up to salience 0.5, then growing over `importance_weight_range`."""
     low, high = config.importance_weight_range
@@ -148,6 +178,7 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     n_stored, n_working = config.buffer_size, config.working_slots
     if config.capture_span:
         episodes = _captured(episodes, leaving, config)
+    episodes = _repeats_discounted(episodes, leaving, config)
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
@@ -193,6 +224,23 @@ def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) ->
         salience=judged(episodes.salience, salience),
         surprise=judged(episodes.surprise, surprise),
         priority=judged(episodes.priority, priority),
+    )
+
+
+def _repeats_discounted(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
+    """The memory with next to no salience and priority for leavers that the window repeats.
+
+    Otherwise a long run of one token, a table of zeros, a rule, would take all the room there is.
+    """
+    low, high = config.buffer_size, config.buffer_size + config.working_slots
+    repeated = repeats(episodes.token[:, low:high], episodes.position[:, low:high])
+    leaves = torch.arange(config.working_slots, device=leaving.device) < leaving.unsqueeze(-1)
+    worth = pad(torch.where(repeated & leaves, _WORTH_REPEATED, 1.0), (low, 1), value=1.0)
+    return replace(
+        episodes,
+        salience=episodes.salience * worth,
+        surprise=episodes.surprise * worth.unsqueeze(-1),
+        priority=episodes.priority * worth,
     )
 
 

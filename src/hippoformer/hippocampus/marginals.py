@@ -6,8 +6,10 @@ The base's predictions are moved by the ratio of both (fast marginal adaptation:
 
     p(v) ~ p_base(v) ((count_v + k) / (expected_v + k)) ^ w,
 
-k observations as expected being believed in advance. Their size is fixed and nothing of them is trained. Predictions
-follow them only from segment end to segment end, so that any chunking of a stream gives the same numbers.
+k observations as expected being believed in advance. No token becomes less likely than by a factor of e: a long run of
+one token, in which the base goes on expecting others, would silence these for ever. Their size is fixed and nothing
+of them is trained. Predictions follow them only from segment end to segment end, so that any chunking of a stream gives
+the same numbers.
 """
 
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hippoformer.model.configuration import HippoFormerConfig
+
+# In nats; prose loses nothing by it (docs/lab-notebook.md, 2026-11-28).
+_LEAST_SHIFT = -1.0
 
 
 def of_vocabulary(numbers: Tensor, size: int) -> Tensor:
@@ -70,4 +75,5 @@ class Marginals:
         """With what was read in the segment that the given rows, (J,), have come to the end of."""
         prior = config.marginal_prior
         ratio = torch.log((self.count[rows] + prior) / (self.expected[rows] + prior))
-        return Marginals(self.count, self.expected, self.shift.index_copy(0, rows, config.marginal_weight * ratio))
+        shift = (config.marginal_weight * ratio).clamp_min(_LEAST_SHIFT)
+        return Marginals(self.count, self.expected, self.shift.index_copy(0, rows, shift))

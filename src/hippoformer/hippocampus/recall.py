@@ -5,7 +5,7 @@ Score of episode e for query q, per head h:
     scale_h cos(q, k_e) + rho_h log(effective priority_e x strength_e),        null_h(q) for recalling nothing
 
 A softmax over all of them gives the attention a_h; a learned mixture over heads, its weights m_h made from the query,
-gives one distribution. That is how a story is found; how it is then followed, `stories` says.
+gives one distribution r' = sum_h m_h a_h. `continuation` then moves a part of it to what continues a verbatim match.
 """
 
 import math
@@ -16,17 +16,23 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from hippoformer.errors import InputError
+from hippoformer.hippocampus.continuation import (
+    STATEMENT,
+    Matches,
+    follow,
+    longest_matches,
+    match_lengths,
+    predicted_words,
+    text_before,
+)
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.hippocampus.stories import TOLD_AGAIN, Before, find_leads, follow, texts_before
 from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.tensors.precision import in_whole_vectors, project
+from hippoformer.tensors.precision import project
 
 # Queries whose scores exist at once without gradients: few, so that they stay near a processor.
 _QUERY_BLOCK = 64
-# At the start of training a story goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
+# At the start of training a match goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
-# Longer matches are all the same: their powers would leave the range of float32.
-_LONGEST = 1024.0
 
 
 @dataclass
@@ -38,8 +44,8 @@ class Recollection:
         nothing: (R, N) mass on the null slot; weights.sum(-1) + nothing == 1.
         content: (R, N, U) recalled value; None where there is no residual read-out to hear it.
         peak: (R, N) largest single weight.
-        matched: (R, N, E) how many tokens in a row, up to the query's own, were what led to each episode.
-        followed: (R, N) in [0, 1], the part of the weights that follows a story outright.
+        matched: (R, N, E) int16, how many tokens in a row, up to the query's own, each episode continues.
+        followed: (R, N) in [0, 1], the part of the weights that was moved to what continues a match.
     """
 
     weights: Tensor
@@ -94,7 +100,6 @@ class Recall(nn.Module):
         # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
         self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
         self.priority_weight = nn.Parameter(torch.ones(heads))
-        self.log_contiguity = nn.Parameter(torch.linspace(0.0, 3.0, heads))
         # Similar queries and keys from the start: an episode is found by the state that is like the one that made it.
         with torch.no_grad():
             self.query_proj.weight.copy_(self.key_proj.weight)
@@ -150,8 +155,6 @@ class Recall(nn.Module):
         self,
         hidden: Tensor,
         tokens: Tensor,
-        own: Tensor,
-        nothing: Tensor,
         episodes: Episodes,
         mass: Tensor,
         visible: Tensor,
@@ -162,9 +165,8 @@ class Recall(nn.Module):
 
         Args:
             hidden: (R, N, D) of consecutive tokens.
-            tokens: (R, N) their ids. own: (R, N) probability that the base gave each.
-            nothing: (R,) null mass of the query before these.
-            episodes: E slots; `recalled` is the weight that the query before these gave them, `matched` as returned.
+            tokens: (R, N) their ids.
+            episodes: E slots; `matched` is that of the query before these.
             mass: (R, E) effective priority x strength.
             visible: (R, N, E) bool, episodes each query may recall.
             own_slot: (R,) int64, where the first query's token is; the others' follow.
@@ -185,57 +187,44 @@ class Recall(nn.Module):
         mixture = torch.softmax(self.head_mixture(hidden), dim=-1).transpose(1, 2)  # (R, H, N)
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
         words, read = self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()]
-        matchable = visible if self.following else torch.zeros_like(visible)  # nothing found, nothing followed
-        leads = find_leads(episodes, words, read, matchable, self._before(episodes, own_slot))
-        ready = self.follow_gate(hidden).float().squeeze(-1)  # (R, N)
-        length = in_whole_vectors(torch.log, leads.matched.clamp(1.0, _LONGEST))  # (R, P)
-        surely = in_whole_vectors(torch.sigmoid, ready[:, leads.query] + self.match_weight * length)
-        later = in_whole_vectors(torch.log, leads.newer + 1.0)
-        fading = self.match_recency * (length - math.log(TOLD_AGAIN)).clamp_min(0.0)
-        longest = in_whole_vectors(torch.exp, self.match_power * length - fading * later)
-        kappa = self.log_contiguity.exp()
-        before = torch.cat((nothing.unsqueeze(-1), episodes.recalled.float()), dim=-1)  # (R, E+1), the null in front
+        predicted, matched = predicted_words(words, episodes.position), episodes.matched
+        if not self.following:
+            predicted = torch.full_like(predicted, -1)  # no word: nothing matches, nothing is followed
+        text = None
+        if self.match_characters > 0:
+            text = text_before(self.ending_of_token[episodes.token.long()], episodes.position)
+        ready = self.follow_gate(hidden).float()  # (R, N, 1)
 
         n_queries, parts = hidden.shape[1], []
         size = _QUERY_BLOCK if hidden.device.type == "cpu" and not torch.is_grad_enabled() else n_queries
         if n_queries > _QUERY_BLOCK:
             key = key.contiguous()  # one copy that many queries share
         for low in range(0, n_queries, size):
-            block = slice(low, min(low + size, n_queries))
-            led, which = leads.among(block.start, block.stop)
+            block = slice(low, low + size)
             if n_queries > _QUERY_BLOCK:
                 similar = query[:, :, block] @ key.transpose(2, 3)  # (R, H, n, E)
             else:
                 similar = (key @ query[:, :, block].transpose(2, 3)).transpose(2, 3)
             attention = self._attention(similar, bias, null[:, :, block], unseen[:, :, block])
-            parts.append(
-                follow(
-                    attention,
-                    mixture[:, :, block],
-                    kappa,
-                    led,
-                    surely[:, which],
-                    longest[:, which],
-                    own[:, block],
-                    before,
-                )
-            )
-            before = parts[-1][0][:, -1]
-        found, followed = parts[0] if len(parts) == 1 else (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+            alike = torch.einsum("rhn,rhne->rne", mixture[:, :, block], attention).to(attention.dtype)
+            length = match_lengths(predicted, read[:, block], visible[:, block], matched)
+            share = 1.0 / self.match_characters if self.match_characters else 0.0
+            matches = longest_matches(length, episodes.position, own_slot + low, text, share)
+            parts.append((*follow(alike, matches, *self._judged(matches, ready[:, block])), length))
+            matched = length[:, -1]
+        found, followed, matched = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         nothing, weights = found[..., 0], found[..., 1:]
         content = None
         if self.with_content:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
-        return Recollection(
-            weights, nothing, content, weights.amax(-1), leads.matched_slots(*weights.shape[1:]), followed
-        )
+        return Recollection(weights, nothing, content, weights.amax(-1), matched, followed)
 
-    def _before(self, episodes: Episodes, own_slot: Tensor) -> Before | None:
-        """What stands before the matches that begin, unless only tokens count."""
-        if self.match_characters == 0:
-            return None
-        text = texts_before(self.ending_of_token[episodes.token.long()], episodes.position)
-        return Before(text, own_slot, 1.0 / self.match_characters)
+    def _judged(self, matches: Matches, ready: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, N, P) phi and strength of each match, as `follow` takes them; ready: (R, N, 1), g of each query."""
+        log_length = matches.length.clamp_min(1.0).log()
+        fading = self.match_recency * (log_length - math.log(STATEMENT)).clamp_min(0.0)
+        strength = (self.match_power * log_length - fading * matches.newer.float().log1p()).exp()
+        return torch.sigmoid(ready + self.match_weight * log_length), strength
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, unseen: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes.

@@ -370,7 +370,6 @@ class HippoCache(WindowCache):
         self.leave_inference_mode()
         for name, tensor in self.memory.episodes.tensors().items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
-        self.memory.episodes.recalled[:, : self.config.buffer_size] = 0.0  # by a query of another text
         for name, tensor in self.memory.marginals.tensors().items():
             tensor[:] = other.memory.marginals.tensors()[name]
         if self.passages is not None and other.passages is not None:

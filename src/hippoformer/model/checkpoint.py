@@ -266,6 +266,7 @@ def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> No
     # One that was saved before tokens were spelled goes on without.
     spelled = model.hippocampus.recall.ending_of_token
     own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
+    own.pop("recall.log_contiguity", None)  # of checkpoints written before continuation was one pass
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:

@@ -1,8 +1,7 @@
 """Which tokens are the same word, and how each is spelled at its end.
 
 Tokenizers give a word two ids, one with the space in front of it and one without, and cut a rare name into other pieces
-at the beginning of a line than within one. What was told in one dress and is asked for in the other is still the same
-story (see `hippocampus.stories`).
+at the beginning of a line than within one. `hippocampus.continuation` compares words, and the characters before them.
 """
 
 import re
