@@ -459,7 +459,7 @@ def test_a_hippocampus_trained_with_contiguity_is_loaded(tmp_path: Path) -> None
     """Earlier versions had a parameter for the weight of the query before, which is no longer used."""
     model = awake()
     model.save_pretrained(tmp_path)
-    file = tmp_path / "hippocampus.safetensors"
+    file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"hippocampus.recall.log_contiguity": torch.zeros(4)}, file)
     loaded = HippoFormer.from_pretrained(tmp_path, base_model=model.base).state_dict()
