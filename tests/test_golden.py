@@ -44,7 +44,7 @@ def measure() -> dict[str, Any]:
             "log_probs": log_probs[EVERY - 1 :: EVERY].tolist(),
             "stored": len(cache.episodes(stored_only=True)),
         }
-    found["window_nbytes"], found["memory_nbytes"] = cache.window_nbytes, cache.memory_nbytes
+    found |= {name: getattr(cache, name) for name in ("window_nbytes", "memory_nbytes", "passages_nbytes")}
     ids = encode(speech(SPEECHES[2]))[:, :1000]
     told = model.generate(ids, past_key_values=model.new_cache(), do_sample=False, max_new_tokens=16)
     found["continuation"] = tokenizer.decode(told[0, ids.shape[1] :])
@@ -66,7 +66,7 @@ def test_the_shipped_model_gives_its_golden_numbers() -> None:
         assert text["stored"] == expected["stored"], name
     assert found["fact"] == pytest.approx(golden["fact"], abs=SINGLE)
     assert sum(found["fact"]) > -2.0  # said after 1,536 tokens, thrice the window
-    for name in ("continuation", "window_nbytes", "memory_nbytes"):
+    for name in ("continuation", "window_nbytes", "memory_nbytes", "passages_nbytes"):
         assert found[name] == golden[name], name
 
 
