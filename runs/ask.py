@@ -14,7 +14,7 @@ import json
 import random
 import time
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Reader:
         marks = [0, *(bisect_right(ends, end) for end in accumulate(len(part.encode()) for part in parts))]
         store = Passages(1, self.spelling, capacity=10**9)
         store.append(torch.tensor([ids]))
-        return store.of_row(0), list(zip(marks, marks[1:], strict=False))
+        return store.of_row(0), list(pairwise(marks))
 
     def ask(self, passages: list[Passage], question: str, n_tokens: int) -> list[Passage]:
         began = time.process_time()
@@ -96,7 +96,8 @@ def locomo(reader: Reader, paths: list[Path]) -> None:
         print(f"{kind:12} {len(of_kind[BUDGETS[0]]):4} questions", end="")
         for budget, each in of_kind.items():
             mean = sum(sum(hits) / len(hits) for hits in each) / len(each)
-            print(f"; in {budget}: {_percent([hit for hits in each for hit in hits])} of turns, {100 * mean:.1f} % a question", end="")
+            turns_hit = [hit for hits in each for hit in hits]
+            print(f"; in {budget}: {_percent(turns_hit)} of turns, {100 * mean:.1f} % a question", end="")
         print()
 
 
@@ -112,7 +113,7 @@ def squad(reader: Reader, paths: list[Path]) -> None:
                     text = reader.text(reader.ask(passages, question["question"], budget)).casefold()
                     answers[budget].append(any(answer.casefold() in text for answer in question["answers"]))
         shares = (f"{_percent(answers[budget])} in {budget}" for budget in BUDGETS)
-        print(f"{path.stem}: {spans[-1][1]:,} tokens, {len(passages)} passages, {len(answers[256])} questions:", *shares)
+        print(f"{path.stem}: {spans[-1][1]:,} tokens, {len(passages)} passages, {len(answers[256])} questions", *shares)
 
 
 def facts(reader: Reader, paths: list[Path], seed: int = 0) -> None:
