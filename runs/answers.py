@@ -3,9 +3,9 @@
     python runs/answers.py --model smollm2-135m --data ../shared/data --novel Forster_Howards_1910 --tokens 8000
 
 Every fact of `hippoformer.data.facts` is planted in a text of `--tokens` tokens, which is read once; each question is
-asked of a copy of the state, greedily. Four conditions: passages as a `Conversation` retrieves them; plain BM25 over the
-same sentences, as many tokens, put before the question in the same way; the right passage alone (oracle); the window
-alone. An answer is right if it contains the fact's. Choose between designs on validation novels.
+asked of a copy of the state, greedily. Four conditions: passages as a `Conversation` retrieves them; plain BM25 over
+the same sentences, as many tokens, put before the question in the same way; the right passage alone (oracle); the
+window alone. An answer is right if it contains the fact's. Choose between designs on validation novels.
 """
 
 import argparse

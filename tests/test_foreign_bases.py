@@ -223,7 +223,7 @@ def test_a_memory_is_written_whatever_else_fails(broken: str, tmp_path: Path, mo
 # ---------------------------------------------------------------- adapters of peft
 
 
-def adapted(base: PreTrainedModel, *names: str) -> PeftModel:
+def adapted(base: PreTrainedModel, *names: str, size: float = 0.3) -> PeftModel:
     """With LoRA adapters away from zero; the first is active."""
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"])
     model = get_peft_model(base, config, adapter_name=names[0])
@@ -233,7 +233,7 @@ def adapted(base: PreTrainedModel, *names: str) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.12 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -254,7 +254,7 @@ def test_a_peft_model_is_read_with_its_adapters(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_switching_adapters_under_a_live_cache_is_noticed(tmp_path: Path) -> None:
-    peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk"), text(2, 40), text(2, 9, seed=3)
+    peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk", size=0.12), text(2, 40), text(2, 9, seed=3)
     torch.manual_seed(0)
     model = HippoFormer(small_config(window=60), peft_model)
     cache, path = model.new_cache(2), tmp_path / "memory.safetensors"

@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 
 
 def test_training_lowers_the_loss_and_leaves_a_frozen_base_alone(folder: Path) -> None:
-    from hippoformer.model.memory_file import base_fingerprint
+    from hippoformer.model.weights import base_fingerprint
 
     assert main(arguments(folder, "run", "--eval_text", str(folder / "text.txt"), "--eval_steps", "8")) == 0
     log = json.loads((folder / "run" / "training_log.json").read_text())

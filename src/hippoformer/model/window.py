@@ -162,7 +162,7 @@ class WindowedBase:
 
     def follow_dtype(self) -> None:
         """Measures anew how keys move where the base's dtype has changed since, and its rotary tables with it."""
-        if self._dtype != self.base.dtype or any(getattr(*place) is not table for *place, table in self._tables):
+        if self._dtype != self.base.dtype or any(getattr(m, n) is not t for m, n, t in self._tables):
             self._dtype, self._tables = self.base.dtype, _frequency_buffers(self.body)
             self.rotations = inspect_base(self)
 
