@@ -78,7 +78,7 @@ def test_hippocampi_that_cannot_share_a_reading_are_refused(tmp_path: Path) -> N
         ask(trained={"as it is": load_beside(model, tmp_path / "beside")})
     with pytest.raises(ConfigurationError, match="another segment_len"):
         ask(trained={"other": load_beside(model, tmp_path / "beside", segment_len=model.config.segment_len // 2)})
-    with pytest.raises(CheckpointError, match="holds no"):
+    with pytest.raises(CheckpointError, match="is not a HippoFormer checkpoint"):
         load_beside(model, tmp_path)
     saved = json.loads((tmp_path / "beside" / "config.json").read_text())
     for change, said in (({"base_model_name": "another"}, "not on"), ({"use_lora": True}, "weights of the base")):
