@@ -692,8 +692,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         given = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
         if isinstance(cache, HippoCache) and given == input_ids.shape[1]:  # otherwise only what is new is given
             cache.check_prompt(input_ids, mask)
-            if cache.columns == input_ids.shape[1]:
-                generation_config.prefill_chunk_size = None
+        if isinstance(cache, HippoCache):
+            generation_config.prefill_chunk_size = None  # a call holds no more than a segment anyway
         return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type, misc]
 
     def _get_stopping_criteria(self, *arguments: Any, **options: Any) -> StoppingCriteriaList:
