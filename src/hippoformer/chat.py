@@ -35,6 +35,9 @@ _MARK = "\ue000reply\ue001"
 _NOTE = "conversation"
 # Half of the default window: the other half holds the conversation's last turns.
 REREAD_TOKENS = 256
+# Of the best passage's score, what others must have to be read again: a small base answers worse from many passages, and
+# where the best stands out the others hardly ever hold the answer (docs/lab-notebook.md, 2026-11-28).
+CLEAR = 0.75
 _ONE_LINE = ("num_beams", "num_return_sequences")
 
 
@@ -162,7 +165,8 @@ class Conversation:
         if self.cache.passages is None or room < 1 or self.cache.lengths[0] <= self.model.config.window:
             return []
         ids = token_ids(self.tokenizer, text, obey_control_tokens=self.obey_control_tokens)
-        return self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=True)[0]
+        found = self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=True)[0]
+        return [passage for passage in found if passage.score >= CLEAR * found[0].score]
 
     def _spelling(self) -> Spelling:
         assert self.model.spelling is not None  # a cache with passages has one
