@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import hippoformer
-from hippoformer.chat import REREAD_TOKENS, Conversation
+from hippoformer.chat import CLEAR, REREAD_TOKENS, Conversation
 from hippoformer.data.facts import FACTS
 from hippoformer.hippocampus.passages import Passage
 from hippoformer.text import encode, token_ids
@@ -101,7 +101,8 @@ def main() -> None:
         holder = [p for p, text in zip(kept, texts, strict=True) if fact.statement[:30] in " ".join(text.split())]
         ours = cache.retrieve(words, n_tokens=options.reread_tokens, beyond_window=True)[0]
         shown = {
-            "retrieved": ours,
+            "retrieved": [passage for passage in ours if passage.score >= CLEAR * ours[0].score],
+            "retrieved, all": ours,
             "bm25": bm25(kept, texts, fact.question, options.reread_tokens),
             "oracle": holder[:1],
             "window": [],
