@@ -56,16 +56,16 @@ assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
 
 
 def test_help_of_training_does_not_wait_for_torch() -> None:
+    """Unless the parser of transformers does, as in the first releases of transformers 5."""
+    parser = fresh_python("import transformers.hf_argparser; print('torch' in sys.modules)")
     program = """
 from hippoformer.cli import app
 from typer.testing import CliRunner
 result = CliRunner().invoke(app, ["train", "--help"])
 assert result.exit_code == 0 and "--max_steps" in result.output, result.output
-early = "torch" in sys.modules
-import transformers.hf_argparser  # in the first releases of transformers 5 it imports torch itself
-assert not early or "torch" in sys.modules and transformers.__version__ < "5.20"
+print("torch" in sys.modules)
 """
-    fresh_python(program)
+    assert fresh_python(program) == parser
 
 
 @pytest.mark.parametrize("first", ["hippoformer", pytest.param("transformers", marks=pytest.mark.slow)])
