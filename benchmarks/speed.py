@@ -242,6 +242,7 @@ def one_segment(
             token=tokens,
             position=(column + done).to(torch.int32),
             salience=salience,
+            surprise=episodes.surprise[:, :n_new],
             priority=importance(salience, config),
             age=none,
             strength=torch.ones_like(none),

@@ -25,6 +25,7 @@ def over_another_base(model: HippoFormer, base: PreTrainedModel) -> HippoFormer:
         other.hippocampus.load_state_dict(model.hippocampus.state_dict())
     except RuntimeError as error:
         raise CheckpointError(f"the hippocampus does not fit the other base: {error}") from error
+    other.spelling = model.spelling
     return other
 
 
