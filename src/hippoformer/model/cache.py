@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.circuit import MemoryState
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
 from hippoformer.model.adapters import active_adapters
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.window import WindowCache
 
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.card import model_card
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.pinned_models import hub_failure
 
 if TYPE_CHECKING:

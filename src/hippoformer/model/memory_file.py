@@ -22,12 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hippoformer.errors import MemoryFileError
-from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.hippocampus.drift import relative_drift
 from hippoformer.hippocampus.marginals import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.weights import base_fingerprint
+from hippoformer.model.window import window_fill
 from hippoformer.tensors.ragged import last_of
 
 if TYPE_CHECKING:

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
+from hippoformer.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.hippocampus.spelling import Spelling
+from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
-from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.rereading import reread
@@ -35,7 +36,6 @@ from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
 from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
-from hippoformer.model.words import words_of_tokens
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
