@@ -15,7 +15,7 @@ def test_the_wheel_installs_one_package_and_the_shipped_weights(tmp_path: Path) 
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages == {"hippoformer"}
-    assert "hippoformer/pretrained/smollm2-135m/hippocampus.safetensors" in names
+    assert "hippoformer/pretrained/smollm2-135m/model.safetensors" in names
 
 
 def test_the_originals_command_runs_from_a_checkout() -> None:

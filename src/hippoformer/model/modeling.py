@@ -30,6 +30,7 @@ from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
+from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
@@ -852,6 +853,14 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         except RuntimeError as error:
             raise CheckpointError(f"the tensors do not fit this config and base: {error}") from error
         return model
+
+    def save_memory(self, cache: HippoCache, path: str | Path) -> None:
+        """What `HippoCache.save` does; see `memory_file`."""
+        save_memory(self, cache, path)
+
+    def load_memory(self, path: str | Path) -> HippoCache:
+        """What `HippoCache.load` does; see `memory_file.load_memory`."""
+        return load_memory(self, path)
 
     def merge_lora(self) -> PreTrainedModel:
         """Makes the adapters part of the base's weights; the model reads on as before, and is saved with its own base.
