@@ -66,6 +66,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # docs/support.md, from the tests that show what works with what.
 support: $(INSTALLED)
@@ -87,7 +88,7 @@ results-quick: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else 'Python 3.10 or newer is needed: make PYTHON=...')"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,lint,demo]"
 	touch $@
 
 $(LOWEST)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
@@ -112,4 +113,4 @@ $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -112,9 +112,10 @@ def test_asking_leaves_the_state_as_it_was_and_is_right_only_if_every_token_is()
 
 def test_the_strongest_memories_come_first_from_different_places() -> None:
     model, _ = tiny_load()
+    model.config.decay_rate = None  # it follows from the size of the store
     cache = model.new_cache()
     model.score(torch.tensor([tiny_tokenizer()(text(0, 400)).input_ids]), past_key_values=cache)
-    decay, top = model.config.decay_rate, demo.strongest(cache, 4)
+    decay, top = model.config.decay, demo.strongest(cache, 4)
     strengths = [e.priority * decay**e.age for e in top]
     everything = [e.priority * decay**e.age for e in cache.episodes(stored_only=True)]
     assert len(top) > 1 and strengths[0] == pytest.approx(max(everything), abs=0.01)

@@ -21,12 +21,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, InputError, NonFiniteError, TextError
 from hippoformer.evaluation import CONDITIONS, PerplexityReport, evaluate_perplexity
 from hippoformer.evaluation.causality import check
 from hippoformer.evaluation.scoring import KNOWN_CONDITIONS, EncodedDocument, reading, score_batch, score_together
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from tiny import awake, text
 from tiny_texts import byte_tokenizer

@@ -80,7 +80,7 @@ def test_where_all_fits_the_rule_changes_nothing(selection: str) -> None:
 
 def test_an_unknown_rule_is_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match=r"selection in \(salience, surprise, random, fifo, even positions\)"):
-        HippoFormerConfig(selection="best")
+        fresh(selection="best")
 
 
 def test_only_a_rule_that_reads_surprise_pays_for_it() -> None:

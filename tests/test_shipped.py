@@ -7,7 +7,7 @@ import torch
 
 import hippoformer
 from hippoformer import HippoFormerConfig
-from hippoformer.model.configuration import layers_of_depth
+from hippoformer.configuration import layers_of_depth
 from hippoformer.model.loading import shipped_hippocampus
 
 

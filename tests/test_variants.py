@@ -7,10 +7,10 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from hippoformer import cli
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import evaluate_perplexity
 from hippoformer.evaluation.variants import ablations, evaluate_variants
-from hippoformer.model.configuration import HippoFormerConfig
 from tiny_texts import documents, tiny_load
 
 

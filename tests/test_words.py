@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.continuation import LONGEST
-from hippoformer.model.words import words_of_tokens
+from hippoformer.hippocampus.words import words_of_tokens
 from tiny import VOCAB, awake, text
 from tiny_texts import LETTERS, byte_tokenizer, tiny_load
 

@@ -28,7 +28,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 
 VOCAB = 97

@@ -15,13 +15,13 @@ from hippoformer.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from hippoformer.chat import Conversation
+    from hippoformer.configuration import HippoFormerConfig
     from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
     from hippoformer.hippocampus.episodes import Episodes
     from hippoformer.hippocampus.episodes import Episodes as DifferentiablePriorityBuffer
     from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
     from hippoformer.hippocampus.salience import SalienceGate
     from hippoformer.model.cache import Episode, HippoCache
-    from hippoformer.model.configuration import HippoFormerConfig
     from hippoformer.model.loading import load
     from hippoformer.model.modeling import HippoFormer
     from hippoformer.model.outputs import HippoFormerOutput
@@ -36,7 +36,7 @@ _MODULES = {
     "Episodes": "hippocampus.episodes",
     "HippoCache": "model.cache",
     "HippoFormer": "model.modeling",
-    "HippoFormerConfig": "model.configuration",
+    "HippoFormerConfig": "configuration",
     "HippoFormerLoss": "hippocampus.losses",
     "HippoFormerOutput": "model.outputs",
     "SalienceGate": "hippocampus.salience",

@@ -227,7 +227,7 @@ def answer(model: HippoFormer, cache: HippoCache, fact: Fact) -> tuple[list[int]
         "past_key_values": copy,
         "max_new_tokens": len(fact.answer),
     }
-    said = model.generate(prompt, do_sample=False, **asked)[0, prompt.shape[1] :].tolist()  # type: ignore[misc]
+    said = model.generate(prompt, do_sample=False, **asked)[0, prompt.shape[1] :].tolist()
     sentence = torch.tensor([[*fact.prompt, *fact.answer]], device=model.device)
     log_probs = model.score(sentence, past_key_values=cache.copy())
     return said, float(log_probs[0, -len(fact.answer) :].double().sum())
@@ -240,7 +240,7 @@ def verdict(tokenizer: Any, said: list[int], log_prob: float, fact: Fact) -> str
 
 def strongest(cache: HippoCache, count: int) -> list[Episode]:
     """The stored episodes of highest effective priority, one of each place; among equals those of most credit."""
-    decay, found = cache.config.decay_rate, list[Episode]()
+    decay, found = cache.config.decay, list[Episode]()
     episodes = cache.episodes(stored_only=True)
     for episode in sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit)):
         if all(abs(episode.position - other.position) > _CONTEXT for other in found):

@@ -26,7 +26,7 @@ def register_with_transformers() -> None:
 def _register_configuration() -> None:
     from transformers import AutoConfig
 
-    from hippoformer.model.configuration import HippoFormerConfig
+    from hippoformer.configuration import HippoFormerConfig
 
     AutoConfig.register(HippoFormerConfig.model_type, HippoFormerConfig, exist_ok=True)
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.data import Document, dataset_documents, read_documents
 from hippoformer.data.planted import plant_facts
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
+from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.model.words import words_of_tokens
 from hippoformer.text import start_tokens, token_ids
 from hippoformer.training import checkpoints
 from hippoformer.training.arguments import TrainArguments, config_options, parse

@@ -43,7 +43,7 @@ def ask(
             cache.save(save)
     terminal = console()
     for asked in question:
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
         conversation = Conversation(loaded, tokenizer, cache=cache.copy(), reread_tokens=reread_tokens, **options)
         answer = conversation.say(asked)
         terminal.print(Text(asked, style="bold"))

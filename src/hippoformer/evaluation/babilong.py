@@ -292,9 +292,9 @@ def _asked(
             reread = [_part_of(case.needed, places) for case, places in zip(batch, held, strict=True)]
             found["reread"] = put(model, reminded(cache, cues, reread_tokens))
     for name, view in views.items():
-        held = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
+        texts = [[*case.text[:start], *case.text[start:][-max(1, view.config.window - start) :]] for case in batch]
         with view.memory_off():
-            found[name] = put(view, read_texts(view, held))
+            found[name] = put(view, read_texts(view, texts))
     return [
         Told(
             name=case.name,

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d, pad
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, UnsupportedArchitectureError
-from hippoformer.hippocampus.circuit import window_fill
-from hippoformer.model.configuration import HippoFormerConfig
-from hippoformer.model.window import WindowCache, WindowedBase
+from hippoformer.model.window import WindowCache, WindowedBase, window_fill
 from hippoformer.tensors.selection import hashed_uniform
 
 Method = Literal["h2o", "snapkv", "random"]

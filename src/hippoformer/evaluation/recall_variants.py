@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.examination import Answer, Asked, ask, plan, unaided
@@ -28,7 +29,6 @@ from hippoformer.evaluation.significance import TestResult, corrected, paired_te
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, mean_interval
 from hippoformer.evaluation.variants import check_variants
 from hippoformer.hippocampus.circuit import MemoryState
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.credit import reconfigured
 

@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation.provenance import provenance
@@ -21,7 +22,6 @@ from hippoformer.evaluation.report import Report, changes, with_range
 from hippoformer.evaluation.scoring import describe, encode, hidden_states, reading
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.credit import reconfigured
 from hippoformer.training.readers import score_cached
 

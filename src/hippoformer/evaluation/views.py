@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.salience import SalienceGate
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.window import WindowedBase
 
 

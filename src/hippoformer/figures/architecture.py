@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.figures.results import Result
 from hippoformer.figures.style import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PAPER, PURPLE, VERMILLION, canvas
-from hippoformer.model.configuration import HippoFormerConfig
 
 Point = tuple[float, float]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.fusion import Fusion
@@ -23,7 +24,7 @@ from hippoformer.hippocampus.marginals import Marginals
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import ReplayReport, consolidate
 from hippoformer.hippocampus.salience import SalienceGate, last_of_each_row
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.hippocampus.selection import rule_of
 from hippoformer.tensors.masks import recall_mask
 from hippoformer.tensors.ragged import last_of
 from hippoformer.tensors.selection import put
@@ -210,7 +211,12 @@ class Hippocampus(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def configure(self, config: HippoFormerConfig) -> None:
-        """Takes other options; those that shape parameters must be as they were."""
+        """Takes other options; those that shape parameters must be as they were.
+
+        Raises:
+            ConfigurationError: a selection rule that does not exist.
+        """
+        rule_of(config)
         self.config = config
         self.recall.configure(config)
         self.fusion.configure(config)
@@ -436,9 +442,3 @@ def working_fill(done: int, config: HippoFormerConfig) -> int:
     """Working slots in use after `done` tokens of a row: the window at the last segment end, and the tokens since."""
     since = done % config.segment_len
     return min(done - since, config.window) + since
-
-
-def window_fill(done: int, config: HippoFormerConfig) -> int:
-    """Key/value slots in use after `done` tokens: sinks and window at the last segment end, and the tokens since."""
-    since = done % config.segment_len
-    return min(done - since, config.sink_tokens + config.window) + since

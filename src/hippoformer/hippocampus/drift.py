@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
-from hippoformer.model.configuration import HippoFormerConfig
 
 # Ridge strengths tried, relative to the mean variance of the anchors; the best on held-out anchors is taken.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)

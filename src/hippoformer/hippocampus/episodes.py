@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d, pad
 
-from hippoformer.hippocampus.selection import RULES
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.configuration import HippoFormerConfig
+from hippoformer.hippocampus.selection import rule_of
 from hippoformer.tensors.selection import put, take, winners
 
 # Tokens in a row that must come again for an episode to be repeated; a power of two.
@@ -73,7 +73,7 @@ class Episodes:
             token=zeros(dtype=torch.int32),
             position=zeros(dtype=torch.int32) - 1,
             salience=zeros(),
-            surprise=zeros(int(RULES[config.selection].reads_surprise)),
+            surprise=zeros(int(rule_of(config).reads_surprise)),
             priority=zeros(),
             age=zeros(),
             strength=zeros(),
@@ -90,9 +90,9 @@ class Episodes:
         """(R, E) bool, slots that hold an episode."""
         return self.position >= 0
 
-    def effective_priority(self, decay_rate: float) -> Tensor:
-        """(R, E) P * decay_rate ** age."""
-        return self.priority * decay_rate**self.age
+    def effective_priority(self, decay: float) -> Tensor:
+        """(R, E) P * decay ** age."""
+        return self.priority * decay**self.age
 
     def map(self, function) -> "Episodes":  # type: ignore[no-untyped-def]
         """A new value with `function` applied to every tensor."""
@@ -182,7 +182,7 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     slots = torch.arange(n_stored + n_working, device=leaving.device)
     contender = episodes.valid[:, :-1] & (slots < n_stored + leaving.unsqueeze(-1))
     with torch.no_grad():
-        score = RULES[config.selection].score(episodes.slots(0, n_stored + n_working), config)
+        score = rule_of(config).score(episodes.slots(0, n_stored + n_working), config)
         kept = winners(score.masked_fill(~contender, -torch.inf), n_stored)  # (R, M)
     working = torch.arange(n_working, device=leaving.device) + n_stored + leaving.unsqueeze(-1)  # (R, W)
     blank = n_stored + n_working

@@ -16,8 +16,8 @@ Two read-outs of one attention.
 import torch
 from torch import Tensor, nn
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.recall import Recollection
-from hippoformer.model.configuration import HippoFormerConfig
 
 _GATE_WIDTH = 32
 _TRUST = 3.0  # log-odds that a story followed outright adds to lambda at the start of training

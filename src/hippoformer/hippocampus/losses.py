@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.configuration import HippoFormerConfig
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.configuration import HippoFormerConfig
 
 # In nats; prose loses nothing by it (docs/lab-notebook.md, 2026-11-28).
 _LEAST_SHIFT = -1.0

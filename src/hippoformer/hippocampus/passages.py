@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hippoformer.configuration import LONGEST_PASSAGE
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.spelling import Spelling
 
-SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, 64  # tokens of a passage
+SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, LONGEST_PASSAGE  # tokens of a passage
 _AHEAD = 8  # tokens after the longest passage that may decide where it ends
 _SETTLE = 256  # tokens of the widest row that wait, on their device, before they are cut into passages
 WRAPPED = range(50, 91)  # characters of a line that may have been broken for its length, within a sentence

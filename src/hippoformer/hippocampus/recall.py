@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.continuation import (
     STATEMENT,
@@ -26,7 +27,6 @@ from hippoformer.hippocampus.continuation import (
     text_before,
 )
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import project
 
 # Queries whose scores exist at once without gradients: few, so that they stay near a processor.
@@ -76,7 +76,7 @@ class Recall(nn.Module):
 
     Attributes:
         word_of_token: (V,) int32, which word a token is: each its own, until `set_words`.
-        ending_of_token: (V,) int64, the last characters of each token (see `model.words`); none, until `set_words`.
+        ending_of_token: (V,) int64, the last characters of each token (see `words`); none, until `set_words`.
     """
 
     word_of_token: Tensor
@@ -120,7 +120,7 @@ class Recall(nn.Module):
 
         Args:
             word_of_token: (V,) a number for each token; tokens of one number are one word.
-            ending_of_token: (V,) their last characters (see `model.words`), 0 where none are known.
+            ending_of_token: (V,) their last characters (see `hippocampus.words`), 0 where none are known.
 
         Raises:
             InputError: another shape.

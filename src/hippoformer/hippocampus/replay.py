@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes, joined
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.selection import hashed_uniform, take
 
 # A memory that never earned credit still has this much gain: rehearsal must be able to discover usefulness.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.tensors.precision import project
 
 _LEAST_SURPRISE, _MOST_SURPRISE = 1e-4, 30.0

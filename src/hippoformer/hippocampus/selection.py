@@ -14,15 +14,25 @@ A rule of your own is one function and one entry in `RULES`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
+from hippoformer.configuration import HippoFormerConfig
+from hippoformer.errors import ConfigurationError
 from hippoformer.tensors.selection import hashed_uniform
 
-if TYPE_CHECKING:
-    from hippoformer.hippocampus.episodes import Episodes
-    from hippoformer.model.configuration import HippoFormerConfig
+
+class Candidates(Protocol):
+    """The fields of `hippocampus.episodes.Episodes` that the rules below read, each (R, E); surprise (R, E, 1)."""
+
+    position: Tensor
+    age: Tensor
+    surprise: Tensor
+
+    def effective_priority(self, decay: float) -> Tensor:
+        """The priority, aged."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,26 +44,26 @@ class Rule:
         reads_surprise: the score reads `Episodes.surprise`, which costs 4 bytes an episode and is kept only then.
     """
 
-    score: "Callable[[Episodes, HippoFormerConfig], Tensor]"
+    score: Callable[[Candidates, HippoFormerConfig], Tensor]
     reads_surprise: bool = False
 
 
-def by_salience(episodes: "Episodes", config: "HippoFormerConfig") -> Tensor:
+def by_salience(episodes: Candidates, config: HippoFormerConfig) -> Tensor:
     """The effective priority, made of the gate's salience."""
     return episodes.effective_priority(config.decay)
 
 
-def by_surprise(episodes: "Episodes", config: "HippoFormerConfig") -> Tensor:
+def by_surprise(episodes: Candidates, config: HippoFormerConfig) -> Tensor:
     """1 - p of the base in place of the gate's judgement; without the gate's step at 0.5, which is calibrated to it."""
     return episodes.surprise.squeeze(-1) * config.decay**episodes.age
 
 
-def by_chance(episodes: "Episodes", config: "HippoFormerConfig") -> Tensor:
+def by_chance(episodes: Candidates, config: HippoFormerConfig) -> Tensor:
     """One draw for each episode, for good."""
     return hashed_uniform(config.seed, episodes.position.long())
 
 
-def by_position(episodes: "Episodes", config: "HippoFormerConfig") -> Tensor:
+def by_position(episodes: Candidates, config: HippoFormerConfig) -> Tensor:
     """First in, first out."""
     return episodes.position.float()
 
@@ -64,3 +74,14 @@ RULES: dict[str, Rule] = {
     "random": Rule(by_chance),
     "fifo": Rule(by_position),
 }
+
+
+def rule_of(config: HippoFormerConfig) -> Rule:
+    """The rule that `config.selection` names.
+
+    Raises:
+        ConfigurationError: no rule has this name.
+    """
+    if config.selection not in RULES:
+        raise ConfigurationError(f"expected selection in ({', '.join(RULES)}), got selection={config.selection!r}")
+    return RULES[config.selection]

@@ -7,8 +7,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
-from hippoformer.model.configuration import HippoFormerConfig
 
 _ADAPTER = "hippoformer"
 

@@ -9,21 +9,18 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.circuit import MemoryState
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
 from hippoformer.model.adapters import active_adapters
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.interface import Model
 from hippoformer.model.window import WindowCache
-
-if TYPE_CHECKING:
-    from hippoformer.model.modeling import HippoFormer
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class HippoCache(WindowCache):
         window: WindowCache,
         memory: MemoryState,
         last_output: Tensor,
-        model: "HippoFormer",
+        model: Model,
         passages: Passages | None = None,
     ) -> None:
         super().__init__(window.layers, window.tokens)
@@ -424,16 +421,12 @@ class HippoCache(WindowCache):
 
     def save(self, path: str | Path) -> None:
         """Writes the whole state to one safetensors file, atomically; see `hippoformer.model.memory_file`."""
-        from hippoformer.model.memory_file import save_memory
-
-        save_memory(self, path)
+        self.model.save_memory(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: "HippoFormer") -> "HippoCache":
+    def load(cls, path: str | Path, model: Model) -> "HippoCache":
         """Reads a file written by `save`; see `hippoformer.model.memory_file.load_memory`."""
-        from hippoformer.model.memory_file import load_memory
-
-        return load_memory(path, model)
+        return model.load_memory(path)
 
     def __deepcopy__(self, memo: dict) -> "HippoCache":
         return self.copy()  # of the state alone, not of the model

@@ -5,16 +5,13 @@ only the author knows (the texts it was trained on, the licence) is left for the
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import PINNED_MODELS
-
-if TYPE_CHECKING:
-    from hippoformer.model.modeling import HippoFormer
 
 _TEMPLATE = """---
 {metadata}
@@ -58,7 +55,7 @@ def base_repository(name: str) -> str | None:
     return name
 
 
-def model_card(model: "HippoFormer", name: str) -> ModelCard:
+def model_card(model: Model, name: str) -> ModelCard:
     """The card of a model that is about to be saved.
 
     Args:
@@ -109,11 +106,11 @@ def model_card(model: "HippoFormer", name: str) -> ModelCard:
     )
 
 
-def _added(model: "HippoFormer") -> int:
+def _added(model: Model) -> int:
     lora = sum(p.numel() for n, p in model.base.named_parameters() if "lora_" in n)
     return lora + sum(p.numel() for p in model.hippocampus.parameters())
 
 
-def _speaks(model: "HippoFormer") -> bool:
+def _speaks(model: Model) -> bool:
     fusion = model.hippocampus.fusion
     return bool(fusion.strength != 0) or bool(fusion.residual_scale != 0)

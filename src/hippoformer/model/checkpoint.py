@@ -14,8 +14,9 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -27,15 +28,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.card import model_card
-from hippoformer.model.configuration import HippoFormerConfig
+from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import hub_failure
-
-if TYPE_CHECKING:
-    from hippoformer.model.modeling import HippoFormer
 
 WEIGHTS = SAFE_WEIGHTS_NAME
 FORMER_WEIGHTS = "hippocampus.safetensors"
@@ -70,7 +69,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise CheckpointError(f"could not write {path}: {error}; what was there before is unchanged") from error
 
 
-def save(model: "HippoFormer", folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Writes the folder described above, without a card; weights first, so that a config never stands beside missing
     weights.
 
@@ -122,14 +121,14 @@ def weights_file(folder: Path) -> Path:
     return found[0]
 
 
-def write_card(model: "HippoFormer", folder: Path, name: str) -> None:
+def write_card(model: Model, folder: Path, name: str) -> None:
     """Writes the model card, unless there is one."""
     if not (folder / CARD).exists():
         model_card(model, name).save(folder / CARD)
 
 
 def push(
-    model: "HippoFormer",
+    model: Model,
     repository: str,
     *,
     token: bool | str | None = None,
@@ -158,11 +157,16 @@ def push(
         return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, **commit)
 
 
-def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrainedModel | None, **options: Any) -> Any:
+def load(
+    cls: Callable[[HippoFormerConfig, PreTrainedModel], Any],
+    name_or_path: str | Path,
+    base_model: PreTrainedModel | None,
+    **options: Any,
+) -> Any:
     """Builds the model of a saved folder or hub repository.
 
     Args:
-        base_model: used instead of the base that the config names.
+        cls: the class of the model. base_model: used instead of the base that the config names.
         options: of the config, to change (window, buffer_size, ...); a whole `config` instead of the saved one;
             `dtype` and `attn_implementation` of the base; `device_map`, one device; `subfolder`, `revision`, `token`,
             `cache_dir`, `force_download`, `local_files_only`, `output_loading_info` as in transformers.
@@ -217,7 +221,7 @@ def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrai
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     if not with_info:
         return model
     known = ("hippocampus.", "lora.") if config.use_lora else ("hippocampus.",)
@@ -225,7 +229,7 @@ def load(cls: type["HippoFormer"], name_or_path: str | Path, base_model: PreTrai
     return model, info | {"unexpected_keys": {name for name in tensors if not name.startswith(known)}}
 
 
-def restore(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
+def restore(model: Model, tensors: dict[str, Tensor]) -> None:
     """Puts saved tensors into a model.
 
     Raises:
@@ -236,7 +240,7 @@ def restore(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
         load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
 
 
-def load_hippocampus(model: "HippoFormer", name_or_path: str | Path) -> None:
+def load_hippocampus(model: Model, name_or_path: str | Path) -> None:
     """Gives a model the hippocampus of a saved folder or hub repository, and nothing else of it.
 
     Raises:
@@ -252,7 +256,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _restore_hippocampus(model: "HippoFormer", tensors: dict[str, Tensor]) -> None:
+def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
     own = {n.removeprefix("hippocampus."): t for n, t in tensors.items() if n.startswith("hippocampus.")}
     mine = model.config.vocab_size
     theirs = own["recall.word_of_token"].shape[0] if "recall.word_of_token" in own else mine

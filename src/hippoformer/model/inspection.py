@@ -5,19 +5,17 @@ give what the model itself gives? A model that fails either is refused with a me
 """
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, HippoFormerError, NonFiniteError, UnsupportedArchitectureError
 from hippoformer.model.weights import is_offloaded
 from hippoformer.tensors.rotation import Rotation, explain_shift
-
-if TYPE_CHECKING:
-    from hippoformer.model.window import WindowedBase
 
 SUPPORTED = (
     "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "
@@ -35,8 +33,35 @@ _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Valu
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
 
 
+class Windowed(Protocol):
+    """What is inspected: a `hippoformer.model.window.WindowedBase`, which asks for it."""
+
+    base: PreTrainedModel
+    body: nn.Module
+    config: HippoFormerConfig
+    n_layers: int
+    vocab_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states."""
+        ...
+
+    def new_cache(self, rows: int, device: torch.device) -> Any:
+        """Empty slots."""
+        ...
+
+    def read_at(self, cache: Any, ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
+        """Final hidden states of tokens that are read into slots."""
+        ...
+
+
 @torch.no_grad()
-def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
+def inspect_base(window: Windowed) -> list[Rotation] | None:
     """Measures on a few tokens how a base model places its keys, and that it can be read through slots.
 
     Returns:
@@ -75,7 +100,7 @@ def inspect_base(window: "WindowedBase") -> list[Rotation] | None:
         base.train(was_training)
 
 
-def _measure(window: "WindowedBase", name: str) -> list[Rotation] | None:
+def _measure(window: Windowed, name: str) -> list[Rotation] | None:
     body = window.body
     # Two rows of different texts, so that a model which mixes rows or counts columns is found out.
     ids = torch.arange(2 * _PROBE_TOKENS, device=window.device).view(2, -1) * 7 % window.vocab_size
@@ -112,7 +137,7 @@ def _measure(window: "WindowedBase", name: str) -> list[Rotation] | None:
     return known if len(known) == len(rotations) else None
 
 
-def _own_logits(window: "WindowedBase", ids: Tensor, name: str) -> Tensor:
+def _own_logits(window: Windowed, ids: Tensor, name: str) -> Tensor:
     """What the base says of the probe by itself."""
     try:
         return window.base(input_ids=ids, use_cache=False).logits
@@ -130,7 +155,7 @@ def _allowed(noise: float) -> float:
     return _NOISES * noise if noise <= _NOISIEST else 0.0
 
 
-def _noise(window: "WindowedBase", ids: Tensor, keys: list[Tensor], states: Tensor) -> float:
+def _noise(window: Windowed, ids: Tensor, keys: list[Tensor], states: Tensor) -> float:
     """How far a base is from itself where each row is read alone, in two pieces: relative, the most of all layers' keys
     and the final states.
 
@@ -147,7 +172,7 @@ def _relative_error(mine: Tensor, theirs: Tensor) -> float:
     return ((mine - theirs).float().norm() / theirs.float().norm().clamp_min(1e-12)).item()
 
 
-def _read_raggedly(window: "WindowedBase", ids: Tensor) -> Tensor:
+def _read_raggedly(window: Windowed, ids: Tensor) -> Tensor:
     """Final hidden states of the probe, its two rows read in pieces of different lengths."""
     cache = window.new_cache(2, ids.device)
     few, many = _PROBE_TOKENS // 3, _PROBE_TOKENS - 1
@@ -158,7 +183,7 @@ def _read_raggedly(window: "WindowedBase", ids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _keys_at(window: "WindowedBase", ids: Tensor, offset: int, cut: int = 0) -> tuple[list[Tensor], Tensor]:
+def _keys_at(window: Windowed, ids: Tensor, offset: int, cut: int = 0) -> tuple[list[Tensor], Tensor]:
     """Keys of every layer and the final hidden state of the probe tokens, read from position `offset` on, in one piece
     or in two.
     """

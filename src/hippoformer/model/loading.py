@@ -9,10 +9,10 @@ from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model import checkpoint
 from hippoformer.model.base_models import load_base_model, load_tokenizer
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
 

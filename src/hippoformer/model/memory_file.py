@@ -15,23 +15,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hippoformer.errors import MemoryFileError
-from hippoformer.hippocampus.circuit import window_fill
 from hippoformer.hippocampus.drift import relative_drift
 from hippoformer.hippocampus.marginals import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
+from hippoformer.model.interface import Model
 from hippoformer.model.weights import base_fingerprint
+from hippoformer.model.window import window_fill
 from hippoformer.tensors.ragged import last_of
-
-if TYPE_CHECKING:
-    from hippoformer.model.modeling import HippoFormer
 
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
@@ -58,7 +56,7 @@ _SHAPING = (
 )
 
 
-def fingerprint(model: "HippoFormer") -> dict[str, str]:
+def fingerprint(model: Model) -> dict[str, str]:
     """Digests of what a memory's numbers depend on: base with adapters, hippocampus, and the shaping options."""
     return {
         "base": base_fingerprint(model.base),
@@ -67,7 +65,7 @@ def fingerprint(model: "HippoFormer") -> dict[str, str]:
     }
 
 
-def shape(model: "HippoFormer") -> str:
+def shape(model: Model) -> str:
     """The options that shape a memory's tensors, as JSON."""
     return json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True)
 
@@ -78,21 +76,21 @@ def _left_out(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"the memory's {what} cannot be computed ({error!r}): it goes without", stacklevel=5)
+        warnings.warn(f"the memory's {what} cannot be computed ({error!r}): it goes without", stacklevel=6)
 
 
-def save_memory(cache: HippoCache, path: str | Path) -> None:
-    """Writes a cache's whole state atomically.
+def save_memory(model: Model, cache: HippoCache, path: str | Path) -> None:
+    """Writes the whole state of a cache of a model atomically.
 
     Raises:
         CheckpointError: the file could not be written; an earlier one at this place is unchanged.
     """
-    model, tensors = cache.model, cache.tensors()
+    tensors = cache.tensors()
     change, prints = cache.change_of_model(), dict.fromkeys(_PRINTS, None) | {"shape": shape(model)}
     if cache.passages is not None:
         tensors |= {f"{_PASSAGES}{name}": tensor for name, tensor in cache.passages.tensors().items()}
     if change is not None:
-        warnings.warn(f"{path} cannot say by which model it was written: {change}", stacklevel=3)
+        warnings.warn(f"{path} cannot say by which model it was written: {change}", stacklevel=4)
     else:
         with _left_out("fingerprint"):
             prints |= fingerprint(model)
@@ -114,7 +112,7 @@ def save_memory(cache: HippoCache, path: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
+def load_memory(model: Model, path: str | Path) -> HippoCache:
     """Reads a memory for a model.
 
     Returns:
@@ -126,7 +124,7 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
             has nothing in common with this one's; without anchors, by another model.
     """
     tensors, counters, theirs, notes = _read(Path(path))
-    cache = model.new_cache(len(counters["lengths"]))
+    cache: HippoCache = model.new_cache(len(counters["lengths"]))
     ours, other = json.loads(shape(model)), json.loads(theirs["shape"])
     differing = [n for n in ours if ours[n] != other.get(n) and n != "vocab_size"]
     if differing:
@@ -154,7 +152,7 @@ def load_memory(path: str | Path, model: "HippoFormer") -> HippoCache:
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
     else:
         cache.drift = _translated(cache, tensors, model, str(path), known)
-        _reread_window(cache)
+        _reread_window(cache, model)
     return cache
 
 
@@ -231,14 +229,14 @@ def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) 
             warnings.warn(
                 f"{path} holds passages, but this model keeps none: what was read is not found by its words. Call "
                 "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0",
-                stacklevel=3,
+                stacklevel=4,
             )
         return
     if not kept:
         warnings.warn(
             f"{path} was written without passages: what was read before is recalled as before, but not found by its "
             "words; read the text again for that",
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     rows = cache.batch_size
@@ -251,7 +249,7 @@ def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) 
 
 
 def _translated(
-    cache: HippoCache, tensors: dict[str, Tensor], model: "HippoFormer", path: str, known: bool
+    cache: HippoCache, tensors: dict[str, Tensor], model: Model, path: str, known: bool
 ) -> dict[str, float | bool]:
     """Carries a memory written in another code into this model's, as far as the anchors tell how.
 
@@ -266,7 +264,7 @@ def _translated(
             raise MemoryFileError(
                 f"{path} was written by another model and has no anchors to carry it over: load the model that wrote it"
             )
-        warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=4)
+        warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=5)
         return {"calibrated": False}
     calibrator, memory = model.hippocampus.drift_calibrator, cache.memory
     new_keys, new_values = model.anchors(tensors["anchors.ids"])
@@ -291,9 +289,9 @@ def _translated(
     return drift | {"calibrated": key_map is not None or value_map is not None}
 
 
-def _reread_window(cache: HippoCache) -> None:
+def _reread_window(cache: HippoCache, model: Model) -> None:
     """Keys and values of the window by this model, from its tokens."""
-    model, memory = cache.model, cache.memory
+    memory = cache.memory
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
         final, inner = model.window.reread(cache, cache.tokens[:, : max(fill)].long(), fill)

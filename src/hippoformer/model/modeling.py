@@ -17,25 +17,26 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
+from hippoformer.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.hippocampus.spelling import Spelling
+from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
-from hippoformer.model.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
+from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.taps import listening
 from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
-from hippoformer.model.words import words_of_tokens
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
 
@@ -852,6 +853,14 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         except RuntimeError as error:
             raise CheckpointError(f"the tensors do not fit this config and base: {error}") from error
         return model
+
+    def save_memory(self, cache: HippoCache, path: str | Path) -> None:
+        """What `HippoCache.save` does; see `memory_file`."""
+        save_memory(self, cache, path)
+
+    def load_memory(self, path: str | Path) -> HippoCache:
+        """What `HippoCache.load` does; see `memory_file.load_memory`."""
+        return load_memory(self, path)
 
     def merge_lora(self) -> PreTrainedModel:
         """Makes the adapters part of the base's weights; the model reads on as before, and is saved with its own base.

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError
 from hippoformer.model.adapters import load_lora_state, lora_state
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.modeling import HippoFormer
 
 _PLAIN_BASE = "base_model."

@@ -7,16 +7,13 @@ Recall answers in the words of the text; with the passages back in the window al
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hippoformer.hippocampus.passages import Passage
 from hippoformer.hippocampus.spelling import Spelling
-
-if TYPE_CHECKING:
-    from hippoformer.model.cache import HippoCache
+from hippoformer.model.cache import HippoCache
 
 GAP = "[...]"
 
@@ -36,8 +33,8 @@ def as_text(passages: Sequence[Passage], spelling: Spelling) -> str:
 
 
 def reread(
-    cache: "HippoCache", query_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256
-) -> "HippoCache":
+    cache: HippoCache, query_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256
+) -> HippoCache:
     """A copy of a state that has read again what fits a query, and in which the query can be read next.
 
     Only what has left the window is read again. For a base without a chat template; a `Conversation` puts what it
@@ -49,7 +46,9 @@ def reread(
     copy = cache.copy()
     copy.new_turn()
     found = cache.retrieve(query_ids, attention_mask, n_tokens, beyond_window=True)
-    rows = [_as_ids(passages, cache.model.spelling) for passages in found]
+    assert cache.passages is not None  # otherwise nothing is found in it
+    spelling = cache.passages.spelling
+    rows = [_as_ids(passages, spelling) for passages in found]
     width = max(map(len, rows))
     if width:
         device = cache.model.device

@@ -22,9 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, InputError, UnsupportedArchitectureError
-from hippoformer.hippocampus.circuit import window_fill
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.model.inspection import inspect_base
 from hippoformer.model.taps import listening
 from hippoformer.model.weights import computing_device, vocabulary_size
@@ -38,6 +37,12 @@ NO_CHECKPOINTING = (
 )
 # Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
 _HEAD_BLOCK = 64
+
+
+def window_fill(done: int, config: HippoFormerConfig) -> int:
+    """Key/value slots in use after `done` tokens: sinks and window at the last segment end, and the tokens since."""
+    since = done % config.segment_len
+    return min(done - since, config.sink_tokens + config.window) + since
 
 
 @dataclass

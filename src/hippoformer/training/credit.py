@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.model.configuration import HippoFormerConfig
 from hippoformer.training.hidden_states import ReadDocument, side_by_side
 from hippoformer.training.streams import whole_documents
 

@@ -5,25 +5,40 @@ finds, and the optimizer's state follows the shards.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from hippoformer.errors import CheckpointError
 from hippoformer.model import checkpoint
 from hippoformer.model.base_models import load_base_model
+from hippoformer.model.modeling import HippoFormer
 from hippoformer.training import checkpoints
 from hippoformer.training.processes import whole
 from hippoformer.training.streaming import StreamedTexts
 
-if TYPE_CHECKING:
-    from hippoformer.training.trainer import Trainer
-
 _TEXT = "text."
 
 
-def save(run: "Trainer") -> None:
+class Run(Protocol):
+    """What of a `hippoformer.training.trainer.Trainer` a checkpoint is made of."""
+
+    model: HippoFormer
+    accelerator: Accelerator
+    optimizer: Any
+    scheduler: Any
+    options: Any
+    reader: Any
+    streams: Any
+    drift: Any
+    useful: dict[int, Tensor]
+    history: list[dict[str, Any]]
+    step: int
+
+
+def save(run: Run) -> None:
     """Writes a checkpoint of the run; every process must call it."""
     tensors = checkpoints.optimizer_tensors(run.optimizer)
     tensors |= {f"useful.{number}": target for number, target in run.useful.items()}
@@ -62,7 +77,7 @@ def save(run: "Trainer") -> None:
     )
 
 
-def weights(run: "Trainer") -> dict[str, Tensor] | None:
+def weights(run: Run) -> dict[str, Tensor] | None:
     """The model's tensors where an engine has them in pieces, put together; None where they are whole.
 
     A frozen base is no part of a checkpoint, so it stays in its pieces.
@@ -76,7 +91,7 @@ def weights(run: "Trainer") -> dict[str, Tensor] | None:
     return {name: tensor if name in frozen else whole(tensor).cpu() for name, tensor in state.items()}
 
 
-def restore_weights(run: "Trainer", path: Path) -> None:
+def restore_weights(run: Run, path: Path) -> None:
     """Puts the checkpoint's weights into the model.
 
     Raises:
@@ -89,7 +104,7 @@ def restore_weights(run: "Trainer", path: Path) -> None:
         run.model.base.load_state_dict(load_base_model(str(base), dtype=run.model.dtype).state_dict())
 
 
-def restore_run(run: "Trainer", path: Path) -> None:
+def restore_run(run: Run, path: Path) -> None:
     """Puts back everything else: optimizer, rows, order, draws, counters.
 
     Raises:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
-from hippoformer.model.configuration import HippoFormerConfig
 
 
 def start(accelerator: Accelerator, project: str, run_name: str | None, config: HippoFormerConfig) -> None:

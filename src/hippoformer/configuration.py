@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hippoformer.errors import ConfigurationError
-from hippoformer.hippocampus.passages import LONGEST
-from hippoformer.hippocampus.selection import RULES
+
+# Tokens of the longest passage; a store of passages holds one at least.
+LONGEST_PASSAGE = 64
 
 _SAME_SETTING = {"recall_n_heads", "fusion_n_heads"}
 # A store of 2,048 keeps 0.998 of a priority a segment: an episode fades as fast as new ones fill the store.
@@ -52,7 +53,8 @@ class HippoFormerConfig(PreTrainedConfig):
         capture_span: what leaves the window is judged by the passage it stands in, so many tokens on either side; 0 for
             each token by itself.
         selection: the rule by which episodes stay: "salience" (the gate) or one of the usual baselines, "surprise",
-            "random" and "fifo"; it changes nothing else. See `hippocampus.selection`.
+            "random" and "fifo"; it changes nothing else. `hippocampus.selection` has the rules, and refuses other
+            names when a hippocampus is made.
     Episodic memory and replay:
         buffer_size: episodes kept per row, beyond the window.
         decay_rate: factor on the priority per segment since the last reactivation; None: 1 - 4.096 / buffer_size (see
@@ -303,7 +305,7 @@ class HippoFormerConfig(PreTrainedConfig):
             "sink_tokens >= 0": self.sink_tokens >= 0,
             "segment_len >= 1": self.segment_len >= 1,
             "buffer_size >= 0": self.buffer_size >= 0,
-            f"passage_tokens == 0 or >= {LONGEST}": self.passage_tokens == 0 or self.passage_tokens >= LONGEST,
+            f"passage_tokens == 0 or >= {LONGEST_PASSAGE}": not 0 < self.passage_tokens < LONGEST_PASSAGE,
             "capture_span >= 0": self.capture_span >= 0,
             "decay_rate=None or 0 < decay_rate <= 1": self.decay_rate is None or 0 < self.decay_rate <= 1,
             "max_replay_rounds >= 0": self.max_replay_rounds >= 0,
@@ -317,7 +319,6 @@ class HippoFormerConfig(PreTrainedConfig):
             <= high,
             "1 <= salience_n_heads <= recall_n_heads": 1 <= self.salience_n_heads <= self.recall_n_heads,
             "salience_min_duration >= 1": self.salience_min_duration >= 1,
-            f"selection in ({', '.join(RULES)})": self.selection in RULES,
             "memory_layer == -1 or memory_layer >= 1, none of them twice": len(layers) > 0
             and all(layer == -1 or layer >= 1 for layer in layers)
             and len(set(layers)) == len(layers),

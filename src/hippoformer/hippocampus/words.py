@@ -5,10 +5,10 @@ at the beginning of a line than within one. `hippocampus.continuation` compares 
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 # So many characters of a token's end are known, a byte each in an int64; the eighth would be its sign.
 CHARACTERS = 7
@@ -19,11 +19,12 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BLANKS = frozenset((*_SPACES, "\u0109", "\u010a", "\u010d", "\t", "\n", "\r"))
 
 
-def words_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[Tensor, Tensor]:
+def words_of_tokens(tokenizer: Any, vocab_size: int) -> tuple[Tensor, Tensor]:
     """What `Recall.set_words` takes.
 
     Args:
-        tokenizer: of the model. vocab_size: rows of its embedding; ids beyond the tokenizer's are words of their own.
+        tokenizer: of transformers.
+        vocab_size: rows of the model's embedding; ids beyond the tokenizer's are words of their own.
 
     Returns:
         (vocab_size,) int32, of each token the first id that is the same word; runs of spaces stay what they are.
