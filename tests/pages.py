@@ -190,6 +190,7 @@ def make_readers_folder(folder: Path) -> None:
         model = hippoformer.HippoFormer(config, base)
         model.hippocampus.fusion.open()
         model.save_pretrained(folder / place)
+    model.set_tokenizer(tokenizer, words=False)
     cache = model.new_cache(1)
     model.score(tokenizer(text(0, 200), return_tensors="pt").input_ids, past_key_values=cache)
     cache.save(folder / "book.memory.safetensors")
