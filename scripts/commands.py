@@ -41,7 +41,7 @@ def make(root: Path, commands: Mapping[Path, Sequence[Any]]) -> None:
 
 
 def write_tables(root: Path) -> None:
-    """Writes the tables of the README and the docs from the files under results/."""
+    """Writes the tables of the README, docs/all-results.md and the model card from the files under results/."""
     python(root, "scripts/readme_results.py")
 
 

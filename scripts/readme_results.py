@@ -1,11 +1,11 @@
-"""Fills the results blocks of README.md, docs/results.md and the model card from the JSON files under results/.
+"""Fills the results blocks of README.md, docs/all-results.md and the model card from the JSON files under results/.
 
     python scripts/readme_results.py            # rewrite the blocks
     python scripts/readme_results.py --check    # exit 1 if one is not what the files say
 
-Seven kinds of files are read, told apart by their `format`: reports of `hippoformer eval perplexity`, `eval recall`,
-`eval variants`, `eval recall-variants`, `eval babilong` and `eval bytes` with --output, and of `benchmarks/speed.py`.
-Others are left alone. No figure in a block is typed by hand.
+The README has the headline, one table; docs/all-results.md has every report. Seven kinds of files are read, told apart
+by their `format`: reports of `hippoformer eval perplexity`, `eval recall`, `eval variants`, `eval recall-variants`,
+`eval babilong` and `eval bytes` with --output, and of `benchmarks/speed.py`. No figure in a block is typed by hand.
 """
 
 import argparse
@@ -19,10 +19,13 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PERPLEXITY, RECALL = "hippoformer.perplexity/1", "hippoformer.recall/1"
 VARIANTS, RECALL_VARIANTS = "hippoformer.variants/1", "hippoformer.recall_variants/1"
 COMPARISON, SPEED, BABILONG = "hippoformer.comparison/1", "hippoformer.speed/1", "hippoformer.babilong/1"
-# Which kinds a file's block holds, and where the results lie, seen from there.
-BLOCKS = {
-    "README.md": ((PERPLEXITY, RECALL, SPEED), "results"),
-    "docs/results.md": ((VARIANTS, RECALL_VARIANTS, BABILONG, COMPARISON), "../results"),
+# Which kinds a file's block holds (none: the headline), and where the results lie, seen from there.
+BLOCKS: dict[str, tuple[tuple[str, ...], str]] = {
+    "README.md": ((), "results"),
+    "docs/all-results.md": (
+        (PERPLEXITY, RECALL, SPEED, VARIANTS, RECALL_VARIANTS, BABILONG, COMPARISON),
+        "../results",
+    ),
     "src/hippoformer/pretrained/smollm2-135m/README.md": ((PERPLEXITY, RECALL), "../../../../results"),
 }
 EMPTY = "No results are stored yet: `results/` holds no report."
@@ -33,6 +36,39 @@ Content = dict[str, Any]
 def read_results(folder: Path) -> dict[str, Content]:
     """File name -> content of every JSON file of the folder, by name."""
     return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def headline(results: dict[str, Content]) -> str:
+    """The table of the README: the base at two windows and the shipped memory.
+
+    Raises:
+        KeyError: a report that the table quotes is missing.
+    """
+
+    def perplexity(condition: Content) -> str:
+        return _interval(condition["token_perplexity"], lambda x: f"{x:.2f}")
+
+    rows = []
+    for name, text in (("novels_test", "6 novels"), ("wikitext2_test", "60 encyclopedia articles")):
+        off, on = (results[f"{name}.json"]["conditions"][condition] for condition in ("off", "memory"))
+        rows.append([f"perplexity per token, {text}", perplexity(off), "", perplexity(on), _link(f"{name}.json")])
+    name = "bytes_novels.json"
+    found = {contestant["name"]: contestant for contestant in results[name]["contestants"]}
+    who = [found[contestant] for contestant in ("base, window 512", "base, window 4096", "hippoformer")]
+    bits = [_interval(contestant["bits_per_byte"], lambda x: f"{x:.3f}") for contestant in who]
+    rows.append(["bits per byte, first 40,000 characters of each novel", *bits, _link(name)])
+    rows.append(["state per row", *(f"{contestant['state_nbytes'] / 1e6:.1f} MB" for contestant in who), _link(name)])
+    name = "recall_test.json"
+    for cell in results[name]["cells"]:
+        if cell["kind"] == "home" and cell["distance"] in (8_000, 32_000):
+            fact = f"facts recalled after {cell['distance']:,} tokens"
+            rows.append([fact, f"{100 * cell['right_off']:.0f} %", "", _right(cell), _link(name)])
+    name = "speed.json"
+    for measure, says in (("streamed scoring", "reading"), ("generate, 64 tokens from token 4000", "generating")):
+        speed = next(row for row in results[name]["results"] if row["measure"].startswith(measure))
+        off, on = (f"{speed[key]:,.1f} {speed['unit']}" for key in ("reference", "value"))
+        rows.append([f"speed, {says}", off, "", on, _link(name)])
+    return _table(("", "base, window 512", "base, window 4,096", "HippoFormer, window 512", "report"), rows)
 
 
 def render(results: dict[str, Content], kinds: tuple[str, ...]) -> str:
@@ -235,15 +271,15 @@ def _table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def fill(readme: str, block: str) -> str:
-    """The README with the block between its markers.
+def fill(page: str, block: str) -> str:
+    """The page with the block between its markers.
 
     Raises:
         ValueError: the markers do not stand there once each, in order.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"the file must hold {BEGIN} and {END} once each, in this order")
-    before, rest = readme.split(BEGIN)
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
 
@@ -257,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     for file, (kinds, links) in BLOCKS.items():
         path = arguments.root / file
         old = path.read_text(encoding="utf-8")
-        new = fill(old, render(results, kinds).replace("](results/", f"]({links}/"))
+        block = render(results, kinds) if kinds else headline(results)
+        new = fill(old, block.replace("](results/", f"]({links}/"))
         if old != new:
             stale.append(file)
         if not arguments.check:
