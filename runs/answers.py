@@ -1,6 +1,7 @@
 """Answers to facts planted in a novel and asked in other words, by the model itself.
 
-    python runs/answers.py --model smollm2-135m --data ../shared/data --novel Forster_Howards_1910 --tokens 8000
+    python runs/answers.py --data ../shared/data --novel validation/Lawrence_Peacock_1911 --tokens 8000 --facts 24
+    python runs/answers.py --data ../shared/data --novel test/Galsworthy_Saints_1919 --tokens 8000
 
 Every fact of `hippoformer.data.facts` is planted in a text of `--tokens` tokens, which is read once; each question is
 asked of a copy of the state, greedily. Four conditions: passages as a `Conversation` retrieves them; plain BM25 over
@@ -80,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--novel", required=True, help="name of a validation novel")
+    parser.add_argument("--novel", required=True, help="split and name, as validation/Forster_Howards_1910")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--facts", type=int, default=len(FACTS), help="ask the first so many")
     parser.add_argument("--reread-tokens", type=int, default=REREAD_TOKENS)
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     model, tokenizer = hippoformer.load(options.model)
-    novel = options.data / "public-domain-novels" / "validation" / f"{options.novel}.txt"
+    novel = options.data / "public-domain-novels" / f"{options.novel}.txt"
     ids, cache, began = planted(model, tokenizer, novel, options.tokens, options.seed), model.new_cache(), time.time()
     for piece in ids.split(SECTION, dim=1):
         model.score(piece, past_key_values=cache)
