@@ -229,14 +229,14 @@ def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) 
             warnings.warn(
                 f"{path} holds passages, but this model keeps none: what was read is not found by its words. Call "
                 "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0",
-                stacklevel=4,
+                stacklevel=6,
             )
         return
     if not kept:
         warnings.warn(
             f"{path} was written without passages: what was read before is recalled as before, but not found by its "
             "words; read the text again for that",
-            stacklevel=4,
+            stacklevel=6,
         )
         return
     rows = cache.batch_size
@@ -264,7 +264,7 @@ def _translated(
             raise MemoryFileError(
                 f"{path} was written by another model and has no anchors to carry it over: load the model that wrote it"
             )
-        warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=5)
+        warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=6)
         return {"calibrated": False}
     calibrator, memory = model.hippocampus.drift_calibrator, cache.memory
     new_keys, new_values = model.anchors(tensors["anchors.ids"])
