@@ -131,7 +131,10 @@ needs_deepspeed = pytest.mark.skipif(
 )
 AVAILABLE = [
     "DDP",
-    pytest.param("FSDP2", marks=pytest.mark.skipif(not SHARDING, reason="torch or accelerate without FSDP2")),
+    pytest.param(
+        "FSDP2",
+        marks=(pytest.mark.slow, pytest.mark.skipif(not SHARDING, reason="torch or accelerate without FSDP2")),
+    ),
     pytest.param("DeepSpeed", marks=needs_deepspeed),
 ]
 MODES = {"frozen": [], "lora": ["--lora_r", "2"], "base": ["--train_base", "--gradient_accumulation_steps", "2"]}

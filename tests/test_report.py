@@ -19,6 +19,8 @@ from hippoformer.report import render, write_report
 from hippoformer.report.reading import reading
 from result_files import contents, results, write_results
 
+pytestmark = pytest.mark.slow  # a minute to draw all figures once
+
 VOID = {"meta", "br", "input", "link", "img", "hr", "wbr"}
 
 
