@@ -90,6 +90,7 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
         f"\n{clock() - ready:.0f} s of reading and asking. Now your own text, your own model, or a talk:\n"
         "  hippoformer demo my-book.txt\n"
         "  hippoformer demo --model FOLDER_OR_HUB_NAME my-book.txt\n"
+        f'  hippoformer ask my-book.txt "Who keeps the key?" --model {model}\n'
         f"  hippoformer chat --model {model}"
     )
 
