@@ -256,7 +256,8 @@ def test_a_prompt_of_fifty_thousand_tokens_takes_no_more_space_than_a_short_one(
                 ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False
             )
         assert out.shape == (1, length + 3) and cache.lengths == [length + 2]
-        states.append(cache.nbytes)
+        states.append(cache.nbytes - cache.passages_nbytes)
+        assert cache.passages_nbytes < 20 * model.config.passage_tokens  # 64 bytes a passage, of 4 tokens at the least
         largest.append(watch.numel)
     assert states[0] == states[1] and largest[0] == largest[1]
     assert largest[1] < 50_000 * 16, "the hidden states of the whole prompt existed at once"

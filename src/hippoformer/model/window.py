@@ -166,9 +166,17 @@ class WindowedBase:
         return inspect_base(self)
 
     def follow_dtype(self) -> None:
-        """Measures anew how keys move where the base's dtype has changed since, and its rotary tables with it."""
-        if self._dtype != self.base.dtype or any(getattr(m, n) is not t for m, n, t in self._tables):
-            self._dtype, self._tables = self.base.dtype, _frequency_buffers(self.body)
+        """Measures anew how keys move where the base's dtype or the numbers of its rotary tables have changed since."""
+        dtype, before = self.base.dtype, self._tables
+        if dtype == self._dtype and all(getattr(module, name) is table for module, name, table in before):
+            return
+        same = dtype == self._dtype
+        self._dtype, self._tables = dtype, _frequency_buffers(self.body)
+        # A wrapper may put other tensors of the same numbers there, and cannot run what the measurement runs.
+        same = same and len(before) == len(self._tables)
+        for (*_, old), (*_, new) in zip(before, self._tables, strict=False):
+            same = same and old.dtype == new.dtype and torch.equal(old, new.to(old.device))
+        if not same:
             self.rotations = inspect_base(self)
 
     @property
