@@ -21,12 +21,13 @@ from hippoformer.data.babilong import hidden_questions, sentences
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.examination import answer_nats, answers
-from hippoformer.evaluation.generation import decoded, first_line, left_padded, read_texts, reminded
+from hippoformer.evaluation.generation import decoded, first_line, read_texts, reminded
 from hippoformer.evaluation.provenance import provenance
 from hippoformer.evaluation.report import Report, with_range
 from hippoformer.evaluation.scoring import check_untouched, describe, reading
 from hippoformer.evaluation.statistics import LEVEL, share
 from hippoformer.evaluation.views import with_options
+from hippoformer.model.rereading import left_padded
 from hippoformer.text import start_tokens, token_ids
 
 REREAD_TOKENS = 256

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.generation import decoded, left_padded, reminded
+from hippoformer.evaluation.generation import decoded, reminded
 from hippoformer.evaluation.needles import ALL_KINDS, PIECE, Planted, haystack
+from hippoformer.model.rereading import left_padded
 
 # What was said, and -log p of what should have been.
 Answer = tuple[list[int], float]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hippoformer.model.rereading import reread
+from hippoformer.model.rereading import left_padded, reread
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,3 @@ def reminded(cache: Any, cues: Sequence[Sequence[int]], n_tokens: int) -> Any:
 def first_line(tokenizer: Any, ids: Sequence[int]) -> str:
     """What was said up to the end of its line."""
     return tokenizer.decode(ids).strip().partition("\n")[0].strip()
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """(R, T) ids and mask, all rows ending together."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

@@ -49,11 +49,8 @@ def reread(
     assert cache.passages is not None  # otherwise nothing is found in it
     spelling = cache.passages.spelling
     rows = [_as_ids(passages, spelling) for passages in found]
-    width = max(map(len, rows))
-    if width:
-        device = cache.model.device
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    if any(rows):
+        ids, mask = left_padded(rows, cache.model.device)
         cache.model.score(ids, attention_mask=mask, past_key_values=copy)
         copy.new_turn()
     return copy
@@ -77,3 +74,11 @@ def _groups(passages: Sequence[Passage]) -> list[list[Passage]]:
             groups.append([])
         groups[-1].append(passage)
     return sorted(groups, key=lambda group: max(passage.score for passage in group))
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(R, T) ids and mask, all rows ending together."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
