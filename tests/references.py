@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hippoformer import HippoFormerConfig
-from hippoformer.hippocampus import continuation
+from hippoformer.hippocampus import continuation, replay
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.recall import Recall
 
@@ -27,7 +27,6 @@ class Memory:
     surprise: float
     priority: float
     age: float
-    strength: float
     credit: float
 
 
@@ -50,7 +49,7 @@ def memories(episodes: Episodes, row: int, slots: range, heads: int) -> list[Mem
         key = episodes.key[row, slot].double().unflatten(0, (heads, -1)).tolist()
         numbers = {
             name: float(getattr(episodes, name)[row, slot])
-            for name in ("salience", "priority", "age", "strength", "credit")
+            for name in ("salience", "priority", "age", "credit")
         }
         numbers["surprise"] = float(episodes.surprise[row, slot].sum())  # 0 where the rule does not read it
         found.append(None if position < 0 else Memory(key, int(episodes.token[row, slot]), position, **numbers))
@@ -66,7 +65,7 @@ def winners(score: list[float], k: int) -> list[int]:
 
 def importance(salience: float, config: HippoFormerConfig) -> float:
     low, high = config.importance_weight_range
-    return low + (high - low) * (2 * salience - 1) if salience > 0.5 else config.untagged_weight
+    return low + (high - low) * (2 * salience - 1) if salience > 0.5 else 1.0
 
 
 def captured(working: list[Memory], leaving: int, config: HippoFormerConfig) -> list[Memory]:
@@ -103,61 +102,37 @@ def cosine(one: Memory, other: Memory) -> float:
     return sum(a * b for x, y in zip(one.key, other.key, strict=True) for a, b in zip(x, y, strict=True)) / len(one.key)
 
 
-def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) -> tuple[list[Memory], dict[str, int]]:
-    """One consolidation of a store, oldest first; changes the memories in it."""
+def consolidate(store: list[Memory], segment: int, config: HippoFormerConfig) -> int:
+    """One consolidation of a store, oldest first; changes the memories in it. Returns how many were reactivated."""
     for memory in store:
         memory.age += 1.0
         memory.credit *= config.decay_rate
-    gone: set[int] = set()  # positions of what was merged into another
-    reactivated = merged = 0
 
     def drawn(memory: Memory) -> float:
         weight = memory.priority * config.decay_rate**memory.age * (memory.credit + 0.1)
         return math.log(weight) - math.log(-math.log(uniform(config.seed, segment, memory.position)))
 
     rounds = config.max_replay_rounds if config.buffer_size > 1 else 0
-    cues = sorted(store, key=drawn, reverse=True)[: rounds * config.replay_batch]
-    reactivated = len(cues)
+    cues = sorted(store, key=drawn, reverse=True)[: rounds * replay.ROUND]
     times = dict.fromkeys((memory.position for memory in store), 0)
-    claims: list[tuple[Memory, Memory]] = []
-    places = {memory.position for memory in store}
     for cue in cues:
         times[cue.position] += 1
         others = [memory for memory in store if memory is not cue]
         like = max(others, key=lambda other, cue=cue: cosine(cue, other), default=None)
-        if like is None or cosine(cue, like) <= 0:
-            continue
-        times[like.position] += 1
-        if like.token == cue.token and cosine(cue, like) >= config.merge_threshold:
-            older, newer = sorted((cue, like), key=lambda memory: memory.position)
-            if older.position - 1 in places or older.position + 1 in places:
-                continue  # part of a story
-            # The first cue that claims a memory moves it.
-            if not any(older is claimed for claimed, _ in claims):
-                claims.append((older, newer))
+        if like is not None and cosine(cue, like) > 0:
+            times[like.position] += 1
     for memory in store:
-        story = [memory.position]  # and whoever is joined to it without a gap, as far as a reactivation reaches
+        sequence = [memory.position]  # and whatever is joined to it without a gap, as far as a reactivation reaches
         for step in (-1, 1):
             place = memory.position + step
-            while place in places and abs(place - memory.position) <= config.replay_span:
-                story.append(place)
+            while place in times and abs(place - memory.position) <= replay.SPAN:
+                sequence.append(place)
                 place += step
-        for _ in range(max(times[place] for place in story)):
+        for _ in range(max(times[place] for place in sequence)):
             rate = config.replay_rate * min(1.0, memory.credit)
             memory.priority += rate * max(0.0, config.importance_weight_range[1] - memory.priority)
             memory.age = 0.0
-    leaving = {older.position for older, _ in claims}
-    for older, newer in claims:
-        if newer.position in leaving:  # a memory that is to go takes nobody in
-            continue
-        newer.strength += older.strength
-        newer.credit += older.credit
-        newer.priority = max(newer.priority, older.priority)
-        gone.add(older.position)
-        merged += 1
-    alive = [memory for memory in store if memory.position not in gone]
-    kept = [m for m in alive if m.priority * config.decay_rate**m.age >= config.priority_threshold]
-    return kept, {"reactivated": reactivated, "merged": merged, "forgotten": len(alive) - len(kept)}
+    return len(cues)
 
 
 def _letters(ending: int) -> bytes:
@@ -198,14 +173,14 @@ def _match_lengths(
 
 def _match_in_tokens(module: Recall, length: int, slot: int, own: int, token: list[int], position: list[int]) -> float:
     """The length of a match that `slot` continues, with the letters that both texts share before it."""
-    if not length or not module.match_characters:
+    if not length:
         return float(length)
     spelled, texts = [_letters(e) for e in module.ending_of_token.tolist()], []
     for end in (slot - 1, min(own, len(token) - 1)):
         start = max(end - length + 1, 0)
         kept = position[start] == position[end] - length + 1
         texts.append(_text_before(start, position, token, spelled) if kept else b"")
-    return min(length + _shared(*texts) / module.match_characters, 1024.0)
+    return min(length + _shared(*texts) / 3, 1024.0)
 
 
 def _attention(module: Recall, state: Tensor, key: Tensor, mass: Tensor, visible: list[bool]) -> Tensor:
@@ -222,9 +197,6 @@ def _attention(module: Recall, state: Tensor, key: Tensor, mass: Tensor, visible
             score = float(weight["log_scale"][head].exp() * (query @ key[slot, span].double()))
             score += float(weight["priority_weight"][head]) * math.log(max(float(mass[slot]), 1e-6))
             scores.append(score if seen else -math.inf)
-        if 0 < module.top_k < len(visible):
-            least = sorted(scores, reverse=True)[module.top_k - 1]
-            scores = [score if score >= least else -math.inf for score in scores]
         scores.append(float(weight["null_proj.weight"][head] @ state + weight["null_proj.bias"][head]))
         total += share[head] * torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
     return total
@@ -236,10 +208,10 @@ def _moved(module: Recall, state: Tensor, alike: list[float], length: list[float
     gate = float(weight["follow_gate.weight"][0] @ state + weight["follow_gate.bias"][0])
     match = [0.0] * len(length)
     for slot in places:
-        match[slot] = (alike[slot] + 1e-4) * length[slot] ** module.match_power
+        match[slot] = (alike[slot] + 1e-4) * length[slot] ** 8
         if length[slot] > 3.0:
             newer = sum(other > slot and abs(length[other] - length[slot]) < 1e-3 for other in places)
-            match[slot] /= (1 + newer) ** (module.match_recency * math.log(length[slot] / 3.0))
+            match[slot] /= (1 + newer) ** (4 * math.log(length[slot] / 3.0))
     moved = [0.0] * len(length)
     for slot in places:
         odds = gate + float(weight["match_weight"]) * math.log(length[slot])

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hippoformer.configuration import HippoFormerConfig
+from hippoformer.hippocampus import replay
 from hippoformer.model.modeling import HippoFormer
 
 VOCAB = 97
@@ -100,20 +101,14 @@ SMALL: dict[str, Any] = {
     "recall_n_heads": 4,
     "recall_head_dim": 8,
     "recall_value_dim": 8,
-    "salience_n_heads": 2,
-    "salience_hidden_size": 16,
-    "salience_surprise_weight": 0.0,  # random models are always surprised: all would be tagged
-    "replay_batch": 3,
     "replay_rate": 0.5,
     "max_replay_rounds": 2,
-    "priority_threshold": 0.7,
     "decay_rate": 0.9,
     "memory_layer": -1,
     "residual_readout": True,
     "marginal_weight": 0.0,  # a fresh HippoFormer is its base
-    "n_anchors": 12,
-    "anchor_len": 4,
 }
+replay.ROUND = 3  # with 16 cues a round all of a tiny store would be replayed at every segment end
 
 
 def tiny_base(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -150,8 +145,10 @@ def awake(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoForm
         hippocampus.recall.log_scale.fill_(2.5)
         # Salience far on both sides of 0.5, so that no test hangs on the rounding of one that is near it.
         hippocampus.salience_gate.local_out.weight.mul_(20.0)
-        speaking = hippocampus.salience_gate.global_out.weight  # silent in a fresh gate
-        nn.init.kaiming_uniform_(speaking, generator=torch.Generator().manual_seed(model_seed))
+        hippocampus.salience_gate.surprise_weight.zero_()  # random models are always surprised: all would be tagged
+        if hippocampus.salience_gate.has_global:
+            speaking = hippocampus.salience_gate.global_out.weight  # silent in a fresh gate
+            nn.init.kaiming_uniform_(speaking, generator=torch.Generator().manual_seed(model_seed))
         hippocampus.salience_gate.smoothing.add_(0.25)  # or what is carried over the edge of a step would not matter
     return model
 

@@ -5,20 +5,21 @@ there. m_t(e) counts how many tokens in a row, up to that of query t, were predi
 weights r'_t (see recall); a part phi of them moves to the episodes that continue a match (as in prediction by partial
 matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 2024, arXiv:2401.17377):
 
-    q_t(e)   ~ (r'_t(e) + floor) m_t(e)^gamma        over e with m_t(e) > 0, normalised
+    q_t(e)   ~ (r'_t(e) + floor) m_t(e)^8            over e with m_t(e) > 0, normalised
     phi_t(e) = sigmoid(g(query) + w log m_t(e))
     r_t      = (1 - |f_t|) r'_t + f_t,               f_t(e) = phi_t(e) q_t(e)
 
 * Tokens are compared as words: "Anna" at the beginning of a line is the " Anna" within one (see `hippocampus.words`).
-* Characters that both texts share right before a match count too, `match_characters` of them as one token, so that a
-  name cut into other tokens still counts.
-* Of equally long matches the newest counts most (`match_recency`): the last of several contradicting statements wins.
+* Characters that both texts share right before a match count too, three of them as one token, so that a name cut into
+  other tokens still counts.
+* Of equally long matches the newest counts most: the last of several contradicting statements wins.
 * Only the `PLACES` longest matches of a query are considered, the newest of equals. Cost and memory are therefore the
   same for prose and for 100,000 equal tokens, in which every pair matches.
 
 All shapes are fixed and nothing asks the device for a value. R rows, N queries, E episode slots, P places.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ LONGEST = 1024
 STATEMENT = 3.0
 # A match need not resemble the query.
 _FLOOR = 1e-4
+# Exponent gamma of the length; characters before a match that count as a token; the k-th newest of equally long matches
+# of m tokens counts by k^(-_RECENCY log(m / STATEMENT)). Each was measured once (docs/notebook) and never varied since.
+_POWER, _CHARACTERS_A_TOKEN, _RECENCY = 8.0, 3.0, 4.0
 _TINY = 1e-12
 _PARTS = 64
 # The characters before a match are those of so many tokens.
@@ -128,27 +132,23 @@ class Matches:
 
 
 @torch.no_grad()
-def longest_matches(
-    length: Tensor, position: Tensor, own_slot: Tensor, text: Tensor | None = None, share: float = 0.0
-) -> Matches:
+def longest_matches(length: Tensor, position: Tensor, own_slot: Tensor, text: Tensor) -> Matches:
     """The longest of all matches, of equals the newest; P is `PLACES`, or E where that is less.
 
     Args:
         length: (R, N, E) as `match_lengths` gives it. position: (R, E) of the episodes.
         own_slot: (R,) int64, the slot of the token that the first query has read; the others' follow.
-        text: (R, E) as `text_before` gives it, or None if only tokens count. share: tokens that a character counts.
+        text: (R, E) as `text_before` gives it.
     """
     n_queries, n_slots = length.shape[1:]
     slots = torch.arange(n_slots, device=length.device, dtype=torch.int32)
     key, slot = (length.int() * n_slots + slots).topk(min(PLACES, n_slots), dim=-1)
     tokens = key // n_slots
-    found = tokens.float()
-    if text is not None:
-        own = own_slot.unsqueeze(-1) + torch.arange(n_queries, device=length.device)  # (R, N)
-        there = _text_at_start(text, position, slot - 1, tokens)
-        here = _text_at_start(text, position, own.unsqueeze(-1).expand_as(slot), tokens)
-        found = found + torch.where(tokens > 0, _shared_characters(there, here) * share, 0.0)
-    found = found.clamp_max(LONGEST)
+    own = own_slot.unsqueeze(-1) + torch.arange(n_queries, device=length.device)  # (R, N)
+    there = _text_at_start(text, position, slot - 1, tokens)
+    here = _text_at_start(text, position, own.unsqueeze(-1).expand_as(slot), tokens)
+    shared = _shared_characters(there, here) * (1.0 / _CHARACTERS_A_TOKEN)
+    found = (tokens + torch.where(tokens > 0, shared, 0.0)).clamp_max(LONGEST)
     # Lengths are equal that differ by less than a part of a token, for characters.
     parts = torch.where(found > STATEMENT, (found * _PARTS).round(), -1.0 - slot)
     newer = (parts.unsqueeze(-1) == parts.unsqueeze(-2)) & (slot.unsqueeze(-1) < slot.unsqueeze(-2))
@@ -168,17 +168,20 @@ def _text_at_start(text: Tensor, position: Tensor, end: Tensor, tokens: Tensor) 
     return torch.where(at(position, start) == at(position, end) - tokens + 1, at(text, start), 0)
 
 
-def follow(weights: Tensor, matches: Matches, phi: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+def follow(weights: Tensor, matches: Matches, phi: Tensor) -> tuple[Tensor, Tensor]:
     """Moves a part of what was recalled to the episodes that continue a match.
 
     Args:
         weights: (R, N, E + 1) r', null in front. matches: of the same queries.
-        phi: (R, N, P) how surely each match goes on. strength: (R, N, P) m^gamma, less for what was told again.
+        phi: (R, N, P) how surely each match goes on.
 
     Returns:
         (R, N, E + 1) weights, each query's summing to 1 as before; and (R, N), the part that was moved.
     """
     column = matches.slot + 1
+    log_length = matches.length.clamp_min(1.0).log()
+    fading = _RECENCY * (log_length - math.log(STATEMENT)).clamp_min(0.0)
+    strength = (_POWER * log_length - fading * matches.newer.float().log1p()).exp()
     match = torch.where(matches.length > 0, (weights.gather(-1, column) + _FLOOR) * strength, 0.0)
     moved = phi * match / match.sum(-1, keepdim=True).clamp_min(_TINY)  # (R, N, P)
     share = moved.sum(-1, keepdim=True)

@@ -18,6 +18,8 @@ from hippoformer.errors import InputError
 # Ridge strengths tried, relative to the mean variance of the anchors; the best on held-out anchors is taken.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 _FOLDS = 4
+# Probes, and tokens of each.
+N_ANCHORS, ANCHOR_LEN = 64, 16
 
 
 @dataclass
@@ -103,7 +105,7 @@ class EmbeddingDriftCalibrator(nn.Module):
 
     Args:
         vocab_size: ids of the probes are below this.
-        config: `n_anchors`, `anchor_len`, `drift_threshold`, `seed`.
+        config: `drift_threshold`, `seed`.
 
     The probes start as pseudo-random tokens; training replaces them by spans of its own text (`set_anchors`), which lie
     closer to what memories are made of.
@@ -115,11 +117,11 @@ class EmbeddingDriftCalibrator(nn.Module):
         super().__init__()
         self.threshold = config.drift_threshold
         generator = torch.Generator().manual_seed(config.seed)
-        shape = (config.n_anchors, config.anchor_len)
+        shape = (N_ANCHORS, ANCHOR_LEN)
         self.register_buffer("anchor_ids", torch.randint(0, vocab_size, shape, generator=generator, dtype=torch.int32))
 
     def set_anchors(self, ids: Tensor) -> None:
-        """Replaces the probes by (n_anchors, anchor_len) token ids."""
+        """Replaces the probes by (N_ANCHORS, ANCHOR_LEN) token ids."""
         if ids.shape != self.anchor_ids.shape:
             raise InputError(f"expected anchors of shape {tuple(self.anchor_ids.shape)}, got {tuple(ids.shape)}")
         self.anchor_ids.copy_(ids)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, logsigmoid, max_pool1d, pad
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.selection import rule_of
@@ -42,7 +42,6 @@ class Episodes:
         surprise: (R, E, 1) 1 - p of the token under the base; (R, E, 0) where the selection rule does not read it.
         priority: (R, E) P; the importance at writing, raised by replay.
         age: (R, E) segments since the last reactivation.
-        strength: (R, E) how many experiences were merged into this one.
         credit: (R, E) predictions owed to this episode (sum of posterior shares), fading like the priority.
         matched: (R, E) how many tokens in a row, up to the row's last, it continues (see continuation).
     """
@@ -55,7 +54,6 @@ class Episodes:
     surprise: Tensor
     priority: Tensor
     age: Tensor
-    strength: Tensor
     credit: Tensor
     matched: Tensor
 
@@ -76,7 +74,6 @@ class Episodes:
             surprise=zeros(int(rule_of(config).reads_surprise)),
             priority=zeros(),
             age=zeros(),
-            strength=zeros(),
             credit=zeros(),
             matched=zeros(),
         )
@@ -159,9 +156,9 @@ def _numbered(code: Tensor) -> Tensor:
 
 
 def importance(salience: Tensor, config: HippoFormerConfig) -> Tensor:
-    """Weight of a token: `untagged_weight` up to salience 0.5, then growing over `importance_weight_range`."""
+    """Priority of an episode: 1 up to salience 0.5, then growing over `importance_weight_range`."""
     low, high = config.importance_weight_range
-    return torch.where(salience > 0.5, low + (high - low) * (2.0 * salience - 1.0), config.untagged_weight)
+    return torch.where(salience > 0.5, low + (high - low) * (2.0 * salience - 1.0), 1.0)
 
 
 def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Episodes:
@@ -191,8 +188,6 @@ def admit(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) -> Epi
     holds = take(contender, kept)
     moved = episodes.map(lambda tensor: take(tensor, index))
     moved.position[:, :n_stored].masked_fill_(~holds, -1)
-    if moved.priority.requires_grad and n_stored:  # of an empty store nobody is put out
-        moved.priority = _let_gradient_reach_priority(moved.priority, moved, contender, config)
     return moved
 
 
@@ -218,7 +213,7 @@ def _captured(episodes: Episodes, leaving: Tensor, config: HippoFormerConfig) ->
         leaver = leaves.view(*leaves.shape, *[1] * (new.dim() - 2))
         return torch.cat((old[:, :low], torch.where(leaver, new, old[:, low:high]), old[:, high:]), dim=1)
 
-    priority = importance(salience.detach() if config.credit_only_gate else salience, config)
+    priority = importance(salience.detach(), config)
     return replace(
         episodes,
         salience=judged(episodes.salience, salience),
@@ -242,20 +237,3 @@ def _repeats_discounted(episodes: Episodes, leaving: Tensor, config: HippoFormer
         surprise=episodes.surprise * worth.unsqueeze(-1),
         priority=episodes.priority * worth,
     )
-
-
-def _let_gradient_reach_priority(
-    priority: Tensor, moved: Episodes, contender: Tensor, config: HippoFormerConfig
-) -> Tensor:
-    """Straight-through soft top-k: the numbers stay, the gradient is that of a relaxed competition.
-
-    Where more episodes compete than fit, staying is relaxed to sigmoid((log p - log p_min) / temperature) with p_min
-    the lowest priority that still won, so that the loss can tell the gate which memories were worth more room.
-    """
-    stored = moved.valid[:, : config.buffer_size]
-    full = contender.sum(-1, keepdim=True) > config.buffer_size
-    log_priority = moved.effective_priority(config.decay)[:, : config.buffer_size].clamp_min(1e-6).log()
-    lowest = log_priority.detach().masked_fill(~stored, torch.inf).amin(-1, keepdim=True).clamp_max(100.0)
-    log_keep = logsigmoid((log_priority - lowest) / config.soft_topk_temperature)
-    gradient_only = torch.where(stored & full, (log_keep - log_keep.detach()).exp(), 1.0)
-    return torch.cat((priority[:, : config.buffer_size] * gradient_only, priority[:, config.buffer_size :]), dim=-1)

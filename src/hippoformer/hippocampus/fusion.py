@@ -19,31 +19,30 @@ from torch import Tensor, nn
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.recall import Recollection
 
-_GATE_WIDTH = 32
+_GATE_WIDTH, _DROPOUT = 32, 0.1
 _TRUST = 3.0  # log-odds that a story followed outright adds to lambda at the start of training
 
 
 class Fusion(nn.Module):
-    """Both read-outs and their gates. Parameters only."""
+    """Both read-outs and their gates. Parameters only.
 
-    def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
+    Args:
+        width: n D of the states that queries are made of. hidden_size: D of the state that the residual is added to.
+    """
+
+    def __init__(self, width: int, hidden_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
         self.has_residual = config.residual_readout
-        self.configure(config)
-        self.gate_in = nn.Linear(hidden_size + 2, _GATE_WIDTH)
+        self.gate_in = nn.Linear(width + 2, _GATE_WIDTH)
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
         # Straight from the evidence, beside what the query makes of it: nothing, peak, followed.
         self.evidence = nn.Parameter(torch.tensor((0.0, 0.0, _TRUST)))
         self.strength = nn.Parameter(torch.zeros(()))
         if self.has_residual:
-            self.residual_gate = nn.Linear(hidden_size, 1)
+            self.residual_gate = nn.Linear(width, 1)
             self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.zeros(()))
-        self.dropout = nn.Dropout(config.fusion_dropout)
-
-    def configure(self, config: HippoFormerConfig) -> None:
-        """Takes the options that no parameter depends on."""
-        self.has_distribution = config.distribution_readout
+        self.dropout = nn.Dropout(_DROPOUT)
 
     def open(self) -> None:
         """Lets recall speak, if it never has: called once when training starts."""
@@ -66,8 +65,6 @@ class Fusion(nn.Module):
 
     def mixture_weight(self, hidden: Tensor, recollection: Recollection) -> Tensor:
         """(R, N) lambda in [0, 1]: how much recall is believed."""
-        if not self.has_distribution:
-            return torch.zeros_like(recollection.nothing)
         hidden = hidden.to(self.gate_in.weight.dtype)
         evidence = torch.stack((recollection.nothing, recollection.peak, recollection.followed), dim=-1).to(
             hidden.dtype

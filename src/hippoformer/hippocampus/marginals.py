@@ -22,6 +22,8 @@ from hippoformer.configuration import HippoFormerConfig
 
 # In nats; prose loses nothing by it (docs/lab-notebook.md, 2026-11-28).
 _LEAST_SHIFT = -1.0
+# k: tokens that are believed to have come as expected before the first is counted.
+_PRIOR = 2.0
 
 
 def of_vocabulary(numbers: Tensor, size: int) -> Tensor:
@@ -73,7 +75,6 @@ class Marginals:
 
     def renewed(self, rows: Tensor, config: HippoFormerConfig) -> "Marginals":
         """With what was read in the segment that the given rows, (J,), have come to the end of."""
-        prior = config.marginal_prior
-        ratio = torch.log((self.count[rows] + prior) / (self.expected[rows] + prior))
+        ratio = torch.log((self.count[rows] + _PRIOR) / (self.expected[rows] + _PRIOR))
         shift = (config.marginal_weight * ratio).clamp_min(_LEAST_SHIFT)
         return Marginals(self.count, self.expected, self.shift.index_copy(0, rows, shift))

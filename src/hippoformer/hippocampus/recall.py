@@ -2,13 +2,12 @@
 
 Score of episode e for query q, per head h:
 
-    scale_h cos(q, k_e) + rho_h log(effective priority_e x strength_e),        null_h(q) for recalling nothing
+    scale_h cos(q, k_e) + rho_h log(effective priority_e),        null_h(q) for recalling nothing
 
 A softmax over all of them gives the attention a_h; a learned mixture over heads, its weights m_h made from the query,
 gives one distribution r' = sum_h m_h a_h. `continuation` then moves a part of it to what continues a verbatim match.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +17,6 @@ from torch.nn.functional import normalize
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.continuation import (
-    STATEMENT,
-    Matches,
     follow,
     longest_matches,
     match_lengths,
@@ -42,7 +39,7 @@ class Recollection:
     Attributes:
         weights: (R, N, E) attention on each episode, summed over the mixture of heads.
         nothing: (R, N) mass on the null slot; weights.sum(-1) + nothing == 1.
-        content: (R, N, U) recalled value; None where there is no residual read-out to hear it.
+        content: (R, N, U) recalled value; None without the residual read-out.
         peak: (R, N) largest single weight.
         matched: (R, N, E) int16, how many tokens in a row, up to the query's own, each episode continues.
         followed: (R, N) in [0, 1], the part of the weights that was moved to what continues a match.
@@ -54,18 +51,6 @@ class Recollection:
     peak: Tensor
     matched: Tensor
     followed: Tensor
-
-    def since(self, first: int) -> "Recollection":
-        """That of the queries from `first` on."""
-        content = None if self.content is None else self.content[:, first:]
-        return Recollection(
-            self.weights[:, first:],
-            self.nothing[:, first:],
-            content,
-            self.peak[:, first:],
-            self.matched[:, first:],
-            self.followed[:, first:],
-        )
 
 
 class Recall(nn.Module):
@@ -85,14 +70,14 @@ class Recall(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
         heads = config.recall_n_heads
-        self.with_content = config.residual_readout
+        self.config = config
         self.n_heads, self.head_dim = heads, config.recall_head_dim
-        self.configure(config)
         self.register_buffer("word_of_token", torch.arange(vocab_size, dtype=torch.int32))
         self.register_buffer("ending_of_token", torch.zeros(vocab_size, dtype=torch.int64))
         self.query_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
         self.key_proj = nn.Linear(hidden_size, config.key_dim, bias=False)
-        self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
+        if config.recall_value_dim:
+            self.value_proj = nn.Linear(hidden_size, config.recall_value_dim, bias=False)
         self.null_proj = nn.Linear(hidden_size, heads)
         self.head_mixture = nn.Linear(hidden_size, heads)
         self.follow_gate = nn.Linear(hidden_size, 1)
@@ -108,12 +93,6 @@ class Recall(nn.Module):
             nn.init.zeros_(self.head_mixture.weight)
             nn.init.zeros_(self.follow_gate.weight)
             nn.init.constant_(self.follow_gate.bias, _FIRST_MATCH)
-
-    def configure(self, config: HippoFormerConfig) -> None:
-        """Takes the options that no parameter depends on."""
-        self.top_k, self.match_power = config.recall_top_k, config.match_power
-        self.match_characters, self.match_recency = config.match_characters, config.match_recency
-        self.following = config.following
 
     def set_words(self, word_of_token: Tensor, ending_of_token: Tensor) -> None:
         """Tells which tokens are the same word, and how they end.
@@ -145,7 +124,7 @@ class Recall(nn.Module):
 
     def encode_value(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, U)."""
-        return project(self.value_proj, hidden)
+        return project(self.value_proj, hidden) if self.config.recall_value_dim else hidden[..., :0]
 
     def unit_heads(self, projected: Tensor) -> Tensor:
         """(..., K) -> (..., K), unit length per head; zero stays zero."""
@@ -167,7 +146,7 @@ class Recall(nn.Module):
             hidden: (R, N, D) of consecutive tokens.
             tokens: (R, N) their ids.
             episodes: E slots; `matched` is that of the query before these.
-            mass: (R, E) effective priority x strength.
+            mass: (R, E) effective priority.
             visible: (R, N, E) bool, episodes each query may recall.
             own_slot: (R,) int64, where the first query's token is; the others' follow.
             n_shared: so many slots in front are visible to all queries or to none, which saves looking at each.
@@ -188,11 +167,9 @@ class Recall(nn.Module):
         unseen = torch.where(visible[:, None, :, n_shared:], 0.0, -torch.inf)
         words, read = self.word_of_token[episodes.token.long()], self.word_of_token[tokens.long()]
         predicted, matched = predicted_words(words, episodes.position), episodes.matched
-        if not self.following:
+        if not self.config.following:
             predicted = torch.full_like(predicted, -1)  # no word: nothing matches, nothing is followed
-        text = None
-        if self.match_characters > 0:
-            text = text_before(self.ending_of_token[episodes.token.long()], episodes.position)
+        text = text_before(self.ending_of_token[episodes.token.long()], episodes.position)
         ready = self.follow_gate(hidden).float()  # (R, N, 1)
 
         n_queries, parts = hidden.shape[1], []
@@ -208,23 +185,16 @@ class Recall(nn.Module):
             attention = self._attention(similar, bias, null[:, :, block], unseen[:, :, block])
             alike = torch.einsum("rhn,rhne->rne", mixture[:, :, block], attention).to(attention.dtype)
             length = match_lengths(predicted, read[:, block], visible[:, block], matched)
-            share = 1.0 / self.match_characters if self.match_characters else 0.0
-            matches = longest_matches(length, episodes.position, own_slot + low, text, share)
-            parts.append((*follow(alike, matches, *self._judged(matches, ready[:, block])), length))
+            matches = longest_matches(length, episodes.position, own_slot + low, text)
+            phi = torch.sigmoid(ready[:, block] + self.match_weight * matches.length.clamp_min(1.0).log())
+            parts.append((*follow(alike, matches, phi), length))
             matched = length[:, -1]
         found, followed, matched = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         nothing, weights = found[..., 0], found[..., 1:]
         content = None
-        if self.with_content:
+        if self.config.residual_readout:
             content = (weights.to(episodes.value.dtype) @ episodes.value).float()
         return Recollection(weights, nothing, content, weights.amax(-1), matched, followed)
-
-    def _judged(self, matches: Matches, ready: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, N, P) phi and strength of each match, as `follow` takes them; ready: (R, N, 1), g of each query."""
-        log_length = matches.length.clamp_min(1.0).log()
-        fading = self.match_recency * (log_length - math.log(STATEMENT)).clamp_min(0.0)
-        strength = (self.match_power * log_length - fading * matches.newer.float().log1p()).exp()
-        return torch.sigmoid(ready + self.match_weight * log_length), strength
 
     def _attention(self, similar: Tensor, bias: Tensor, null: Tensor, unseen: Tensor) -> Tensor:
         """(R, H, n, E + 1) softmax over the null, in front, and the episodes.
@@ -240,7 +210,4 @@ class Recall(nn.Module):
             score[..., :1] = null
             score[..., 1:].copy_(similar).add_(bias)
         score[..., score.shape[-1] - unseen.shape[-1] :] += unseen
-        if 0 < self.top_k < score.shape[-1] - 1:
-            lowest = score[..., 1:].topk(self.top_k, dim=-1).values[..., -1:]
-            score[..., 1:].masked_fill_(score[..., 1:] < lowest, -torch.inf)
         return torch.softmax(score, dim=-1)

@@ -23,6 +23,8 @@ from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.tensors.precision import project
 
 _LEAST_SURPRISE, _MOST_SURPRISE = 1e-4, 30.0
+# Width of the local pathway; tokens of the causal smoothing kernel.
+_WIDTH, SMOOTHED = 128, 2
 
 
 class SalienceGate(nn.Module):
@@ -30,30 +32,31 @@ class SalienceGate(nn.Module):
 
     Args:
         hidden_size: D of the base model.
-        config: `salience_*` and `recall_*` options.
+        config: `recall_*` options: the global pathway reads the episodes' keys and values, and is not there without
+            values.
     """
 
     def __init__(self, hidden_size: int, config: HippoFormerConfig) -> None:
         super().__init__()
-        self.n_heads, self.head_dim = config.salience_n_heads, config.recall_head_dim
-        self.kernel = config.salience_min_duration
-        width = config.salience_hidden_size
+        self.n_heads, self.head_dim = config.recall_n_heads, config.recall_head_dim
+        self.has_global = config.recall_value_dim > 0
         self.local_norm = nn.LayerNorm(2 * hidden_size)
-        self.local_in = nn.Linear(2 * hidden_size + 1, width)
-        self.local_out = nn.Linear(width, 1)
-        self.global_query = nn.Linear(hidden_size, self.n_heads * self.head_dim, bias=False)
-        self.global_out = nn.Linear(self.n_heads * config.recall_value_dim, 1)
+        self.local_in = nn.Linear(2 * hidden_size + 1, _WIDTH)
+        self.local_out = nn.Linear(_WIDTH, 1)
+        if self.has_global:
+            self.global_query = nn.Linear(hidden_size, config.key_dim, bias=False)
+            self.global_out = nn.Linear(self.n_heads * config.recall_value_dim, 1)
         self.pathway_weight = nn.Parameter(torch.zeros(()))
-        self.smoothing = nn.Parameter(torch.zeros(self.kernel))
-        self.threshold = nn.Parameter(torch.tensor(float(config.salience_threshold_init)))
-        self.surprise_weight = nn.Parameter(torch.tensor(float(config.salience_surprise_weight)))
+        self.smoothing = nn.Parameter(torch.zeros(SMOOTHED))
+        self.threshold = nn.Parameter(torch.zeros(()))
+        self.surprise_weight = nn.Parameter(torch.ones(()))
         self.tagging_threshold: Tensor
         self.register_buffer("tagging_threshold", torch.zeros(()))
         with torch.no_grad():
             self.smoothing[-1] = 1.0  # starts as the identity on the present token
-            # The global pathway starts silent: it is first taught when the local one knows its lesson (`foresight`).
-            nn.init.zeros_(self.global_out.weight)
-            nn.init.zeros_(self.global_out.bias)
+            if self.has_global:  # starts silent: it is trained after the local one
+                nn.init.zeros_(self.global_out.weight)
+                nn.init.zeros_(self.global_out.bias)
 
     def forward(
         self,
@@ -71,23 +74,25 @@ class SalienceGate(nn.Module):
             surprise: (R, N) -log p(x_{s+1}) of the base model, nats.
             episodes: what the row remembers.
             visible: (R, N, E) bool, episodes complete before s+1.
-            recent: (R, kernel - 1) unsmoothed logits of the transitions before these.
+            recent: (R, SMOOTHED - 1) unsmoothed logits of the transitions before these.
 
         Returns:
-            (R, N) forecasts, and (R, kernel - 1 + N) the unsmoothed ones with `recent` in front, for the state.
+            (R, N) forecasts, and (R, SMOOTHED - 1 + N) the unsmoothed ones with `recent` in front, for the state.
         """
         weight = torch.sigmoid(self.pathway_weight)
-        seen = (1.0 - weight) * self._global(after, episodes, visible)
-        return self._logit(weight * self._local(before, after, surprise) + seen, surprise, recent)
+        raw = weight * self._local(before, after, surprise)
+        if self.has_global:
+            raw = raw + (1.0 - weight) * self._global(after, episodes, visible)
+        return self._logit(raw, surprise, recent)
 
     def at_a_glance(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
         """The forecasts (R, N) of `forward` as the local pathway alone would have them, at the beginning of a text."""
         raw = torch.sigmoid(self.pathway_weight) * self._local(before, after, surprise)
-        return self._logit(raw, surprise, raw.new_zeros(raw.shape[0], self.kernel - 1))[0]
+        return self._logit(raw, surprise, raw.new_zeros(raw.shape[0], SMOOTHED - 1))[0]
 
     def _logit(self, raw: Tensor, surprise: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         extended = torch.cat((recent, raw), dim=-1)
-        smooth = extended.unfold(-1, self.kernel, 1) @ self.smoothing
+        smooth = extended.unfold(-1, SMOOTHED, 1) @ self.smoothing
         return smooth - self.threshold + self.surprise_weight * surprise_odds(surprise.float()), extended
 
     def _local(self, before: Tensor, after: Tensor, surprise: Tensor) -> Tensor:
@@ -102,8 +107,7 @@ class SalienceGate(nn.Module):
         query = (
             project(self.global_query, after).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         )  # (R, G, N, d)
-        key = episodes.key[..., : self.n_heads * self.head_dim]
-        key = key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, E, d)
+        key = episodes.key.unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)  # (R, G, E, d)
         value = episodes.value.unsqueeze(1).expand(-1, self.n_heads, -1, -1)  # (R, G, E, U)
         # A softmax over nothing is NaN: such a query looks at any slot, and what it saw is dropped.
         sees = visible.any(-1, keepdim=True)  # (R, N, 1)

@@ -53,11 +53,11 @@ def check_foreign_adapters(base: nn.Module, config: HippoFormerConfig) -> None:
         ConfigurationError: they would have to be.
     """
     found = [name for name in present_adapters(base) if name != _ADAPTER]
-    if found and (config.use_lora or not config.freeze_base):
+    if found and (config.lora is not None or not config.freeze_base):
         raise ConfigurationError(
-            f"the base has adapters {found} of its own, which use_lora={config.use_lora}, "
+            f"the base has adapters {found} of its own, which lora={config.lora}, "
             f"freeze_base={config.freeze_base} would change or lose: merge them first "
-            "(peft_model.merge_and_unload()), or set use_lora=False and freeze_base=True"
+            "(peft_model.merge_and_unload()), or set lora=None and freeze_base=True"
         )
 
 
@@ -78,25 +78,21 @@ def _adapters(module: nn.Module, switched_off: bool) -> tuple[str, ...]:
 
 
 def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
-    """Adds zero-initialised adapters to the named linear layers (Hu et al. 2021, arXiv:2106.09685).
+    """Adds zero-initialised adapters, by default to `q_proj` and `v_proj` (Hu et al. 2021, arXiv:2106.09685).
 
     Raises:
         ConfigurationError: a target name that no layer of the base has.
     """
+    lora = LoraConfig(**({"target_modules": ["q_proj", "v_proj"]} | (config.lora or {})))
     names = {name.split(".")[-1] for name, module in base.named_modules() if hasattr(module, "weight")}
-    missing = sorted(set(config.lora_target_modules) - names)
+    targets = {lora.target_modules} if isinstance(lora.target_modules, str) else set(lora.target_modules or ())
+    missing = sorted(targets - names - {"all-linear"})
     if missing:
         linear = sorted({n.split(".")[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
         raise ConfigurationError(
-            f"lora_target_modules {missing} are not layers of {type(base).__name__}: choose from "
-            f"{linear or sorted(names)}, or set use_lora=False"
+            f"lora target_modules {missing} are not layers of {type(base).__name__}: choose from "
+            f"{linear or sorted(names)}, or set lora=None"
         )
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules),
-    )
     inject_adapter_in_model(lora, base, adapter_name=_ADAPTER)
     for name, parameter in base.named_parameters():
         if f".{_ADAPTER}." in name:  # in half precision a step of a small learning rate would be lost

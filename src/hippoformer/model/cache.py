@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import InputError
-from hippoformer.hippocampus.circuit import MemoryState
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
+from hippoformer.hippocampus.state import MemoryState
 from hippoformer.model.adapters import active_adapters
 from hippoformer.model.interface import Model
 from hippoformer.model.window import WindowCache
@@ -30,7 +30,7 @@ class Episode:
     Attributes:
         token: id of the token that was read at `position` of the row's own text.
         context: ids of stored tokens that lead up to it without a gap, itself the last.
-        salience, priority, age, strength, credit: see `hippoformer.hippocampus.episodes.Episodes`.
+        salience, priority, age, credit: see `hippoformer.hippocampus.episodes.Episodes`.
         in_window: True while the base model still sees the token itself.
     """
 
@@ -40,7 +40,6 @@ class Episode:
     salience: float
     priority: float
     age: float
-    strength: float
     credit: float
     in_window: bool
 
@@ -246,7 +245,7 @@ class HippoCache(WindowCache):
                     context=tuple(context[-16:]),
                     position=position,
                     in_window=slot >= working,
-                    **{name: fields[name][slot] for name in ("salience", "priority", "age", "strength", "credit")},
+                    **{name: fields[name][slot] for name in ("salience", "priority", "age", "credit")},
                 )
             )
         return found

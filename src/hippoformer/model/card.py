@@ -62,18 +62,18 @@ def model_card(model: Model, name: str) -> ModelCard:
         name: what to load it by: a hub repository, or a folder.
     """
     config = model.config
-    own_base = not config.freeze_base and not config.use_lora
+    own_base = not config.freeze_base and config.lora is None
     repository = base_repository(config.base_model_name)
     data = ModelCardData(
         base_model=repository,
         base_model_relation=None if repository is None else "finetune" if own_base else "adapter",
         library_name="hippoformer",
         pipeline_tag="text-generation",
-        tags=["hippoformer", "memory", "long-context", *(["lora"] if config.use_lora else [])],
+        tags=["hippoformer", "memory", "long-context", *(["lora"] if config.lora is not None else [])],
     )
     shown = config.base_model_name if repository is not None else Path(config.base_model_name).name
     contents = ["the hippocampus"]
-    if config.use_lora:
+    if config.lora is not None:
         contents.append(f"LoRA adapters of rank {config.lora_r} on {', '.join(config.lora_target_modules)}")
     contents.append("the base, whose weights were trained" if own_base else "not the base")
     facts = {

@@ -86,11 +86,11 @@ def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> 
     state = model.state_dict() if state is None else state
     base = {name.removeprefix("base."): tensor for name, tensor in state.items() if name.startswith("base.")}
     tensors = {name: tensor for name, tensor in state.items() if name.startswith("hippocampus.")}
-    if model.config.use_lora:
+    if model.config.lora is not None:
         tensors |= {f"lora.{name}": tensor for name, tensor in lora_state(model.base, base).items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     (folder / FORMER_WEIGHTS).unlink(missing_ok=True)
-    if not model.config.freeze_base and not model.config.use_lora:
+    if not model.config.freeze_base and model.config.lora is None:
         model.base.save_pretrained(folder / BASE, state_dict=base)
     # Without the checks of its own save_pretrained: some bases come with settings that it refuses to write.
     model.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
@@ -224,7 +224,7 @@ def load(
         model.to(device)
     if not with_info:
         return model
-    known = ("hippocampus.", "lora.") if config.use_lora else ("hippocampus.",)
+    known = ("hippocampus.", "lora.") if config.lora is not None else ("hippocampus.",)
     info: dict[str, Any] = {name: set() for name in ("missing_keys", "mismatched_keys", "error_msgs")}
     return model, info | {"unexpected_keys": {name for name in tensors if not name.startswith(known)}}
 
@@ -236,7 +236,7 @@ def restore(model: Model, tensors: dict[str, Tensor]) -> None:
         CheckpointError: names or shapes that do not fit.
     """
     _restore_hippocampus(model, tensors)
-    if model.config.use_lora:
+    if model.config.lora is not None:
         load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
 
 

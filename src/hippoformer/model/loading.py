@@ -71,7 +71,7 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
     if saved is None:
         raise CheckpointError(f"{name} is not a HippoFormer checkpoint: expected a saved HippoFormer")
     config = HippoFormerConfig.from_pretrained(saved)
-    if config.use_lora or not config.freeze_base:
+    if config.lora is not None or not config.freeze_base:
         raise ConfigurationError(f"{name} was saved with weights of the base, which it cannot share: load it alone")
     if config.base_model_name != model.config.base_model_name:
         raise ConfigurationError(

@@ -48,7 +48,6 @@ _SHAPING = (
     "recall_n_heads",
     "recall_head_dim",
     "recall_value_dim",
-    "salience_min_duration",
     "memory_layer",
     "hidden_size",
     "vocab_size",

@@ -6,89 +6,48 @@ of any padding advance by their own tokens. Prefill, chunks, single tokens, scor
 stream.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
-from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
+from hippoformer.hippocampus.circuit import BaseReading, Hippocampus
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
-from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
+from hippoformer.model.generation import GENERATION, Generation
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import HippoFormerOutput, Step
-from hippoformer.model.rereading import reread
 from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.taps import listening
 from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
-
-@dataclass
-class _Generation:
-    """What one call of `generate` notes.
-
-    Attributes:
-        ended: (R,) bool, rows that have come to their end and are padding from there on; None where no token ends one.
-        beams: in beam search, the state of all beams when they had read their prompts; `n_beams` rows a prompt.
-        n_columns: width of the prompts.
-        ends: (K,) tokens that end a row.
-    """
-
-    ended: Tensor | None = None
-    beams: HippoCache | None = None
-    n_beams: int = 1
-    n_columns: int = 0
-    ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-
-
-class _Noted(StoppingCriteriaList):
-    """Stopping criteria that note which rows they have ended."""
-
-    def __init__(self, criteria: StoppingCriteriaList, generation: _Generation) -> None:
-        super().__init__(criteria)
-        self.generation = generation
-        for criterion in criteria:
-            if hasattr(criterion, "eos_token_id"):
-                generation.ends = criterion.eos_token_id
-
-    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
-        stopped = super().__call__(input_ids, scores, **options)
-        if self.generation.ends.numel():  # otherwise rows go on, and what follows is text
-            ended = self.generation.ended
-            self.generation.ended = stopped if ended is None else ended | stopped
-        return stopped
-
-
-# The call of `generate` that the current thread is in.
-_GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=None)
 # Which parts of which model, by its id, are switched off in calls of the current thread.
 _SWITCHED_OFF: ContextVar[frozenset[tuple[int, str]]] = ContextVar("switched_off", default=frozenset())
 
 
-class HippoFormer(PreTrainedModel, GenerationMixin):
+class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
     """Any causal language model of transformers with a bounded, learned, persistent memory.
 
     Args:
         config: every option; `base_model_name` is loaded unless `base_model` is given.
         base_model: a causal language model of transformers to wrap, or a peft model with adapters in its layers; with
-            `use_lora` it gets adapters in place.
+            `lora` it gets adapters in place.
 
     Raises:
         UnsupportedArchitectureError, ConfigurationError, NonFiniteError, BaseModelNotFoundError.
@@ -122,7 +81,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if max(config.memory_layers) > window.n_layers:
             raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")
-        if config.use_lora:
+        if config.lora is not None:
             add_lora(base_model, config)
         elif config.freeze_base:
             base_model.requires_grad_(False)
@@ -192,7 +151,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
         self.take_vocabulary()
         device, dtype = self.device, self.dtype
-        memory = MemoryState.empty(batch_size, self.hippocampus.width, self.config, dtype, device)
+        memory = self.hippocampus.empty_state(batch_size, dtype, device)
         last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
         passages = None
         if self.spelling is not None and self.config.passage_tokens:
@@ -269,193 +228,98 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
     # ---------------------------------------------------------------- reading
 
-    def stream(
-        self, ids: Tensor, lengths: list[int], cache: HippoCache, beside: Sequence[HippoCache] = ()
-    ) -> Iterator[Step]:
+    def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
         """Reads text step by step; the cache moves along, except for `cache.columns`, which counts what calls were
         given.
 
         Args:
             ids: (R, L) int64 without padding on the left.
             lengths: real tokens of each row, at most L.
-            beside: states with other memories, whose rows have read as much: what they make of the same text, the base
-                reading it once, is in `Step.beside`. Their own windows stay empty.
 
         Yields:
             One Step per piece of a segment.
-
-        Raises:
-            InputError: states that have read another number of tokens, or a base whose states recall changes.
         """
-        if beside and (self.config.residual_readout or any(other.lengths != cache.lengths for other in beside)):
-            raise InputError(
-                "memories follow one reading only side by side from its beginning, and without the residual read-out: "
-                "use new caches, and a model with residual_readout=False"
-            )
-        start = [0] * len(lengths)
-        segment_len = self.config.segment_len
+        start, segment_len = [0] * len(lengths), self.config.segment_len
         while any(s < n for s, n in zip(start, lengths, strict=True)):
             new = [
                 min(n - s, segment_len - done % segment_len)
                 for s, n, done in zip(start, lengths, cache.lengths, strict=True)
             ]
-            yield self._step(piece(ids, start, new), start, new, cache, beside)
+            yield self._step(piece(ids, start, new), start, new, cache)
             start = [s + n for s, n in zip(start, new, strict=True)]
 
-    def _step(
-        self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache, beside: Sequence[HippoCache]
-    ) -> Step:
-        if self.config.memory_layers != (-1,) and self.config.residual_readout:
-            step = self._step_within(ids, start, new, cache)
+    def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
+        with self.window.tapped() as states:
+            final = self.window.read(cache, ids, cache.lengths, new)
+        hidden, before = states(final), cache.memory
+        if not torch.isfinite(hidden).all():
+            raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
+        # A row's very first token is predicted by nothing.
+        predicted = column_of(cache.lengths, ids.device) + torch.arange(ids.shape[1], device=ids.device) > 0
+        base, prior = self._base_log_probs(final, ids, new, cache, predicted)
+        reading, target, found = BaseReading(ids, hidden, prior, cache.lengths, new), prior, None
+        ended = reading.ended(self.config.segment_len)
+        if self.episodes_on:
+            found, cache.memory = self.hippocampus.read(cache.memory, reading, cache.frozen)
+            if not all(torch.isfinite(p).all() for p in (found.mixture, found.recollection.nothing, found.forecast)):
+                cache.memory = before
+                raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load others")
+            if found.residual is not None:
+                final = final + found.residual.to(final.dtype)
+                target = self._log_prob(cache.last_output, final, ids, predicted)
+            fused = mix_target(target, found.prior_mixture, found.prior_nothing, found.hit)
+            target, cache.written = torch.where(predicted, fused, 0.0), True
+            if cache.passages is not None and not cache.frozen:
+                cache.passages.append(ids, new, found.salience, start=cache.lengths)
         else:
-            with self.window.tapped() as states:
-                final = self.window.read(cache, ids, cache.lengths, new)
-            source = states(final)
-            foretold = self._foretold(final, ids, new, [cache, *beside])
-            parts = zip([cache, *beside], *foretold, strict=True)
-            step, *others = [self._remembered(source, final, ids, start, new, *part) for part in parts]
-            step.beside = tuple(others)
-        self.window.end_segment(cache, cache.lengths, _ended(cache, new))
-        return step
-
-    def _foretold(
-        self, final: Tensor, ids: Tensor, new: list[int], caches: Sequence[HippoCache]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each memory (R, N) log p of a step's tokens under the base, and as the memory's marginals move it.
-
-        Marginals count the tokens, unless their memory is frozen.
-        """
-        cache = caches[0]
-        predicted = _predicted(cache, ids)
-        last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
-        if not self._moves(cache):
-            log_prob = self._target_log_prob(last, final, ids, predicted)
-            return [log_prob] * len(caches), [log_prob] * len(caches)
-        before = torch.cat((last.unsqueeze(1), final[:, :-1]), dim=1)
-        real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(new, device=ids.device).unsqueeze(-1)
-        counted = predicted & real
-        shifts = torch.stack([one.memory.marginals.shift for one in caches], dim=-1)
-        plain, moved, expected = self.window.moved_log_prob_of(before, ids, shifts, counted)
-        for one in caches:
-            if not one.frozen:
-                one.memory = replace(one.memory, marginals=one.memory.marginals.read(ids, counted, expected))
-        plain = torch.where(predicted, plain, 0.0)
-        return [plain] * len(caches), [torch.where(predicted, part, 0.0) for part in moved.unbind(-1)]
-
-    def _moves(self, cache: HippoCache) -> bool:
-        return cache.memory.marginals.are_kept and self.marginals_on
-
-    def _remembered(
-        self,
-        source: Tensor,
-        final: Tensor,
-        ids: Tensor,
-        start: list[int],
-        new: list[int],
-        cache: HippoCache,
-        base_log_prob: Tensor,
-        prior_log_prob: Tensor,
-    ) -> Step:
-        """What one memory makes of a step, of the states it reads (R, N, n D), the final ones (R, N, D), and what was
-        foretold of the tokens (R, N).
-        """
-        predicted, log_prob = _predicted(cache, ids), prior_log_prob
-        found, touched = self._recall(source, log_prob, ids, new, cache)
-        if touched is not source:
-            final, log_prob = touched, self._target_log_prob(cache.last_output, touched, ids, predicted)
-        foretold = (base_log_prob, prior_log_prob, _fused(log_prob, found, predicted))
-        return self._taken(start, new, cache, foretold, source, final, found)
-
-    def _taken(
-        self,
-        start: list[int],
-        new: list[int],
-        cache: HippoCache,
-        foretold: tuple[Tensor, Tensor, Tensor],
-        source: Tensor,
-        final: Tensor,
-        found: StepOutput | None,
-    ) -> Step:
-        """The step with all that came of it; the cache has read its tokens now."""
+            cache.memory = self.hippocampus.skip(cache.memory, reading, cache.written)
+        shift = cache.memory.marginals.shift
+        if ended and self.marginals_on and not cache.frozen:
+            marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
+            cache.memory = replace(cache.memory, marginals=marginals)
         cache.last_output = last_of(final, new, cache.last_output)
-        shift, report = cache.memory.marginals.shift, self._advance(cache, new)
+        cache.lengths = reading.done
+        self.window.end_segment(cache, cache.lengths, ended)
         return Step(
-            start,
-            new,
-            *foretold,
-            hidden=source,
+            start=start,
+            new=new,
+            base_log_prob=base,
+            prior_log_prob=prior,
+            target_log_prob=target,
+            hidden=hidden,
             output=final,
             window=self.window,
             found=found,
-            report=report,
             shifts=(shift, cache.memory.marginals.shift) if self._moves(cache) else None,
         )
 
-    def _step_within(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
-        """The step of a residual that enters at an inner layer.
-
-        The surprise of a token must not depend on recall, so it is read off that layer by the base's own final norm and
-        head (the logit lens).
+    def _base_log_probs(
+        self, final: Tensor, ids: Tensor, new: list[int], cache: HippoCache, predicted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(R, N) log p of a step's tokens under the base, and as the row's marginals move it; these count the tokens,
+        unless the memory is frozen.
         """
-        predicted, norm, before = _predicted(cache, ids), self.window.final_norm, cache.memory.last_hidden
-        source = prior_log_prob = before
-        found: StepOutput | None = None
+        last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
+        if not self._moves(cache):
+            log_prob = self._log_prob(last, final, ids, predicted)
+            return log_prob, log_prob
+        states = torch.cat((last.unsqueeze(1), final[:, :-1]), dim=1)
+        real = torch.arange(ids.shape[1], device=ids.device) < column_of(new, ids.device)
+        marginals, counted = cache.memory.marginals, predicted & real
+        plain, moved, expected = self.window.moved_log_prob_of(states, ids, marginals.shift, counted)
+        if not cache.frozen:
+            cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
+        return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
 
-        def touch(output: Any) -> Any:
-            nonlocal source, prior_log_prob, found
-            source = output[0] if isinstance(output, tuple) else output
-            prior_log_prob = self._target_log_prob(norm(before), norm(source), ids, predicted)
-            found, touched = self._recall(source, prior_log_prob, ids, new, cache)
-            return (touched, *output[1:]) if isinstance(output, tuple) else touched
-
-        (layer,) = self.config.memory_layers
-        with listening({self.window.layer(layer): touch}):
-            final = self.window.read(cache, ids, cache.lengths, new)
-        log_prob = self._target_log_prob(cache.last_output, final, ids, predicted)
-        foretold = (prior_log_prob, prior_log_prob, _fused(log_prob, found, predicted))
-        return self._taken(start, new, cache, foretold, source, final, found)
-
-    def _recall(
-        self, hidden: Tensor, log_prob: Tensor, ids: Tensor, new: list[int], cache: HippoCache
-    ) -> tuple[StepOutput | None, Tensor]:
-        """Hands untouched hidden states to the hippocampus; what it found, and the states as recall leaves them."""
-        memory = cache.memory
-        if not torch.isfinite(hidden).all():
-            raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
-        if not self.episodes_on:
-            cache.memory = memory.without_vote(last_of(hidden, new, memory.last_hidden))
-            return None, hidden
-        found, cache.memory = self.hippocampus.step(memory, cache.lengths, hidden, ids, -log_prob, new)
-        heard = (found.mixture, found.recollection.nothing, found.forecast, found.residual)
-        if not all(torch.isfinite(part).all() for part in heard if part is not None):
-            cache.memory = memory
-            raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load them again")
-        cache.written = True
-        if cache.passages is not None and not cache.frozen:
-            cache.passages.append(ids, new, found.salience, start=cache.lengths)
-        return found, hidden if found.residual is None else hidden + found.residual.to(hidden.dtype)
-
-    def _advance(self, cache: HippoCache, new: list[int]) -> ReplayReport | None:
-        """Counts the step's tokens, and lets rows that ended a segment sleep."""
-        cache.lengths = [done + n for done, n in zip(cache.lengths, new, strict=True)]
-        ended = _ended(cache, new)
-        if not ended:
-            return None
-        if self.marginals_on and not cache.frozen:
-            marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
-            cache.memory = replace(cache.memory, marginals=marginals)
-        if not cache.written:
-            return None
-        frozen = cache.frozen or not self.episodes_on
-        cache.memory, report = self.hippocampus.end_segment(cache.memory, cache.lengths, ended, frozen)
-        return report
-
-    def _target_log_prob(self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
+    def _log_prob(self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
         """(R, N) log p of each token by the state (last (R, D), then states (R, N, D)) before it; 0 where not
         predicted.
         """
         before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
         return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
+
+    def _moves(self, cache: HippoCache) -> bool:
+        return cache.memory.marginals.are_kept and self.marginals_on
 
     def score(
         self,
@@ -521,7 +385,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             raise InputError(f"forward does not take {', '.join(unknown)}: {'; '.join(dict.fromkeys(reasons))}")
         if input_ids is None:
             raise InputError("forward was given no input_ids: expected token ids of shape (rows, tokens)")
-        if past_key_values is not None and input_ids.shape[1:] == (0,) and _GENERATION.get() is not None:
+        if past_key_values is not None and input_ids.shape[1:] == (0,) and GENERATION.get() is not None:
             log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
             return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
         rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
@@ -537,7 +401,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         logits: Tensor | None = None
         nll, counted = torch.zeros((), device=ids.device), 0
         salience, importance = torch.zeros_like(ids, dtype=torch.float), torch.zeros_like(ids, dtype=torch.float)
-        replayed: list[ReplayReport] = []
+        replayed = 0
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         cache.wanted_states = output_hidden_states
@@ -571,8 +435,8 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             if step.found is not None:
                 place(salience, step.found.salience.detach().float(), step.start, step.new, order)
                 place(importance, step.found.importance.detach().float(), step.start, step.new, order)
-            if step.report is not None:
-                replayed.append(step.report)
+                if step.found.replayed is not None:
+                    replayed += int(step.found.replayed.sum())
         cache.count(ids, lengths)
         cache.wanted_states, cache.hidden_states = False, None
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
@@ -605,112 +469,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
             cache.follow_model()
         return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
 
-    # ---------------------------------------------------------------- generation
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
-        """`generate` of transformers, with these promises about a `HippoCache` given as `past_key_values`.
-
-        Afterwards it has read the text returned, but for each row's last token: a row that ended before others is as it
-        was then, and after beam search the rows are those of the sequences returned, in their order.
-
-        Args:
-            inputs: (R, T) prompt: all that the cache has read since its `new_turn`, and what is new, if anything.
-            options: those of transformers; and `reread_tokens`, so many tokens of what fits the new part of the prompt
-                are read again before it, in a copy of the cache, by the base alone (see `rereading`). The cache given
-                reads the prompt and what was generated, as otherwise.
-
-        Raises:
-            InputError: a prompt that is shorter than what the cache has read, or begins with something else; rereading
-                without a cache that keeps passages, or with several sequences for a prompt.
-        """
-        if n_tokens := options.pop("reread_tokens", 0):
-            return self._generate_after_rereading(inputs, n_tokens, *arguments, **options)
-        generation, cache = _Generation(), options.get("past_key_values")
-        token = _GENERATION.set(generation)
-        try:
-            output = super().generate(inputs, *arguments, **options)  # type: ignore[misc]
-        finally:
-            _GENERATION.reset(token)
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        if cache is None and not isinstance(output, Tensor):
-            cache = output.past_key_values
-        if generation.beams is not None and isinstance(cache, HippoCache):
-            cache.become(self._reread(generation.beams, generation, sequences))
-        return output
-
-    def _generate_after_rereading(
-        self, inputs: Tensor | None, n_tokens: int, *arguments: Any, past_key_values: Any = None, **options: Any
-    ) -> Any:
-        cache, mask = past_key_values, options.pop("attention_mask", None)
-        prompt = inputs if inputs is not None else options.pop("input_ids", None)
-        if not isinstance(cache, HippoCache) or prompt is None or prompt.shape[0] != cache.batch_size:
-            raise InputError("rereading needs a prompt, and as past_key_values a HippoCache with a row for each prompt")
-        mask = torch.ones_like(prompt) if mask is None else mask
-        if mask.shape == prompt.shape:  # the whole text; otherwise only what is new
-            cache.check_prompt(prompt, mask)
-            new, real = prompt[:, cache.columns :], mask[:, cache.columns :]
-        else:
-            new, real = prompt, mask[:, -prompt.shape[1] :]
-        if new.shape[1] == 0:
-            raise InputError("nothing is new in this prompt, so nothing says what to read again: give a question")
-        with self.memory_off():  # recall would go on in the words of the text that was just found
-            copy = reread(cache, new, real, n_tokens)
-            before = torch.tensor(copy.lengths)
-            output = self.generate(new, *arguments, past_key_values=copy, attention_mask=real, **options)
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        made = torch.tensor(copy.lengths) - before - real.cpu().sum(1)  # tokens that each row wrote and read
-        columns = torch.arange(sequences.shape[1] - new.shape[1] - 1)
-        written = (columns < made.unsqueeze(-1)).to(real)
-        self.score(sequences[:, :-1], attention_mask=torch.cat((real, written), dim=1), past_key_values=cache)
-        return output
-
-    def _reread(self, beams: HippoCache, generation: "_Generation", sequences: Tensor) -> HippoCache:
-        """The state of the sequences (S, L) that beam search returned, read behind their prompts up to the last token.
-
-        Args:
-            beams: state of all beams when they had read their prompts.
-        """
-        n_prompts = beams.batch_size // generation.n_beams
-        index = torch.arange(n_prompts).repeat_interleave(sequences.shape[0] // n_prompts) * generation.n_beams
-        state, new = beams.select_rows(index), sequences[:, generation.n_columns : -1]
-        if new.shape[1]:
-            ended = torch.isin(new, generation.ends.to(new.device)).cumsum(1) > 0
-            self.score(new, attention_mask=(~ended).long(), past_key_values=state)
-        return state
-
-    def _prefill(  # type: ignore[override]
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
-    ) -> Any:
-        """That of transformers, if the prompt is one that the cache has read the beginning of."""
-        cache, mask, generation = (
-            model_kwargs.get("past_key_values"),
-            model_kwargs.get("attention_mask"),
-            _GENERATION.get(),
-        )
-        if generation is not None:
-            generation.n_beams, generation.n_columns = generation_config.num_beams, input_ids.shape[1]
-        given = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
-        if isinstance(cache, HippoCache) and given == input_ids.shape[1]:  # otherwise only what is new is given
-            cache.check_prompt(input_ids, mask)
-        if isinstance(cache, HippoCache):
-            generation_config.prefill_chunk_size = None  # a call holds no more than a segment anyway
-        return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type, misc]
-
-    def _get_stopping_criteria(self, *arguments: Any, **options: Any) -> StoppingCriteriaList:
-        """Those of transformers, which also note which rows have ended."""
-        criteria = super()._get_stopping_criteria(*arguments, **options)  # type: ignore[misc]
-        generation = _GENERATION.get()
-        return criteria if generation is None else _Noted(criteria, generation)
-
-    def _reorder_cache(self, cache: HippoCache, beam_idx: Tensor) -> HippoCache:
-        """Called by beam search before each token it reads; first when the prompts alone have been read."""
-        generation = _GENERATION.get()
-        if generation is not None and generation.beams is None:
-            generation.beams = cache.copy()
-        cache.reorder_cache(beam_idx)
-        return cache
-
     @torch.no_grad()
     def next_log_probs(self, cache: HippoCache) -> Tensor:
         """(R, V) float32 log-probabilities of each row's next token, after what it has read.
@@ -729,36 +487,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         vote = cache.memory.vote
         mixture, nothing = vote.mixture.unsqueeze(1), vote.nothing.unsqueeze(1)
         return mix_distribution(log_probs, mixture, nothing, vote.weights.unsqueeze(1), vote.token).squeeze(1)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` leaves the cache to `prepare_inputs_for_generation`."""
-        return False
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Gives `generate` a HippoCache at its first step, and the cache no token behind the end of a row."""
-        if past_key_values is None and kwargs.get("use_cache", True):
-            past_key_values = self.new_cache(input_ids.shape[0])
-        if next_sequence_length == 0:  # the cache has read the whole prompt
-            input_ids, next_sequence_length = input_ids[:, :0], None
-        found = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        generation = _GENERATION.get()
-        if generation is not None and past_key_values is not None:
-            ended = generation.ended if generation.beams is None else None
-            if ended is not None and found["input_ids"].shape[1] == 1:
-                found["attention_mask"] = (~ended).long().unsqueeze(-1)
-        return found
 
     # ---------------------------------------------------------------- drift
 
@@ -871,10 +599,10 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigurationError: no adapters.
         """
-        if not self.config.use_lora:
-            raise ConfigurationError("this model has no adapters to merge: use_lora is False")
+        if self.config.lora is None:
+            raise ConfigurationError("this model has no adapters to merge: lora is None")
         merge_lora(self.base)
-        self.config.use_lora = self.config.freeze_base = False
+        self.config.lora, self.config.freeze_base = None, False
         return self.base
 
     def get_num_trainable_params(self) -> int:
@@ -895,24 +623,6 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
 
 
 AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
-
-
-def _predicted(cache: HippoCache, ids: Tensor) -> Tensor:
-    """(R, N) bool: a row's very first token is predicted by nothing."""
-    return (column_of(cache.lengths, ids.device) > 0) | (torch.arange(ids.shape[1], device=ids.device) > 0)
-
-
-def _fused(log_prob: Tensor, found: StepOutput | None, predicted: Tensor) -> Tensor:
-    """(R, N) log p of each token, with what recall had said of it before."""
-    if found is None:
-        return log_prob
-    fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
-    return torch.where(predicted, fused, 0.0)
-
-
-def _ended(cache: HippoCache, new: list[int]) -> list[int]:
-    """The rows that have just come to the end of a segment."""
-    return [r for r, n in enumerate(new) if n and cache.lengths[r] % cache.config.segment_len == 0]
 
 
 _PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}

@@ -9,7 +9,6 @@ from transformers.utils.generic import ModelOutput
 
 from hippoformer.hippocampus.circuit import StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution
-from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.window import WindowedBase
 
@@ -25,7 +24,7 @@ class HippoFormerOutput(ModelOutput):
         hidden_states: the base's, with `output_hidden_states`: of the embeddings and of every layer (the last after the
             final norm, and before a residual that enters there), each (R, T, D); 0 at padding.
         salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
-        importance_weights: (R, T) weights the transitions were stored with, with `return_salience`.
+        importance_weights: (R, T) priorities the transitions were stored with, with `return_salience`.
         memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
     """
 
@@ -46,16 +45,14 @@ class Step:
 
     Attributes:
         start: tokens of this call each row had read before the step. new: tokens it reads in it.
-        base_log_prob: (R, N) log-probability of the step's tokens under the base, untouched by recall.
-        prior_log_prob: (R, N) the same as the row's marginals move it: as the hippocampus saw it.
-        target_log_prob: (R, N) the same, fused; all 0 for a row's very first token.
-        hidden: (R, N, D) what the hippocampus read: hidden states that no recollection has touched.
+        base_log_prob: (R, N) log-probability of the step's tokens under the base; 0 for a row's very first token.
+        prior_log_prob: (R, N) the same as the row's marginals move it: what the hippocampus read.
+        target_log_prob: (R, N) the same, fused with recall.
+        hidden: (R, N, n D) what the hippocampus read: hidden states that no recollection has touched.
         output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
         found: what the hippocampus found, or None with memory off.
-        report: replay at the segment end this step came to, if it came to one.
         shifts: (R, V) what marginals add to the logits after the step's tokens, and after the last token of a row that
             ended a segment with it; None where they move nothing.
-        beside: the same step as other memories took it, where several follow one reading.
     """
 
     start: list[int]
@@ -67,9 +64,7 @@ class Step:
     output: Tensor
     window: WindowedBase
     found: StepOutput | None
-    report: ReplayReport | None = None
-    shifts: tuple[Tensor, Tensor] | None = None
-    beside: tuple["Step", ...] = ()
+    shifts: tuple[Tensor, Tensor] | None
 
     def log_probs(self, first: int) -> Tensor:
         """(R, N - first, V) fused distribution after each token of the step, from token `first` on."""
@@ -82,7 +77,5 @@ class Step:
         log_probs = torch.log_softmax(logits, dim=-1)
         if self.found is None:
             return log_probs
-        recollection = self.found.recollection.since(first)
-        return mix_distribution(
-            log_probs, self.found.mixture[:, first:], recollection.nothing, recollection.weights, self.found.token
-        )
+        nothing, weights = self.found.recollection.nothing[:, first:], self.found.recollection.weights[:, first:]
+        return mix_distribution(log_probs, self.found.mixture[:, first:], nothing, weights, self.found.token)

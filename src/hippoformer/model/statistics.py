@@ -5,17 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hippoformer.hippocampus.replay import ReplayReport
 from hippoformer.model.cache import HippoCache
 
 
-def memory_stats(cache: HippoCache, replayed: list[ReplayReport]) -> dict[str, Any]:
+def memory_stats(cache: HippoCache, reactivated: int) -> dict[str, Any]:
     """State of the store after a call, means over all rows.
 
     Returns:
-        utilisation (share of `buffer_size`), stored (episodes per row), mean priority, effective priority, age,
-        strength and credit of stored episodes (0 for an empty store), counts of what replay did in this call, and
-        bytes of state.
+        utilisation (share of `buffer_size`), stored (episodes per row), mean priority, effective priority and age of
+        stored episodes (0 for an empty store), `reactivated` by replay in this call, and bytes of state.
     """
     n_stored = cache.config.buffer_size
     store = cache.memory.episodes.slots(0, n_stored)
@@ -31,11 +29,7 @@ def memory_stats(cache: HippoCache, replayed: list[ReplayReport]) -> dict[str, A
         "mean_priority": mean(store.priority),
         "mean_effective_priority": mean(store.effective_priority(cache.config.decay)),
         "mean_age": mean(store.age),
-        "mean_strength": mean(store.strength),
-        "mean_credit": mean(store.credit),
-        "reactivated": sum(int(report.reactivated.sum()) for report in replayed),
-        "merged": sum(int(report.merged.sum()) for report in replayed),
-        "forgotten": sum(int(report.forgotten.sum()) for report in replayed),
+        "reactivated": reactivated,
         "window_nbytes": cache.window_nbytes,
         "memory_nbytes": cache.memory_nbytes,
     }

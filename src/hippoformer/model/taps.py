@@ -1,4 +1,4 @@
-"""Reading and changing what inner layers give, for one call alone.
+"""Reading what inner layers give, for one call alone.
 
 A layer gets one permanent hook, the first time it is listened to. The hook looks its listener up in a context variable,
 so that nothing of a call lives on the shared base: calls from other threads have their own context, and never meet.
@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-# Takes a layer's output; what it returns, unless None, takes the output's place.
-Listener = Callable[[Any], Any]
+Listener = Callable[[Any], None]
 
 _LISTENERS: ContextVar[Mapping[nn.Module, Listener]] = ContextVar("listeners")
 _INSTALLING = threading.Lock()
@@ -35,6 +34,6 @@ def listening(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
         _LISTENERS.reset(token)
 
 
-def _tell(layer: nn.Module, args: object, output: Any) -> Any:
-    listener = _LISTENERS.get({}).get(layer)
-    return None if listener is None else listener(output)
+def _tell(layer: nn.Module, args: object, output: Any) -> None:
+    if listener := _LISTENERS.get({}).get(layer):
+        listener(output)

@@ -279,30 +279,30 @@ class WindowedBase:
         return torch.cat(parts).view(ids.shape)
 
     def moved_log_prob_of(
-        self, hidden: Tensor, ids: Tensor, shifts: Tensor, counted: Tensor
+        self, hidden: Tensor, ids: Tensor, shift: Tensor, counted: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of one token each with and without numbers added to a row's logits, in one pass.
 
         Args:
-            hidden: (R, N, D). ids: (R, N). shifts: (R, V, K), K ways to add to the logits.
+            hidden: (R, N, D). ids: (R, N). shift: (R, V), added to the logits.
             counted: (R, N), which places the sum is over.
 
         Returns:
-            (R, N) float32 under the head; (R, N, K) under the head with each of the shifts; and (R, V) the
-            probabilities of every token under the head, summed over the places that count.
+            (R, N) float32 under the head; (R, N) under the head with the shift; and (R, V) the probabilities of every
+            token under the head, summed over the places that count.
         """
 
         def of_block(states: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits = self.head(states).float()
-            top = logits.amax(-1, keepdim=True)
-            likelihood = torch.exp(logits - top)
+            logits = logits - logits.amax(-1, keepdim=True)
+            likelihood = torch.exp(logits)
             total = likelihood.sum(-1)
-            own = (logits - top).gather(-1, targets.unsqueeze(-1))
-            added = shifts.gather(1, targets.unsqueeze(-1).expand(-1, -1, shifts.shape[-1]))
+            own = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            moved = own + shift.gather(1, targets) - (likelihood @ factors).squeeze(-1).log()
             expected = ((chosen / total).unsqueeze(1) @ likelihood).squeeze(1)
-            return own.squeeze(-1) - total.log(), own + added - (likelihood @ factors).log(), expected.detach()
+            return own - total.log(), moved, expected.detach()
 
-        factors = torch.exp(shifts)
+        factors = torch.exp(shift).unsqueeze(-1)  # (R, V, 1)
         columns = max(1, _HEAD_BLOCK // hidden.shape[0])
         blocks = zip(*(part.split(columns, dim=1) for part in (hidden, ids, counted)), strict=True)
         if torch.is_grad_enabled():
@@ -320,14 +320,6 @@ class WindowedBase:
                 f"{type(self.base).__name__} has no single stack of {self.n_layers} layers: use memory_layer=-1"
             )
         return stacks[0][number - 1]
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm between the last layer and the head."""
-        norms = [m for m in self.body.children() if "norm" in type(m).__name__.lower()]
-        if not norms:
-            raise UnsupportedArchitectureError(f"{type(self.base).__name__} has no final norm: use memory_layer=-1")
-        return norms[-1]
 
     def hidden_of(self, ids: Tensor) -> Tensor:
         """(R, N, n D) what the hippocampus reads of short texts, from position 0."""
