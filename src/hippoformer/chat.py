@@ -152,6 +152,8 @@ class Conversation:
             self.cache = before
             raise
         self.turns, self.passages = self.turns + 1, passages
+        if passages and self.cache.passages is not None:
+            self.cache.passages.rehearse(0, passages)
         return str(self.tokenizer.decode(reply[0], skip_special_tokens=True))
 
     def _generate(self, ids: Tensor, cache: HippoCache, options: dict[str, Any]) -> Tensor:

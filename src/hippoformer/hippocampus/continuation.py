@@ -9,7 +9,7 @@ matching, Cleary & Witten 1984, and the unbounded n-grams of Liu et al. 2024, ar
     phi_t(e) = sigmoid(g(query) + w log m_t(e))
     r_t      = (1 - |f_t|) r'_t + f_t,               f_t(e) = phi_t(e) q_t(e)
 
-* Tokens are compared as words: "Anna" at the beginning of a line is the " Anna" within one (see `hippocampus.words`).
+* Tokens are compared as words: "Anna" at the beginning of a line is the " Anna" within one (`hippocampus.spelling`).
 * Characters that both texts share right before a match count too, three of them as one token, so that a name cut into
   other tokens still counts.
 * Of equally long matches the newest counts most: the last of several contradicting statements wins.
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hippoformer.hippocampus.episodes import joined
-from hippoformer.hippocampus.words import CHARACTERS
+from hippoformer.hippocampus.spelling import CHARACTERS
 
 # Matches of one query that are considered.
 PLACES = 64

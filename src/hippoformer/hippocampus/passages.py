@@ -4,29 +4,34 @@ A row's tokens are cut where the text pauses: at the first line end, or where no
 last end of a sentence (any script; not at "Mr." or an initial); failing that at a comma, at a space, or at least
 between characters. Where it is cut depends on the tokens alone, not on the chunks they came in. Finished passages are
 immutable and shared between copies of the store; the tokens after the last cut are the open passage. A row keeps
-`capacity` tokens of finished passages: beyond that the passage of the lowest priority goes, whole. All of it lives on
-the CPU.
+`capacity` tokens of finished passages: beyond that the passage of the lowest priority goes, whole (see `RULES`). All of
+it lives on the CPU.
 """
 
+import math
 import re
 from bisect import bisect_right
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor
 
 from hippoformer.configuration import LONGEST_PASSAGE
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.spelling import Spelling
+from hippoformer.hippocampus.terms import exact_terms, terms
 
 SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, LONGEST_PASSAGE  # tokens of a passage
 _AHEAD = 8  # tokens after the longest passage that may decide where it ends
+_RECENT, _EXACT, _COUNTS = 200, 3.0, 1 << 16  # see `by_novelty`
+_NONE = np.zeros(0, np.uint8)
 _SETTLE = 256  # tokens of the widest row that wait, on their device, before they are cut into passages
 WRAPPED = range(50, 91)  # characters of a line that may have been broken for its length, within a sentence
 
@@ -35,6 +40,7 @@ _STOP = f"(?P<stop>[.!?…‥]+[{_CLOSING}]*(?=\\s|$)|[。！？｡．؟۔।॥
 _PAUSE = re.compile(rf"(?:{_STOP}|(?=\n)|(?<=\S)(?=[^\S\n]+\n))(?P<space>\s*)")
 # Where a passage that would be too long is cut, best first: any stop or line end, a comma, a space.
 _SOFT = (re.compile(rf"{_STOP}\s*|\n\s*"), re.compile(r"(?:[,;:–—](?=\s)|[，、；：،؛])\s*"), re.compile(r"\s+"))
+_LABEL = regex.compile(r"\s*([\p{L}\p{M}\p{N}][\p{L}\p{M}\p{N} .'-]{0,30})[:：]\s")
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
 _ABBREVIATIONS = frozenset(
     """mr mrs ms dr st prof rev gen col capt lt sgt maj cmdr hon gov sen rep pres messrs mme mlle mt ft no nos vol fig
@@ -49,9 +55,9 @@ class Passage:
     Attributes:
         start, stop: place of its tokens in the row's own text, counted in tokens.
         token_ids: (stop - start,) int32.
-        salience, peak: mean and maximum of its tokens' salience.
-        priority: the lowest goes first when the store is full.
-        retrieved: how often it was brought back. retrieved_at: tokens the row had read then; -1: never.
+        salience: mean salience of its tokens.
+        priority: by the rule of the store; NaN until the store is full for the first time.
+        rehearsed: how often an answer stood on it; each time counts like the priority of an average passage.
         score: fit to the query it was retrieved for; 0 in the store.
         cache: what reading its words costs once; shared by all copies of the passage.
     """
@@ -59,10 +65,8 @@ class Passage:
     start: int
     token_ids: np.ndarray
     salience: float = 0.0
-    peak: float = 0.0
-    priority: float = 0.0
-    retrieved: int = 0
-    retrieved_at: int = -1
+    priority: float = math.nan
+    rehearsed: int = 0
     score: float = 0.0
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -75,22 +79,48 @@ class Passage:
         return len(self.token_ids)
 
 
-Priority = Callable[[Passage], float]
+Rule = Callable[["Row", Passage, Spelling], float]
 
 
-def latest(passage: Passage) -> float:
+def by_novelty(row: "Row", passage: Passage, spelling: Spelling) -> float:
+    """How much of a passage was not said before: what is new is what may be asked about.
+
+    Each of its words counts by 1 / (1 + earlier passages that had it), names and numbers `_EXACT` times more. The sum
+    is divided by length^0.75, and by the mean of the last `_RECENT` passages, so that the beginning of a long text,
+    where everything is new, does not stay for ever.
+    """
+    exact = passage_terms(passage, spelling).exact
+    slots, weight = np.array([*exact], int) % _COUNTS, 1.0 + _EXACT * np.array([*exact.values()], float)
+    worth = float((weight / (1.0 + row.counts[slots])).sum()) / len(passage) ** 0.75
+    slots = np.unique(slots)
+    row.counts[slots] += row.counts[slots] < 255
+    row.judged += 1
+    row.usual += (worth - row.usual) / min(row.judged, _RECENT)
+    return worth / max(row.usual, 1e-9)
+
+
+def by_salience(row: "Row", passage: Passage, spelling: Spelling) -> float:
+    """The mean salience of its tokens by the gate."""
+    return passage.salience
+
+
+def by_position(row: "Row", passage: Passage, spelling: Spelling) -> float:
     """First in, first out."""
     return float(passage.start)
 
 
-def mean_salience(passage: Passage) -> float:
-    """The passage's mean salience, however old it is."""
-    return passage.salience
+def by_chance(row: "Row", passage: Passage, spelling: Spelling) -> float:
+    """Every passage as likely to stay as any other; the same at the same place of a text."""
+    return float(np.random.default_rng(passage.start).random())
 
 
-def at_random(seed: int) -> Priority:
-    """Every passage as likely to stay as any other; the same for the same seed and place."""
-    return lambda passage: float(np.random.default_rng((seed, passage.start)).random())
+# Which passages stay when a stream is longer than the store. A rule of your own is one function and one entry.
+RULES: dict[str, Rule] = {
+    "novelty": by_novelty,
+    "salience": by_salience,
+    "fifo": by_position,
+    "random": by_chance,
+}
 
 
 @dataclass
@@ -103,10 +133,14 @@ class Row:
     read: int = 0  # tokens so far
     kept: int = 0  # tokens of `finished`
     column: int = 0  # characters between the last line end and the first open token
+    judged: int = 0  # passages that got a priority
+    usual: float = 0.0  # novelty of the last of them, on average
+    counts: np.ndarray = field(default_factory=lambda: _NONE)  # (_COUNTS,) passages that had a term, by its hash
 
     def copy(self) -> "Row":
         """A row that goes on by itself; passages are shared."""
-        return replace(self, finished=self.finished[:], open_ids=self.open_ids[:], open_salience=self.open_salience[:])
+        mine = {name: copy(value) for name, value in vars(self).items()}
+        return Row(**mine)
 
     def opened(self) -> list[Passage]:
         """The open passage, if there is one."""
@@ -122,19 +156,19 @@ class Passages:
         rows: R.
         spelling: of the vocabulary that the rows are read in.
         capacity: tokens of finished passages a row keeps; at least `LONGEST`.
-        priority: what a passage is worth, asked once when it is finished and again when it is retrieved.
+        rule: of `RULES`, which passages stay.
 
     Raises:
-        InputError: a capacity that does not hold one passage.
+        InputError: a capacity that does not hold one passage, or a rule that does not exist.
     """
 
-    def __init__(
-        self, rows: int, spelling: Spelling, capacity: int = 65_536, priority: Priority = mean_salience
-    ) -> None:
+    def __init__(self, rows: int, spelling: Spelling, capacity: int = 65_536, rule: str = "novelty") -> None:
         if capacity < LONGEST:
             raise InputError(f"passage_tokens={capacity} is less than one passage; give at least {LONGEST}")
+        if rule not in RULES:
+            raise InputError(f"expected a rule in ({', '.join(RULES)}), got {rule!r}")
         self.rows = [Row() for _ in range(rows)]
-        self.spelling, self.capacity, self.priority = spelling, capacity, priority
+        self.spelling, self.capacity, self.rule = spelling, capacity, rule
         self._waiting: list[tuple[Tensor, list[int], Tensor | None, list[int] | None]] = []
         self._longest_wait = 0
 
@@ -189,12 +223,28 @@ class Passages:
 
     def _keep(self, row: Row, passage: Passage) -> None:
         """Takes a finished passage in, and lets the lowest go while there is no room."""
-        row.finished.append(replace(passage, priority=self.priority(passage)))
+        row.finished.append(passage)
         row.kept += len(passage)
+        if row.kept > self.capacity:
+            self._judge(row)
         while row.kept > self.capacity:
-            lowest = min(row.finished, key=attrgetter("priority"))
-            row.finished.remove(lowest)
-            row.kept -= len(lowest)
+            lowest = min(row.finished, key=lambda passage: passage.priority + passage.rehearsed)
+            self._remove(row, lowest)
+
+    def _remove(self, row: Row, passage: Passage) -> None:
+        row.finished.remove(passage)
+        row.kept -= len(passage)
+
+    def _judge(self, row: Row) -> None:
+        """Gives the passages that have none yet a priority, in the order of the text: none before the store is full."""
+        if not len(row.counts):
+            row.counts = np.zeros(_COUNTS, np.uint8)
+        first = len(row.finished)
+        while first and math.isnan(row.finished[first - 1].priority):
+            first -= 1
+        for place in range(first, len(row.finished)):
+            passage = row.finished[place]
+            row.finished[place] = replace(passage, priority=RULES[self.rule](row, passage, self.spelling))
 
     def _cut(self, row: Row) -> None:
         done = 0
@@ -217,14 +267,12 @@ class Passages:
         self.settle()
         return self.rows[row].finished + self.rows[row].opened()
 
-    def mark_retrieved(self, row: int, starts: set[int]) -> None:
-        """Notes that the passages that begin at `starts` were brought back, and asks for their priority again."""
+    def rehearse(self, row: int, passages: Sequence[Passage]) -> None:
+        """Notes that an answer stood on these passages: replay of what was of use (see `Passage.rehearsed`)."""
         self.settle()
-        state = self.rows[row]
-        for place, passage in enumerate(state.finished):
-            if passage.start in starts:
-                used = replace(passage, retrieved=passage.retrieved + 1, retrieved_at=state.read)
-                state.finished[place] = replace(used, priority=self.priority(used))
+        starts = {passage.start for passage in passages}
+        finished = self.rows[row].finished
+        self.rows[row].finished = [replace(p, rehearsed=p.rehearsed + (p.start in starts)) for p in finished]
 
     def forget(self, row: int, condition: Callable[[Passage], bool]) -> list[Passage]:
         """Removes the passages for which the condition holds, the open one too, and returns them.
@@ -234,8 +282,8 @@ class Passages:
         """
         gone = [passage for passage in self.of_row(row) if condition(passage)]
         state, starts = self.rows[row], {passage.start for passage in gone}
-        state.finished = [passage for passage in state.finished if passage.start not in starts]
-        state.kept = sum(map(len, state.finished))
+        for passage in [passage for passage in state.finished if passage.start in starts]:
+            self._remove(state, passage)
         if state.open_ids and state.read - len(state.open_ids) in starts:
             state.open_ids, state.open_salience, state.column = [], [], 0
         return gone
@@ -243,10 +291,13 @@ class Passages:
     def adopt(self, other: "Passages") -> None:
         """Replaces what every row keeps by what the rows of another store keep; a store of one row serves all."""
         for number, row in enumerate(self.rows):
-            theirs = other.of_row(number if len(other.rows) > 1 else 0)
+            number = number if len(other.rows) > 1 else 0
+            theirs = other.of_row(number)
             self.settle()
             row.finished, row.kept = list(theirs), sum(map(len, theirs))
             row.open_ids, row.open_salience, row.column = [], [], 0
+            source = other.rows[number]
+            row.judged, row.usual, row.counts = source.judged, source.usual, source.counts.copy()
 
     def copy(self) -> "Passages":
         """A store that goes on by itself; finished passages are shared."""
@@ -255,7 +306,7 @@ class Passages:
     def select_rows(self, rows: Sequence[int]) -> "Passages":
         """A store of the given rows in the given order; a row may come more than once."""
         self.settle()
-        selected = Passages(0, self.spelling, self.capacity, self.priority)
+        selected = Passages(0, self.spelling, self.capacity, self.rule)
         selected.rows = [self.rows[row].copy() for row in rows]
         return selected
 
@@ -267,27 +318,34 @@ class Passages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a file of it takes: 4 a token (8 an open one), 64 a passage, 24 a row."""
+        """Bytes that a file of it takes: 4 a token (8 an open one), 32 a passage, 40 a row, and 64 kB a row once
+        the store was full."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every number of the state, the rows one after the other: N tokens in P finished passages, M open tokens.
 
-        `places` is row, start, length, times retrieved, when; `worth` is mean and peak salience, and priority; `rows`
-        is tokens read, column of the first open token, open tokens.
+        `places` is row, start, length, times rehearsed; `worth` is salience and priority; `rows` is tokens read, column
+        of the first open token, open tokens; `novelty` is passages judged and their usual novelty, `counts` what was
+        said before, (R, 65536) or nothing while the store was never full.
         """
         self.settle()
+        full = any(len(row.counts) for row in self.rows)
+        for row in self.rows if full else ():
+            row.counts = row.counts if len(row.counts) else np.zeros(_COUNTS, np.uint8)
         finished = [(number, passage) for number, row in enumerate(self.rows) for passage in row.finished]
-        places = [(n, p.start, len(p), p.retrieved, p.retrieved_at) for n, p in finished]
-        worth = [(p.salience, p.peak, p.priority) for _, p in finished]
         ids = np.concatenate([np.zeros(0, np.int32), *(p.token_ids for _, p in finished)])
+        places = [(n, p.start, len(p), p.rehearsed) for n, p in finished]
+        worth = [(p.salience, p.priority) for _, p in finished]
         return {
             "token_ids": torch.from_numpy(ids),  # (N,)
-            "places": torch.tensor(places, dtype=torch.int32).reshape(-1, 5),  # (P, 5), see above
-            "worth": torch.tensor(worth, dtype=torch.float64).reshape(-1, 3),  # (P, 3)
+            "places": torch.tensor(places, dtype=torch.int32).reshape(-1, 4),  # (P, 4), see above
+            "worth": torch.tensor(worth, dtype=torch.float64).reshape(-1, 2),  # (P, 2)
             "open_ids": torch.tensor([i for row in self.rows for i in row.open_ids], dtype=torch.int32),  # (M,)
             "open_salience": torch.tensor([s for row in self.rows for s in row.open_salience], dtype=torch.float32),
             "rows": torch.tensor([(r.read, r.column, len(r.open_ids)) for r in self.rows]).reshape(-1, 3),  # (R, 3)
+            "novelty": torch.tensor([(r.judged, r.usual) for r in self.rows], dtype=torch.float64).reshape(-1, 2),
+            "counts": torch.from_numpy(np.stack([r.counts for r in self.rows]) if full else _NONE.copy()),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -299,22 +357,56 @@ class Passages:
         self._waiting, self._longest_wait = [], 0
         self.rows, done = [], 0
         open_ids, open_salience = tensors["open_ids"].tolist(), tensors["open_salience"].tolist()
-        for read, column, count in tensors["rows"].tolist():
+        counts = tensors["rows"].tolist()
+        # Files of before passages competed by novelty have none, and priorities of another kind.
+        novelty = tensors["novelty"].tolist() if "novelty" in tensors else None
+        for number, (read, column, count) in enumerate(counts):
             span = slice(done, done + count)
-            self.rows.append(Row([], open_ids[span], open_salience[span], read, 0, column))
+            judged, usual = novelty[number] if novelty else (0, 0.0)
+            seen = tensors["counts"][number].numpy().copy() if novelty and len(tensors["counts"]) else _NONE
+            row = Row([], open_ids[span], open_salience[span], read, 0, column, int(judged), usual, seen)
+            self.rows.append(row)
             done += count
         ids, done = tensors["token_ids"].numpy(), 0
-        worth = tensors["worth"].tolist()
-        for (row, start, length, times, at), of_it in zip(tensors["places"].tolist(), worth, strict=True):
-            mean, peak, priority = of_it
-            passage = Passage(start, ids[done : done + length].copy(), mean, peak, priority, times, at)
-            self.rows[row].finished.append(passage)
-            self.rows[row].kept += length
+        for (number, start, length, *rest), (salience, *_, priority) in zip(
+            tensors["places"].tolist(), tensors["worth"].tolist(), strict=True
+        ):
+            row = self.rows[number]
+            kept = ids[done : done + length].copy()
+            passage = Passage(start, kept, salience, priority if novelty else math.nan, rest[0])
+            row.finished.append(passage)
+            row.kept += length
             done += length
 
 
+@dataclass(frozen=True)
+class PassageTerms:
+    """What the words of a passage are found by.
+
+    Attributes:
+        terms: (words,) uint32 in their order. exact: of each term, whether it is a name or a number.
+        label: terms of the name that the passage's line begins with, before a colon.
+    """
+
+    terms: np.ndarray
+    exact: dict[int, bool]
+    label: frozenset[int]
+
+
+def passage_terms(passage: Passage, spelling: Spelling) -> PassageTerms:
+    """Worked out once for all copies of a passage."""
+    if "terms" not in passage.cache:
+        text = spelling.text(passage.token_ids, mark=True)
+        label = _LABEL.match(text)
+        found = PassageTerms(
+            np.array(terms(text), np.uint32), exact_terms(text), frozenset(terms(label[1])) if label else frozenset()
+        )
+        passage.cache["terms"] = found
+    return passage.cache["terms"]
+
+
 def _passage(start: int, ids: list[int], salience: list[float]) -> Passage:
-    return Passage(start, np.array(ids, np.int32), sum(salience) / len(ids), max(salience))
+    return Passage(start, np.array(ids, np.int32), sum(salience) / len(ids))
 
 
 def find_cut(spelling: Spelling, ids: list[int], column: int) -> int:

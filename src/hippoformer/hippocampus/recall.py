@@ -99,7 +99,7 @@ class Recall(nn.Module):
 
         Args:
             word_of_token: (V,) a number for each token; tokens of one number are one word.
-            ending_of_token: (V,) their last characters (see `hippocampus.words`), 0 where none are known.
+            ending_of_token: (V,) their last characters (see `hippocampus.spelling`), 0 where none are known.
 
         Raises:
             InputError: another shape.

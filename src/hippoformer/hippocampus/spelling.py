@@ -1,4 +1,4 @@
-"""The bytes of every token of a vocabulary, in two tensors that need no tokenizer.
+"""The bytes of every token of a vocabulary, and which tokens are the same word.
 
 Byte-level vocabularies (GPT-2, Llama 3, Qwen) spell a byte as one of 256 letters, SentencePiece spells a space as
 U+2581 and a byte it has no piece for as <0xE4>, WordPiece marks the pieces that continue a word, and tokens of tiktoken
@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,11 @@ from torch import Tensor
 
 from hippoformer.errors import InputError
 
+# Bytes of a token's end that `Spelling.endings` gives, each in a byte of an int64; the eighth would be its sign.
+CHARACTERS = 7
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BLANK = re.compile(rb"\s")
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,10 @@ class Spelling:
     """How a vocabulary of V tokens is spelled.
 
     Attributes:
-        blob: (bytes,) uint8, the tokens' bytes in the order of their ids.
-        offsets: (V + 1,) int32; token i is blob[offsets[i]:offsets[i + 1]]. Control tokens, and ids that no token has,
-            are empty.
+        pieces: V, the bytes of each token; none for control tokens, and for ids that no token has.
     """
 
-    blob: Tensor
-    offsets: Tensor
+    pieces: Sequence[bytes]
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> "Spelling":
@@ -55,24 +55,11 @@ class Spelling:
                 pieces.append(added[number].encode())
             else:
                 pieces.append(token if isinstance(token, bytes) else spell(token))
-        return cls.from_pieces(pieces + [b""] * (vocab_size - known))
-
-    @classmethod
-    def from_pieces(cls, pieces: Sequence[bytes]) -> "Spelling":
-        """Spelling of V tokens from the bytes of each."""
-        lengths = torch.tensor([0, *map(len, pieces)])
-        blob = torch.frombuffer(bytearray(b"".join(pieces)) or bytearray(1), dtype=torch.uint8)
-        return cls(blob[: int(lengths.sum())], lengths.cumsum(0).int())
+        return cls(pieces).resized(vocab_size)
 
     def resized(self, vocab_size: int) -> "Spelling":
         """The same for a vocabulary of another size; new tokens are spelled as nothing."""
-        return Spelling.from_pieces((self.pieces + [b""] * vocab_size)[:vocab_size])
-
-    @cached_property
-    def pieces(self) -> list[bytes]:
-        """The bytes of each of the V tokens."""
-        blob, offsets = self.blob.cpu().numpy().tobytes(), self.offsets.tolist()
-        return [blob[start:stop] for start, stop in pairwise(offsets)]
+        return Spelling([*self.pieces, *[b""] * vocab_size][:vocab_size])
 
     @cached_property
     def marked_pieces(self) -> list[bytes]:
@@ -96,13 +83,26 @@ class Spelling:
                 f"a token id is not below {len(pieces)}, the size of the vocabulary spelled here"
             ) from None
 
-    def whole(self, token_ids: Sequence[int]) -> list[bool]:
-        """For each of the len + 1 places between tokens, True where no character is cut."""
-        pieces = [self.pieces[number] for number in token_ids]
-        following = [False] * (len(pieces) + 1)  # does the next byte continue a character?
-        for place in range(len(pieces) - 1, -1, -1):
-            following[place] = pieces[place][0] & 0xC0 == 0x80 if pieces[place] else following[place + 1]
-        return [not cut for cut in following]
+    def words(self) -> Tensor:
+        """(V,) int32, for each token the first id that is the same word: with a space in front of it or without.
+
+        Tokenizers give a word two ids; `hippocampus.continuation` compares words. Runs of spaces are their own words.
+        """
+        first: dict[bytes, int] = {}
+        words = torch.arange(len(self.pieces), dtype=torch.int32)
+        for number, piece in enumerate(self.pieces):
+            bare = piece.removeprefix(b" ")
+            if bare and not bare.startswith(b" "):
+                words[number] = first.setdefault(bare, number)
+        return words
+
+    def endings(self) -> Tensor:
+        """(V,) int64, the last `CHARACTERS` bytes of each token plus one, the last in the lowest byte.
+
+        All white space is a space. 0 where nothing is known of how a token is spelled.
+        """
+        spelled = (_BLANK.sub(b" ", piece)[-CHARACTERS:] for piece in self.pieces)
+        return torch.tensor([int.from_bytes(bytes(min(b + 1, 255) for b in end), "big") for end in spelled])
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -26,37 +26,28 @@ class Model(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of the base."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where the base reads its tokens."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """All tensors by name."""
-        ...
 
     def take_vocabulary(self) -> None:
         """Follows a base whose embeddings were resized."""
-        ...
 
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the drift probes."""
-        ...
 
     def new_cache(self, batch_size: int = 1) -> Any:
         """An empty state."""
-        ...
 
     def score(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, past_key_values: Any = None) -> Tensor:
         """Reads into a state."""
-        ...
 
     def save_memory(self, cache: Any, path: str | Path) -> None:
         """Writes a state to a file."""
-        ...
 
     def load_memory(self, path: str | Path) -> Any:
         """Reads a state from a file."""
-        ...

@@ -23,7 +23,6 @@ from hippoformer.hippocampus.circuit import BaseReading, Hippocampus
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.spelling import Spelling
-from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model import checkpoint
 from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
@@ -167,7 +166,7 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         """
         self.spelling = Spelling.of(tokenizer, self.config.vocab_size)
         if words:
-            self.hippocampus.recall.set_words(*words_of_tokens(tokenizer, self.config.vocab_size))
+            self.hippocampus.recall.set_words(self.spelling.words(), self.spelling.endings())
 
     @contextmanager
     def memory_off(self) -> Iterator[None]:
