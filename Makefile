@@ -25,7 +25,7 @@ DEEPSPEED := .venv-deepspeed
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint support results results-quick clean
+.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint docs mutations support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -67,6 +67,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Breaks the package one line at a time; each named test must fail (tests/mutations.yaml). About half an hour on one core.
+mutations: $(INSTALLED)
+	$(BIN)/python tests/run_mutations.py
 
 # docs/support.md, from the tests that show what works with what.
 support: $(INSTALLED)
