@@ -1,4 +1,4 @@
-"""MkDocs hook: links of a page to files of the repository outside docs/ are shown as text, since the site has no copy."""
+"""MkDocs hook: links to files of the repository outside docs/ become text, since the site has no copy of them."""
 
 import re
 from typing import Any
