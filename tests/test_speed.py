@@ -27,14 +27,8 @@ def test_runs_alternate_and_the_first_turn_is_not_counted(monkeypatch: pytest.Mo
 
 def test_rates_are_of_medians_and_ratios_of_memory() -> None:
     rows = speed.rates("x", 100, {"memory": [1.0, 2.0, 50.0], "off": [1.0], "transformers": [4.0]})
-    found = {row.condition: row.value for row in rows}
-    assert found == {
-        "memory": 50.0,
-        "off": 100.0,
-        "transformers": 25.0,
-        "memory / off": 0.5,
-        "memory / transformers": 2.0,
-    }
+    assert [row.value for row in rows] == [50.0, 100.0, 25.0, 0.5, 2.0]
+    assert rows[3].condition == "memory / off"
 
 
 def test_every_condition_scores_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
