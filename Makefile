@@ -72,7 +72,7 @@ lint: docs
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Breaks the package one line at a time; each named test must fail (tests/mutations.yaml). About half an hour on one core.
+# Breaks the package one line at a time; each named test must fail (tests/mutations.yaml). About fifteen minutes on one quiet core.
 mutations: $(INSTALLED)
 	$(BIN)/python tests/run_mutations.py
 
