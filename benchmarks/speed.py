@@ -9,8 +9,6 @@ with its own cache and full attention to everything read.
 
 import contextlib
 import copy
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -148,13 +146,6 @@ def time_stages(model: HippoFormer, options: Options, n_rows: int) -> Result:
     return Result([Row(name, metric, value, n=ids.numel()) for name, value in figures.items()], {metric: each})
 
 
-def processor() -> str:
-    """The name of the processor; on Linux from /proc."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
-    return found[1] if found else platform.processor()
-
-
 def main(words: list[str] | None = None) -> None:
     """Measures, prints one table, writes the file."""
     arguments, options = HfArgumentParser((ModelArguments, Options)).parse_args_into_dataclasses(words)
@@ -170,10 +161,12 @@ def main(words: list[str] | None = None) -> None:
         results += [compare(model, options, prompt[:, :-1], run, name, options.new_tokens)]
     results += [time_stages(model, options, n_rows) for n_rows in BATCHES]
     details = {name: value for result in results for name, value in result.details.items()}
-    whole = Result([row for result in results for row in result.rows], details | {"processor": processor()})
-    print(f"{arguments.model}, {model.dtype}, {torch.get_num_threads()} threads, {processor()}\n\n{whole.table()}")
+    whole = Result([row for result in results for row in result.rows], details)
+    record = whole.record("speed", model, options)
+    where = f"{model.dtype}, {torch.get_num_threads()} threads, {record['provenance']['cpu']}"
+    print(f"{arguments.model}, {where}\n\n{whole.table()}")
     if options.output is not None:
-        write_json(options.output, whole.record("speed", model, options))
+        write_json(options.output, record)
 
 
 if __name__ == "__main__":
