@@ -25,7 +25,7 @@ DEEPSPEED := .venv-deepspeed
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint support results results-quick clean
+.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint docs mutations support results results-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -62,11 +62,19 @@ test-transformers: $(INSTALLED) $(TRANSFORMERS_TESTS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt parameterized
 	TRANSFORMERS_TESTS=$(TRANSFORMERS_TESTS) $(BIN)/python $(PYTEST) -c tests/transformers_suite/pytest.ini tests/transformers_suite
 
-lint: $(INSTALLED)
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The site, in site/; every page and link is checked.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Breaks the package one line at a time; each named test must fail (tests/mutations.yaml). About fifteen minutes on one quiet core.
+mutations: $(INSTALLED)
+	$(BIN)/python tests/run_mutations.py
 
 # docs/support.md, from the tests that show what works with what.
 support: $(INSTALLED)
@@ -88,7 +96,7 @@ results-quick: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else 'Python 3.10 or newer is needed: make PYTHON=...')"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,lint,demo]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,lint,docs,demo]"
 	touch $@
 
 $(LOWEST)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
@@ -113,4 +121,4 @@ $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .import_linter_cache .mypy_cache site .pytest_cache .ruff_cache .hypothesis build dist

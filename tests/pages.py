@@ -32,7 +32,7 @@ from hippoformer.training import arguments as training_arguments
 from tiny_texts import LETTERS, byte_tokenizer, text
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON, SHELL = {"python"}, {"bash", "sh", "shell", "console"}
 # Commands that hand their options on, by `hippoformer NAME` or `python -m hippoformer.NAME`, and what reads them there.
 # The options of lm-eval are read by the harness's own parser, in test_training_docs.py.
