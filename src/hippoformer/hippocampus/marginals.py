@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from hippoformer.configuration import HippoFormerConfig
 
-# In nats; prose loses nothing by it (docs/lab-notebook.md, 2026-11-28).
+# In nats; prose loses nothing by it (docs/notebook).
 _LEAST_SHIFT = -1.0
 # k: tokens that are believed to have come as expected before the first is counted.
 _PRIOR = 2.0
