@@ -36,7 +36,7 @@ _NOTE = "conversation"
 # Half of the default window: the other half holds the conversation's last turns.
 REREAD_TOKENS = 256
 # Of the best passage's score, what others must have to be read again: a small base answers worse from many passages,
-# and where the best stands out the others hardly ever hold the answer (docs/notebook/passages-and-asking.md).
+# and where the best stands out the others hardly ever hold the answer (docs/notebook/passages.md).
 CLEAR = 0.75
 _ONE_LINE = ("num_beams", "num_return_sequences")
 
