@@ -170,13 +170,13 @@ def test_eager_attention_sees_the_same_window(name: str) -> None:
     """Eager attention adds its mask where sdpa chooses by it; Gemma 2, with its soft caps, is eager by itself."""
     model, ids = awake(name), text(rows=2, length=LENGTH)
     expected = off(model, ids)
-    base = model.base
-    base.set_attn_implementation("eager")
-    torch.testing.assert_close(off(HippoFormer(model.config, base), ids), expected, **TOLERANCE)
+    model.base.set_attn_implementation("eager")
+    for reader in (model, HippoFormer(model.config, model.base)):  # changed under a model, and before it was made
+        torch.testing.assert_close(off(reader, ids), expected, **TOLERANCE)
 
 
 @torch.no_grad()
-def test_memory_off_stores_and_recalls_nothing() -> None:
+def test_memory_off_stores_nothing() -> None:
     model, ids = awake(), text(rows=2, length=LENGTH)
     cache = model.new_cache(2)
     with model.memory_off():
@@ -206,12 +206,3 @@ def test_memory_can_be_switched_within_a_stream() -> None:
     with model.memory_off():
         silent = model(ahead, past_key_values=cache.copy()).logits
     assert (again - silent).abs().max() > 0.1, "the memory stayed off after an error"
-
-
-@torch.no_grad()
-def test_the_attention_of_the_base_may_be_changed_later() -> None:
-    """Masks are made for the implementation that will read them."""
-    model, ids = awake(), text(rows=2, length=40)
-    before = model(ids).logits
-    model.base.set_attn_implementation("eager")
-    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)

@@ -71,7 +71,7 @@ def test_size_follows_the_options() -> None:
     small, double, triple = (nbytes(buffer_size=size) for size in (16, 32, 48))
     assert double[0] - small[0] == triple[0] - double[0] > 0
     assert small[1] == double[1]
-    episode = (32 + 8) * 4 + 2 * 4 + 6 * 4  # key and value; token and position; six counters
+    episode = (32 + 8) * 4 + 2 * 4 + 5 * 4  # key and value; token and position; five counters
     vote = 2 * 4
     assert double[0] - small[0] == 16 * (episode + vote)
     wider = nbytes(window=24)

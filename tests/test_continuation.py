@@ -55,7 +55,8 @@ def test_a_run_of_few_tokens_costs_what_prose_costs(run: list[int]) -> None:
 def test_a_recollection_of_a_long_run_holds_few_places() -> None:
     """Of 3,000 matches of each query, `PLACES` are weighed: the longest, the newest of equals."""
     length = torch.arange(3000).expand(1, 2, -1).div(100, rounding_mode="floor").to(torch.int16)
-    matches = continuation.longest_matches(length, torch.arange(3000).unsqueeze(0), torch.tensor([2998]))
+    position = torch.arange(3000).unsqueeze(0)
+    matches = continuation.longest_matches(length, position, torch.tensor([2998]), torch.zeros_like(position))
     assert matches.slot.shape == (1, 2, continuation.PLACES)
     assert matches.slot[0, 0].tolist() == list(range(2999, 2999 - continuation.PLACES, -1))
     assert matches.newer[0, 0].tolist() == list(range(continuation.PLACES)), "all of them match 29 tokens"
@@ -65,7 +66,7 @@ def test_a_recollection_of_a_long_run_holds_few_places() -> None:
 @torch.no_grad()
 def test_a_long_run_leaves_room_for_what_was_read_before(run: list[int]) -> None:
     """It enters the store only while there is room; what memory makes of later text is finite and not the run."""
-    model = awake(window=24, segment_len=24, buffer_size=64, max_replay_rounds=0, priority_threshold=0.0)
+    model = awake(window=24, segment_len=24, buffer_size=64, max_replay_rounds=0)
     cache, before = model.new_cache(1), text(rows=1, length=60)
     model(before, past_key_values=cache)
     model(torch.tensor([run * 600])[:, :600], past_key_values=cache)

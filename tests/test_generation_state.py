@@ -44,34 +44,19 @@ def assert_same(cache: HippoCache, row: int, expected: HippoCache) -> None:
     torch.testing.assert_close(one.last_output, expected.last_output, atol=2e-4, rtol=2e-3)
 
 
-def ended_early(model: HippoFormer, prompt: Tensor, steps: int = 12) -> tuple[Tensor, Tensor, int]:
-    """What two rows write until one token ends row 0 alone: (2, T) all, (2, 12) new, and how many row 0 wrote."""
-    free = generate(model, prompt, max_new_tokens=steps)[:, prompt.shape[1] :]
-    end = next(t for t in free[0, 2:8].tolist() if t not in free[1].tolist())
-    out = generate(model, prompt, cache := model.new_cache(2), max_new_tokens=steps, eos_token_id=end)
-    return out, cache, free[0].tolist().index(end)
-
-
 @pytest.mark.parametrize("name", READERS)
-def test_a_row_that_has_ended_reads_nothing_more(name: str) -> None:
+def test_a_row_that_has_ended_writes_padding_and_reads_nothing_more(name: str) -> None:
     model, prompt = talkative(name), text(rows=2, length=25)
-    out, cache, stop = ended_early(model, prompt)
+    free = generate(model, prompt, max_new_tokens=12)[:, 25:]
+    end = next(t for t in free[0, 2:8].tolist() if t not in free[1].tolist())  # ends row 0 alone
+    out = generate(model, prompt, cache := model.new_cache(2), max_new_tokens=12, eos_token_id=end)
+    stop = free[0].tolist().index(end)
+    assert torch.equal(out[0, 25 : 26 + stop], free[0, : stop + 1]) and not out[0, 26 + stop :].any()
+    assert torch.equal(out[1, 25:], free[1])
     # The token that ends a row is never read, nor is the last one of a row that was cut short.
     assert_same(cache, 0, after(model, out[:1, : 25 + stop]))
     assert_same(cache, 1, after(model, out[1:, :-1]))
     assert cache.lengths == [25 + stop, out.shape[1] - 1]
-
-
-def test_an_ended_row_is_as_in_a_batch_of_its_own() -> None:
-    """Bit for bit, in everything but the sums of a batch of another size."""
-    model, prompt = talkative(), text(rows=2, length=25)
-    out, cache, stop = ended_early(model, prompt)
-    end = int(out[0, 25 + stop])
-    alone = model.new_cache()
-    generate(model, prompt[:1], alone, max_new_tokens=12, eos_token_id=end)
-    assert_same(cache, 0, alone)
-    newest = [episode.position for episode in cache.episodes(0)][-1]
-    assert newest == 24 + stop, "padding became episodes"
 
 
 def test_rows_without_an_end_token_go_on_after_their_criterion() -> None:
@@ -188,17 +173,6 @@ def test_only_what_is_new_under_a_mask_of_all() -> None:
     model.score(ids[:, :30], past_key_values=cache)
     out = generate(model, ids[:, 30:], cache, attention_mask=torch.ones(1, 40, dtype=torch.long), max_new_tokens=5)
     assert torch.equal(out[:, 10:], expected)
-
-
-def test_going_on_with_what_was_returned() -> None:
-    model, ids = awake(), text(rows=2, length=20)
-    expected = generate(model, ids, max_new_tokens=12)
-    cache = model.new_cache(2)
-    out = generate(model, ids, cache, max_new_tokens=5)
-    assert torch.equal(generate(model, out, cache, max_new_tokens=7), expected)
-    saved = cache.copy()
-    saved.new_turn()
-    assert saved.columns == 0 and cache.columns > 0 and not torch.equal(saved.digest, cache.digest)
 
 
 def test_a_memory_on_disk_still_knows_what_it_has_read(tmp_path: Any) -> None:

@@ -129,7 +129,7 @@ def test_a_frozen_store_is_read_and_not_written() -> None:
     model(ids, past_key_values=cache)
     cache.freeze_memory()
     store = slice(0, model.config.buffer_size)
-    names = ("key", "value", "token", "position", "salience", "priority", "age", "strength")
+    names = ("key", "value", "token", "position", "salience", "priority", "age")
     before = {name: getattr(cache.memory.episodes, name)[:, store].clone() for name in names}
     logits = model(ahead, past_key_values=cache).logits
     for name in names:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, text
+from tiny import ARCHITECTURES, VARIANTS, VOCAB, awake, read_in_chunks, text
 
 LENGTHS = (57, 1, 23, 40)
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
@@ -48,10 +48,14 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, side: str) -> None:
         assert not out.logits[number, ~real].any(), "padding has logits"
 
 
-@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@pytest.mark.parametrize(
+    ("side", "options"),
+    [(side, {}) for side in ("left", "right", "mixed")] + [("mixed", options) for options in VARIANTS.values()],
+    ids=str,
+)
 @torch.no_grad()
-def test_scores_and_state_of_a_row_alone(side: str) -> None:
-    model, rows = awake(), rows_of_many_lengths()
+def test_scores_and_state_of_a_row_alone(side: str, options: dict) -> None:
+    model, rows = awake(**options), rows_of_many_lengths()
     ids, mask = padded(rows, side)
     cache = model.new_cache(len(rows))
     scores = model.score(ids, mask, past_key_values=cache)
@@ -67,6 +71,8 @@ def test_scores_and_state_of_a_row_alone(side: str) -> None:
         assert cache.lengths[number] == own.lengths[0] == len(row)
         mine = cache.episodes(number)
         assert [(e.position, e.token) for e in mine] == [(e.position, e.token) for e in own.episodes(0)]
+        counts, alone = cache.memory.marginals.count[number], own.memory.marginals.count[0]
+        assert torch.equal(counts, alone) and counts.sum() == (len(row) - 1 if len(counts) else 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -80,37 +86,6 @@ def test_garbage_under_the_mask_is_never_read(name: str) -> None:
         for garbage in (VOCAB - 1, -7, 10**9):
             dirty, _ = padded(rows, side, fill=garbage)
             assert torch.equal(model(dirty, attention_mask=mask).logits, reference)
-
-
-@pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
-@torch.no_grad()
-def test_garbage_hidden_states_in_a_neighbours_padding_stay_there(value: float) -> None:
-    """One level down: the hippocampus is handed padded hidden states by training, whose padding may hold anything."""
-    model = awake()
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 6, 32, generator=generator)
-    tokens, surprise = text(rows=3, length=6), torch.rand(3, 6, generator=generator)
-    new = [6, 2, 6]
-
-    def read(fill: float):
-        dirty = hidden.clone()
-        dirty[1, 2:] = fill
-        state = model.new_cache(3).memory
-        _, state = model.hippocampus.step(state, [0, 0, 0], hidden, tokens, surprise, [6, 6, 6])
-        state, _ = model.hippocampus.end_segment(state, [6, 6, 6], [0, 1, 2])
-        return model.hippocampus.step(state, [6, 6, 6], dirty, tokens, surprise, new)
-
-    clean, clean_state = read(0.0)
-    dirty, dirty_state = read(value)
-    for row in (0, 2):
-        assert torch.equal(clean.recollection.weights[row], dirty.recollection.weights[row])
-        assert torch.equal(clean.salience[row], dirty.salience[row])
-        for name, tensor in clean_state.tensors().items():
-            assert torch.equal(tensor[row], dirty_state.tensors()[name][row]), name
-    assert torch.equal(clean.salience[1, :2], dirty.salience[1, :2])
-    for name in ("key", "value", "token", "position", "priority"):
-        mine, theirs = (getattr(state.episodes, name)[1] for state in (clean_state, dirty_state))
-        assert torch.equal(mine, theirs), f"padding was stored in {name}"
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 
 from hippoformer import HippoCache
 from hippoformer.errors import InputError
-from tiny import ARCHITECTURES, awake, read_in_chunks, same_state, state_of, text
+from tiny import ARCHITECTURES, VARIANTS, VOTES, awake, read_in_chunks, same_state, state_of, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
@@ -22,6 +22,14 @@ def test_chunks_of_any_size_give_the_same_numbers(name: str, size: int) -> None:
     with torch.no_grad():
         whole = model(ids).logits
     torch.testing.assert_close(read_in_chunks(model, ids, size), whole, **TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [1, 6, 7])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_so_do_chunks_under_any_option(options: dict, size: int) -> None:
+    model, ids = awake(**options), text(rows=2, length=53)
+    torch.testing.assert_close(read_in_chunks(model, ids, size), model(ids).logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
@@ -52,12 +60,19 @@ def test_chunks_of_a_ragged_batch() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in SOME]
+    + [(name, VOTES | {"memory_layer": 1}) for name in SOME[2:]]
+    + [("llama", options) for options in VARIANTS.values()],
+    ids=str,
+)
 @torch.no_grad()
-def test_score_is_the_logits_of_forward(name: str) -> None:
-    model, ids = awake(name), text(rows=2, length=53)
+def test_score_is_the_logits_of_forward(name: str, options: dict) -> None:
+    model, ids = awake(name, **options), text(rows=2, length=53)
     logits = model(ids).logits
     expected = logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    assert logits.exp().sum(-1).sub(1).abs().max() < 1e-5, "not a distribution"
     torch.testing.assert_close(model.score(ids), expected, **TOLERANCE)
     cache = model.new_cache(2)  # and continued: only the first token of a row has no prediction
     model.score(ids[:, :20], past_key_values=cache)

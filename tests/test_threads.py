@@ -14,11 +14,10 @@ from hippoformer import HippoFormer
 from tiny import awake, same_state, state_of, text
 from tiny_texts import tiny_load
 
-# What reads inner layers, and how: side by side, alone, and with a residual that enters there.
 LAYERS = {
     "two inner layers": {"memory_layer": [1, 2], "residual_readout": False},
     "one inner layer": {"memory_layer": 1, "residual_readout": False},
-    "a residual at an inner layer": {"memory_layer": 1},
+    "the final state, and a residual": {},
 }
 
 

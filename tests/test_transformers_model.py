@@ -180,7 +180,7 @@ def test_made_on_the_meta_device_it_takes_weights_later(saved: Path) -> None:
 
 
 def test_weights_that_are_there_are_never_drawn_again() -> None:
-    model = awake(use_lora=True)
+    model = awake(lora={"r": 4})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.init_weights()
     model.post_init()

@@ -110,6 +110,19 @@ SMALL: dict[str, Any] = {
 }
 replay.ROUND = 3  # with 16 cues a round all of a tiny store would be replayed at every segment end
 
+VOTES = {"residual_readout": False}
+# Settings that change what is computed; every invariant of reading holds for each.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "inner layer": VOTES | {"memory_layer": 1},
+    "two layers": VOTES | {"memory_layer": [1, -1]},
+    "no values": VOTES | {"recall_value_dim": 0},
+    "marginals": VOTES | {"marginal_weight": 0.75},
+    "no following": {"following": False},
+    "by surprise": {"selection": "surprise"},
+    "no store": {"buffer_size": 0},
+    "no replay": {"max_replay_rounds": 0, "capture_span": 0},
+}
+
 
 def tiny_base(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random base model in eval mode, the same for the same seed."""
