@@ -113,7 +113,7 @@ def test_what_is_stored_never_depends_on_what_was_recalled(options: dict) -> Non
 def test_layers_differ_and_each_of_several_is_heard() -> None:
     ids = text(rows=1, length=50)
     logits = [awake(**VOTES, memory_layer=layer)(ids).logits for layer in (-1, 1, LAYERS)]
-    for one, other in ((0, 1), (0, 2), (1, 2)):
+    for one, other in ((0, 1), (1, 2)):
         assert (logits[one] - logits[other]).abs().max() > 0.01
     whole = awake(**VARIANTS["two layers"])(ids).logits
     for half in (slice(0, 32), slice(32, 64)):
@@ -150,7 +150,7 @@ def test_without_values_the_state_is_smaller_by_them_and_everything_else_goes_on
     caches[1].save(tmp_path / "memory.safetensors")
     loaded = HippoCache.load(tmp_path / "memory.safetensors", without)
     assert not same_state(loaded.tensors(), caches[1].tensors())
-    without.hippocampus.recall.key_proj.weight.mul_(-1.0)  # another code, to which loading maps the keys
+    without.hippocampus.recall.key_proj.weight[:8] *= -1.0  # another code, to which loading maps the keys
     turned = HippoCache.load(tmp_path / "memory.safetensors", without)
     assert turned.drift["calibrated"] and not torch.equal(turned.memory.episodes.key, loaded.memory.episodes.key)
     without.save_pretrained(tmp_path / "model")

@@ -16,7 +16,7 @@ from hippoformer import HippoFormerConfig
 from hippoformer.hippocampus import continuation, replay
 from hippoformer.hippocampus.episodes import REPEATED, Episodes, admit, importance, repeats
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
-from hippoformer.hippocampus.recall import Recall
+from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import consolidate
 from hippoformer.hippocampus.selection import RULES
 from hippoformer.tensors.masks import recall_mask, window_mask
@@ -33,8 +33,8 @@ def random_memory(config: HippoFormerConfig, stored: list[int], working: list[in
     episodes = Episodes.empty(len(stored), config, torch.float64, "cpu")
     n_slots, heads = config.buffer_size + config.working_slots, config.recall_n_heads
     for row, (in_store, at_work) in enumerate(zip(stored, working, strict=True)):
-        slots = [*range(config.buffer_size - in_store, config.buffer_size)]
-        slots += range(config.buffer_size, config.buffer_size + at_work)
+        first, last = config.buffer_size - in_store, config.buffer_size + at_work
+        slots = range(first, last)
         places = torch.randperm(4 * n_slots, generator=generator)[: len(slots)].sort().values
         kinds = torch.randn(5, heads, config.recall_head_dim, generator=generator, dtype=torch.float64)
         for slot, place in zip(slots, places.tolist(), strict=True):
@@ -48,8 +48,7 @@ def random_memory(config: HippoFormerConfig, stored: list[int], working: list[in
             episodes.salience[row, slot], episodes.surprise[row, slot] = numbers[0], numbers[4]
             # Some priorities tie exactly, as the untagged ones do.
             episodes.priority[row, slot] = 1.0 if numbers[1] < 0.3 else 1.0 + 4.0 * numbers[1]
-            episodes.age[row, slot] = float(int(4 * numbers[2]))
-            episodes.credit[row, slot] = numbers[3] ** 3
+            episodes.age[row, slot], episodes.credit[row, slot] = float(int(4 * numbers[2])), numbers[3] ** 3
     return episodes
 
 
@@ -89,20 +88,16 @@ def test_admit(selection: str, seed: int) -> None:
 @torch.no_grad()
 def test_what_stands_among_things_of_note_is_kept() -> None:
     """Capture keeps a passage of notable things whole, and lets go of one that is as notable but stands alone."""
-    kept = {}
-    for span in (0, 2):
+    for span, expected in ((0, [3, 7, 8, 10, 11]), (2, [7, 8, 9, 10, 11])):
         config = small_config(buffer_size=5, capture_span=span)
         episodes = random_memory(config, [0], [16], 0)
-        at_work = slice(config.buffer_size, config.buffer_size + 16)
-        episodes.salience[0, at_work] = torch.tensor(
-            [0.1] * 3 + [0.95] + [0.1] * 3 + [0.9, 0.9, 0.2, 0.9, 0.9] + [0.1] * 4
-        )
-        episodes.priority[0, at_work] = importance(episodes.salience[0, at_work], config)
+        working = slice(5, 21)
+        salience = torch.tensor([0.1] * 3 + [0.95] + [0.1] * 3 + [0.9, 0.9, 0.2, 0.9, 0.9] + [0.1] * 4)
+        episodes.salience[0, working], episodes.priority[0, working] = salience, importance(salience, config)
         episodes.age.zero_()
-        place = {int(position): number for number, position in enumerate(episodes.position[0, at_work])}
+        place = episodes.position[0, working].tolist()
         after = admit(episodes, torch.tensor([16]), config)
-        kept[span] = [place[int(position)] for position in after.position[0, : config.buffer_size]]
-    assert kept[0] == [3, 7, 8, 10, 11] and kept[2] == [7, 8, 9, 10, 11]
+        assert [place.index(position) for position in after.position[0, :5].tolist()] == expected
 
 
 @pytest.mark.parametrize(
@@ -180,14 +175,16 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
     visible = episodes.valid.unsqueeze(1) & (torch.rand(2, queries, episodes.position.shape[1]) < 0.8)
     visible[1, 2] = False  # a query that sees nothing at all
     tokens = torch.randint(0, 3, (2, queries))  # of which random_memory holds many
-    return module, (
-        torch.randn(2, queries, 32),
-        tokens,
-        episodes,
-        mass,
-        visible,
-        torch.tensor([21, 16]),
-    )
+    return module, (torch.randn(2, queries, 32), tokens, episodes, mass, visible, torch.tensor([21, 16]))
+
+
+def assert_same_recall(module: Recall, asked: tuple) -> Recollection:
+    fast = module(*asked)
+    for name, expected in references.recall(module, *asked).items():
+        torch.testing.assert_close(
+            getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return fast
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -195,14 +192,18 @@ def random_recall(seed: int, queries: int = 7, **options: object) -> tuple[Recal
 def test_recall(seed: int, grad: bool) -> None:
     module, asked = random_recall(seed)
     with torch.set_grad_enabled(grad):
-        fast = module(*asked)
-    slow, visible = references.recall(module, *asked), asked[-2]
-    for name, expected in slow.items():
-        torch.testing.assert_close(
-            getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        fast = assert_same_recall(module, asked)
     torch.testing.assert_close(fast.weights.sum(-1) + fast.nothing, torch.ones(2, 7), rtol=0.0, atol=1e-5)
-    assert not fast.weights[~visible].any() and fast.nothing[1, 2].item() == pytest.approx(1.0)
+    assert not fast.weights[~asked[-2]].any() and fast.nothing[1, 2].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("loud", [60.0, 500.0])
+@torch.no_grad()
+def test_recall_stays_a_distribution_whatever_the_scale(loud: float) -> None:
+    """One query may want nothing with all its might; that must not drown the others."""
+    module, asked = random_recall(0)
+    module.null_proj.weight.mul_(loud)
+    assert_same_recall(module, asked)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -225,8 +226,7 @@ def test_only_the_longest_matches_are_considered(seed: int, monkeypatch: pytest.
     module, asked = random_recall(seed)
     every = module(*asked).weights
     monkeypatch.setattr(continuation, "PLACES", 2)
-    few, slow = module(*asked), references.recall(module, *asked)
-    torch.testing.assert_close(few.weights.double(), slow["weights"], rtol=1e-4, atol=1e-6)
+    few = assert_same_recall(module, asked)
     assert not torch.allclose(few.weights, every, atol=1e-4)
 
 
@@ -266,17 +266,6 @@ def test_slots_seen_alike_may_be_said_to_be() -> None:
     visible[:, :, :9] = visible[:, :1, :9]
     expected = module(hidden, tokens, episodes, mass, visible, own_slot)
     torch.testing.assert_close(module(hidden, tokens, episodes, mass, visible, own_slot, 9).weights, expected.weights)
-
-
-@pytest.mark.parametrize("loud", [1.0, 60.0, 500.0])
-@torch.no_grad()
-def test_recall_stays_a_distribution_whatever_the_scale(loud: float) -> None:
-    """One query may want nothing with all its might; that must not drown the others."""
-    module, asked = random_recall(0)
-    module.null_proj.weight.mul_(loud)
-    fast, slow = module(*asked), references.recall(module, *asked)
-    for name, expected in slow.items():
-        torch.testing.assert_close(getattr(fast, name).double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -342,14 +331,11 @@ def test_winners(data: st.DataObject) -> None:
         assert all(row[index] == -math.inf for index in mine[:empty])
 
 
+QUERIES = st.lists(st.integers(0, 13), min_size=1, max_size=4)
+
+
 @FEW
-@given(
-    st.integers(1, 14),
-    st.integers(1, 6),
-    st.integers(0, 4),
-    st.lists(st.integers(0, 13), min_size=1, max_size=4),
-    st.booleans(),
-)
+@given(st.integers(1, 14), st.integers(1, 6), st.integers(0, 4), QUERIES, st.booleans())
 def test_window_mask(n_slots: int, window: int, sinks: int, queries: list[int], padded: bool) -> None:
     queries = [query % n_slots for query in queries]
     off = [padded and index % 2 == 1 for index in range(len(queries))]
@@ -372,11 +358,11 @@ def test_recall_mask(valid: list[bool], first_new: int, n_queries: int) -> None:
             assert bool(mask[0, query, slot]) == (holds and slot < first_new + query)
 
 
+WORDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5)
+
+
 @FEW
-@given(
-    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4),
-    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5),
-)
+@given(WORDS, WORDS)
 def test_hashed_uniform(keys: list[int], tensor: list[int]) -> None:
     drawn = hashed_uniform(*keys, torch.tensor(tensor))
     assert drawn.dtype == torch.float32 and ((drawn > 0) & (drawn < 1)).all()

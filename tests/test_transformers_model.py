@@ -47,33 +47,21 @@ def test_hidden_states_do_not_depend_on_how_the_text_is_cut() -> None:
     for layer, states in enumerate(whole):
         torch.testing.assert_close(torch.cat([part[layer] for part in parts], dim=1), states)
     assert cache.hidden_states is None
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_hidden_states": True}
+    steps = model.generate(ids, do_sample=False, **options).hidden_states
+    assert [step[0].shape[1] for step in steps] == [50, 1, 1, 1]
 
 
 @torch.no_grad()
-def test_the_config_decides_where_the_call_says_nothing() -> None:
-    model, ids = awake(), text(rows=1, length=10)
-    logits = model(ids).logits
+def test_tuples_hold_what_the_output_does_and_the_config_decides_where_the_call_says_nothing() -> None:
+    model, ids = awake(), text(length=20)
+    loss, logits, cache = model(ids, labels=ids, return_dict=False)
+    expected = model(ids, labels=ids)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits) and cache.lengths == [20, 20]
     model.config.output_hidden_states, model.config.return_dict = True, False
     output = model(ids)
     assert isinstance(output, tuple) and torch.equal(output[0], logits) and len(output[2]) == 3
     assert model(ids, output_hidden_states=False, return_dict=True).hidden_states is None
-
-
-@torch.no_grad()
-def test_tuples_hold_what_the_output_does() -> None:
-    model, ids = awake(), text(length=20)
-    loss, logits, cache = model(ids, labels=ids, return_dict=False)
-    output = model(ids, labels=ids)
-    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits) and cache.lengths == [20, 20]
-
-
-@torch.no_grad()
-def test_generate_gives_hidden_states() -> None:
-    model, ids = awake(), text(length=20)
-    output = model.generate(
-        ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_hidden_states=True
-    )
-    assert [step[0].shape[1] for step in output.hidden_states] == [20, 1, 1, 1]
 
 
 def test_what_cannot_be_served_is_refused_by_name() -> None:
@@ -103,13 +91,10 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_weights_are_where_tools_look(saved: Path) -> None:
-    with safe_open(saved / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"} and len(file.keys()) > 10
-
-
 @torch.no_grad()
 def test_weights_under_the_former_name_load(saved: Path) -> None:
+    with safe_open(saved / "model.safetensors", "pt") as file:  # where tools look
+        assert file.metadata() == {"format": "pt"} and len(file.keys()) > 10
     ids = text(rows=1, length=40)
     expected = HippoFormer.from_pretrained(saved)(ids).logits
     (saved / "model.safetensors").rename(saved / "hippocampus.safetensors")
