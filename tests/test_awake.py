@@ -5,7 +5,7 @@ vain.
 import pytest
 import torch
 
-from tiny import ARCHITECTURES, SMALL, VOTES, awake, text
+from tiny import ARCHITECTURES, SMALL, VOTES, after, awake, text
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -27,15 +27,13 @@ def test_memory_is_full_heard_and_chosen(name: str) -> None:
 def test_the_store_itself_is_heard() -> None:
     """Not only the working episodes: another store under the same window gives other predictions."""
     model, ids = awake(), text(rows=1, length=60)
-    cache = model.new_cache(1)
-    model(ids, past_key_values=cache)
-    other = model.new_cache(1)
-    model(text(rows=1, length=60, seed=9), past_key_values=other)
+    cache = after(model, ids)
+    other = after(model, text(rows=1, length=60, seed=9))
     exchanged = cache.copy()
     exchanged.adopt_memory(other)
     ahead = text(rows=1, length=5, seed=1)
-    before, after = (model(ahead, past_key_values=c).logits for c in (cache, exchanged))
-    assert (before - after).abs().amax(-1).min() > 1e-3
+    before, now = (model(ahead, past_key_values=c).logits for c in (cache, exchanged))
+    assert (before - now).abs().amax(-1).min() > 1e-3
 
 
 @torch.no_grad()

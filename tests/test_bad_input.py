@@ -5,7 +5,7 @@ import torch
 
 from hippoformer import HippoFormer
 from hippoformer.errors import HippoFormerError, InputError, NonFiniteError
-from tiny import VOCAB, awake, same_state, small_config, state_of, text, tiny_base
+from tiny import VOCAB, after, awake, same_state, small_config, state_of, text, tiny_base
 
 IDS = text(rows=2, length=20)
 ONES = torch.ones(2, 20, dtype=torch.long)
@@ -48,11 +48,10 @@ def test_a_bad_call_is_refused_and_changes_nothing(what: str) -> None:
 
 @torch.no_grad()
 def test_bad_input_to_score() -> None:
-    model = awake()
     for arguments in ((IDS[:, :0],), (IDS + VOCAB,), (IDS, ONES[:, :5]), (IDS, ONES * 0)):
         with pytest.raises(InputError):
-            model.score(*arguments)
-    assert model.score(IDS[:, :1]).shape == (2, 0)
+            awake().score(*arguments)
+    assert awake().score(IDS[:, :1]).shape == (2, 0)
 
 
 @torch.no_grad()
@@ -64,8 +63,7 @@ def test_rows_of_padding() -> None:
         model(IDS, attention_mask=mask)
     with pytest.raises(InputError, match=r"\[0, 1\].*padding"):
         model(IDS, attention_mask=ONES * 0)
-    cache = model.new_cache(2)
-    model(IDS, past_key_values=cache)
+    cache = after(model, IDS)
     out = model(IDS, attention_mask=mask, past_key_values=cache)
     assert not out.logits[1].any() and cache.lengths == [40, 20]
     none = model(IDS, attention_mask=ONES * 0, past_key_values=cache)
@@ -73,8 +71,17 @@ def test_rows_of_padding() -> None:
 
 
 @torch.no_grad()
-def test_the_loss_of_labels_that_count_nothing_is_zero() -> None:
-    model = awake()
+def test_the_loss_is_the_mean_over_real_labels() -> None:
+    model, ids = awake(), text(rows=2, length=40)
+    mask = torch.ones_like(ids)
+    mask[0, 30:], mask[1, :17] = 0, 0
+    labels = ids.clone()
+    labels[1, 20:25] = -100
+    out = model(ids, attention_mask=mask, labels=torch.where(mask == 1, labels, 5))  # under the mask it means nothing
+    picked = out.logits[:, :-1].gather(-1, labels[:, 1:, None].clamp_min(0)).squeeze(-1)
+    counted = (mask[:, 1:] == 1) & (mask[:, :-1] == 1) & (labels[:, 1:] != -100)
+    assert counted.sum() == 29 + 22 - 5
+    assert float(out.loss) == pytest.approx(-float(picked[counted].mean()), rel=1e-5)
     assert model(IDS, labels=torch.full_like(IDS, -100)).loss == 0
     assert model(IDS[:, :1], labels=IDS[:, :1]).loss == 0
 

@@ -13,7 +13,7 @@ from hippoformer import HippoCache, HippoFormer
 from hippoformer.hippocampus.circuit import BaseReading
 from hippoformer.hippocampus.fusion import mix_target
 from hippoformer.tensors.ragged import piece
-from tiny import LAYERS, VARIANTS, VOTES, awake, fresh, read_in_chunks, same_state, text
+from tiny import LAYERS, VARIANTS, VOTES, after, awake, fresh, read_in_chunks, same_state, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -95,8 +95,7 @@ def test_memory_off_and_fresh_are_the_base_at_any_layer(name: str, layer: int | 
 def test_what_is_stored_never_depends_on_what_was_recalled(options: dict) -> None:
     """Keys are made of the base's own states, each layer's in its part, even where the residual changes the last."""
     model, ids = awake(**options), text(rows=1, length=18)
-    cache = model.new_cache(1)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     states = torch.cat([reading.hidden for reading in readings(model, ids, [18])], dim=1)[0]
     torch.testing.assert_close(states[:12], model.window.hidden_of(ids[:, :12])[0], **TOLERANCE)
     if isinstance(options.get("memory_layer"), list):

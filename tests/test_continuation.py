@@ -47,8 +47,7 @@ def test_a_run_of_few_tokens_costs_what_prose_costs(run: list[int]) -> None:
     """The very same operations, on tensors of the very same shapes; none asks the device for a value."""
     prose, repeated = operations(text(rows=1, length=LENGTH)), operations(torch.tensor([run * LENGTH])[:, :LENGTH])
     assert repeated == prose
-    names = {name for name, _ in prose}
-    assert not {n for n in names if "nonzero" in n or "_local_scalar" in n or "masked_select" in n}
+    assert not {n for n, _ in prose if "nonzero" in n or "_local_scalar" in n or "masked_select" in n}
 
 
 @torch.no_grad()
@@ -69,10 +68,9 @@ def test_a_long_run_leaves_room_for_what_was_read_before(run: list[int]) -> None
     model = awake(window=24, segment_len=24, buffer_size=64, max_replay_rounds=0)
     cache, before = model.new_cache(1), text(rows=1, length=60)
     model(before, past_key_values=cache)
-    model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
-    size = cache.nbytes
-    position = cache.memory.episodes.position[0, : model.config.buffer_size]
-    assert ((position >= 0) & (position < 60)).sum() >= 40
-    model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
-    assert torch.equal(cache.memory.episodes.position[0, : model.config.buffer_size].lt(60), position.lt(60))
-    assert cache.nbytes == size
+    early = []
+    for _ in range(2):
+        model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
+        position = cache.memory.episodes.position[0, : model.config.buffer_size]
+        early.append((position >= 0) & (position < 60))
+    assert early[0].sum() >= 40 and torch.equal(*early)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import ConfigurationError, InputError, MemoryFileError, UnsupportedArchitectureError
 from hippoformer.model import memory_file
-from tiny import VOCAB, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
+from tiny import VOCAB, after, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
 
 # peft asks transformers 5.23 for a name that is going.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -28,13 +28,10 @@ def resize(model: HippoFormer, size: int) -> None:
     model.base.resize_token_embeddings(size, mean_resizing=False)
 
 
-@torch.no_grad()
-def after(model: HippoFormer, ids: torch.Tensor, path: Path | None = None) -> HippoCache:
-    """The state after a text, written to a file where one is named."""
-    cache = model.new_cache(len(ids))
-    model(ids, past_key_values=cache)
-    if path is not None:
-        cache.save(path)
+def written(model: HippoFormer, ids: torch.Tensor, path: Path) -> HippoCache:
+    """The state after a text, saved."""
+    cache = after(model, ids)
+    cache.save(path)
     return cache
 
 
@@ -69,7 +66,7 @@ def test_a_base_that_is_resized_after_wrapping(name: str, path: Path) -> None:
     assert torch.equal(model(ids).logits, other(ids).logits) and torch.equal(model.score(ids), other.score(ids))
     assert model(ids).logits.shape[-1] == model.config.vocab_size == VOCAB + 3
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, ids.shape[1] + 3)
-    assert_saved(after(model, ids, path), path, model)
+    assert_saved(written(model, ids, path), path, model)
     model.save_pretrained(path.parent / "model")
     again = HippoFormer.from_pretrained(path.parent / "model", base_model=before)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -167,7 +164,7 @@ def test_a_memory_of_an_offloaded_base_is_that_of_the_same_weights_in_memory(how
     other = offloaded(model, how, path.parent / "weights")
     assert other.device.type == "cpu"
     for writer, reader in ((other, model), (model, other)):
-        cache = after(writer, ids, path)
+        cache = written(writer, ids, path)
         loaded = HippoCache.load(path, reader)
         assert loaded.drift == {"keys": 0.0, "values": 0.0, "calibrated": False}
         assert not same_state(state_of(cache), state_of(loaded))
@@ -245,7 +242,7 @@ def test_a_peft_model_is_read_with_its_adapters(path: Path) -> None:
     assert not any(p.requires_grad for p in model.base.parameters())
     with peft_model.disable_adapter():
         assert (model(ids).logits - expected).abs().max() > 0.1, "the adapters do nothing"
-    assert_saved(after(model, ids, path), path, model)
+    assert_saved(written(model, ids, path), path, model)
 
 
 @torch.no_grad()
@@ -253,7 +250,7 @@ def test_switching_adapters_under_a_live_cache_is_noticed(path: Path) -> None:
     peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk", size=0.12), text(2, 40), text(2, 9, seed=3)
     torch.manual_seed(0)
     model = HippoFormer(small_config(window=60), peft_model)
-    cache = after(model, ids, path)
+    cache = written(model, ids, path)
     expected = model(ahead, past_key_values=cache.copy()).logits
     peft_model.set_adapter("clerk")
     with pytest.raises(InputError, match=r"read with adapters \['poet'\], now active are \['clerk'\].*save"):
@@ -372,7 +369,7 @@ def test_a_quantised_base_is_read_within_its_own_noise(how: str, path: Path) -> 
     assert (model(ids).logits - expected).norm() / expected.norm() < max(4 * noise, 1e-4)
     same = HippoFormer(model.config, quantised(how))
     same.hippocampus.load_state_dict(model.hippocampus.state_dict())
-    assert_saved(after(model, ids, path), path, same)
+    assert_saved(written(model, ids, path), path, same)
     weight = same.base.model.layers[0].mlp.up_proj.weight
     (weight.numbers if isinstance(weight, Int8Weight) else weight).neg_()
     assert memory_file.fingerprint(same)["base"] != memory_file.fingerprint(model)["base"]
@@ -417,13 +414,13 @@ def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype
     assert torch.equal(model(ids).logits, other(ids).logits)
     assert torch.equal(model.score(ids), other.score(ids))
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 53)
-    assert_saved(after(model, ids, path), path, model)
+    assert_saved(written(model, ids, path), path, model)
 
 
 @torch.no_grad()
 def test_another_dtype_under_a_live_cache_is_refused_and_a_loaded_one_goes_on(path: Path) -> None:
     model, ids, ahead = awake(window=60), text(2, 40), text(2, 9, seed=3)
-    cache = after(model, ids, path)
+    cache = written(model, ids, path)
     model.to(torch.bfloat16)
     with pytest.raises(InputError, match=r"read in torch.float32, the model is now in torch.bfloat16.*save"):
         model(ahead, past_key_values=cache)

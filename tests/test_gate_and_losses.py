@@ -1,6 +1,5 @@
 """What training minimises, term by term."""
 
-import itertools
 import math
 
 import numpy
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hippoformer import ConsolidationRScore, HippoFormerLoss
-from tiny import awake, small_config, text
+from tiny import small_config
 
 
 def by_hand(log_prob, counted, salience, forecast, weight, nothing, useful, target_share: float) -> dict[str, float]:
@@ -92,29 +91,6 @@ def test_the_gate_cannot_lower_a_loss_by_looking_away() -> None:
     inputs[0] = inputs[0].requires_grad_()
     HippoFormerLoss(small_config())(*inputs).total.backward()
     assert weight.grad is None and inputs[0].grad.abs().sum() > 0
-
-
-def test_the_loss_of_forward_is_the_mean_over_real_labels() -> None:
-    model, ids = awake(), text(rows=2, length=40)
-    mask = torch.ones_like(ids)
-    mask[0, 30:], mask[1, :17] = 0, 0
-    labels = ids.clone()
-    labels[1, 20:25] = -100
-    garbage = torch.where(mask == 1, labels, 5)  # under the mask a label means nothing
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, labels=garbage)
-    total, count = 0.0, 0
-    for row in range(2):
-        real = [t for t in range(40) if mask[row, t]]
-        for before, after in itertools.pairwise(real):
-            if labels[row, after] != -100:
-                total -= float(out.logits[row, before, labels[row, after]])
-                count += 1
-    assert count == 29 + 22 - 5
-    assert float(out.loss) == pytest.approx(total / count, rel=1e-5)
-
-
-# ---------------------------------------------------------------- scores and baselines
 
 
 def test_consolidation_r_is_pearsons() -> None:

@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import InputError
-from tiny import ARCHITECTURES, VARIANTS, VOCAB, VOTES, awake, same_state, state_of, text, tiny_base
+from tiny import ARCHITECTURES, VARIANTS, VOCAB, VOTES, after, awake, same_state, state_of, text, tiny_base
 from tiny_texts import tiny_load
 
 READERS = ["llama", "gpt2", "gemma3"]
@@ -45,15 +45,9 @@ def generate(model: HippoFormer, ids: Tensor, cache: HippoCache | None = None, *
     """From the same seed, by default the likeliest tokens without a pair twice."""
     torch.manual_seed(0)
     fixed = {"do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    return model.generate(ids, past_key_values=cache, **(fixed | options))
-
-
-@torch.no_grad()
-def after(model: HippoFormer, ids: Tensor) -> HippoCache:
-    """The state of rows that have read (R, T) tokens."""
-    cache = model.new_cache(len(ids))
-    model.score(ids, past_key_values=cache)
-    return cache
+    if cache is not None:
+        options["past_key_values"] = cache
+    return model.generate(ids, **(fixed | options))
 
 
 def assert_same(cache: HippoCache, row: int, expected: HippoCache) -> None:
@@ -392,8 +386,7 @@ def test_what_was_read_in_inference_mode_goes_on_outside(reader: str) -> None:
         else:
             given = torch.ones(2, 39, dtype=torch.long)
             generate(model, ids[:, :39], cache, attention_mask=given, max_new_tokens=2, bad_words_ids=None)
-            cache = model.new_cache(2)
-            model(ids[:, :40], past_key_values=cache)
+            cache = after(model, ids[:, :40])
     other = model.new_cache(2)
     other.adopt_memory(cache)
     cache.adopt_memory(cache.copy())

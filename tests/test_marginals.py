@@ -1,6 +1,7 @@
 """Marginals: what is counted, what predictions make of it, and that nothing of it leaks."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import score_cached
-from tiny import VOCAB, awake, fresh, text
+from tiny import VARIANTS, VOCAB, after, awake, fresh, text
 
-KEPT = {"residual_readout": False, "marginal_weight": 0.75}
+KEPT = VARIANTS["marginals"]
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
@@ -23,14 +24,12 @@ def by_hand(model: HippoFormer, ids: Tensor) -> Tensor:
         base = model(ids).logits
     weight, prior, segment = model.config.marginal_weight, 2.0, model.config.segment_len
     moved = torch.empty_like(base)
-    for row in range(len(ids)):
-        for t in range(ids.shape[1]):
-            done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
-            for v in range(VOCAB):
-                count = sum(int(ids[row, i] == v) for i in range(1, done))
-                expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
-                shift = weight * math.log((count + prior) / (expected + prior))
-                moved[row, t, v] = base[row, t, v] + max(shift, -1.0)
+    for row, t, v in product(range(len(ids)), range(ids.shape[1]), range(VOCAB)):
+        done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
+        count = sum(int(ids[row, i] == v) for i in range(1, done))
+        expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
+        shift = weight * math.log((count + prior) / (expected + prior))
+        moved[row, t, v] = base[row, t, v] + max(shift, -1.0)
     return moved.log_softmax(-1)
 
 
@@ -47,8 +46,7 @@ def test_predictions_move_by_what_came_against_what_was_expected() -> None:
 def test_a_long_run_silences_no_other_token() -> None:
     """The base goes on expecting others all along; they become less likely by a factor of e at most."""
     model = fresh(**KEPT)
-    cache = model.new_cache(1)
-    model(torch.full((1, 300), 5), past_key_values=cache)
+    cache = after(model, torch.full((1, 300), 5))
     marginals = cache.memory.marginals
     others = torch.arange(VOCAB) != 5
     assert marginals.expected[0, others].max() > 10 and not marginals.count[0, others].any()
@@ -69,8 +67,7 @@ def test_off_is_the_base_to_the_last_bit() -> None:
 @torch.no_grad()
 def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path) -> None:
     model, ids, ahead = awake(**KEPT), text(rows=1, length=40), text(rows=1, length=20, seed=3)
-    cache = model.new_cache(1)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.save(tmp_path / "memory.safetensors")
     again = HippoCache.load(tmp_path / "memory.safetensors", model)
     frozen, elsewhere = cache.copy(), model.new_cache(1)
@@ -94,8 +91,7 @@ def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path)
 def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: Path) -> None:
     with_, without = awake(**KEPT), awake(residual_readout=False)
     writer, reader = (with_, without) if writes else (without, with_)
-    cache = writer.new_cache(1)
-    writer(text(rows=1, length=40), past_key_values=cache)
+    cache = after(writer, text(rows=1, length=40))
     cache.save(tmp_path / "memory.safetensors")
     loaded = HippoCache.load(tmp_path / "memory.safetensors", reader)
     assert torch.equal(loaded.memory.episodes.token, cache.memory.episodes.token)

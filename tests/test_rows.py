@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import ARCHITECTURES, VARIANTS, VOCAB, awake, read_in_chunks, text
+from tiny import ARCHITECTURES, VARIANTS, VOCAB, after, awake, read_in_chunks, text
 
 LENGTHS = (57, 1, 23, 40)
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
@@ -92,8 +92,7 @@ def test_garbage_under_the_mask_is_never_read(name: str) -> None:
 def test_a_row_that_pauses_is_left_alone() -> None:
     """A later chunk may bring a row nothing: its state and its next prediction stay as they were."""
     model, one, two = awake(), text(rows=1, length=40, seed=1)[0], text(rows=1, length=20, seed=2)[0]
-    cache = model.new_cache(2)
-    model(torch.stack((one[:20], two)), past_key_values=cache)
+    cache = after(model, torch.stack((one[:20], two)))
     before = {name: tensor[1].clone() for name, tensor in cache.memory.tensors().items()}
     ids = torch.stack((one[20:33], torch.zeros(13, dtype=torch.long)))
     mask = torch.tensor([[1] * 13, [0] * 13])
@@ -101,38 +100,31 @@ def test_a_row_that_pauses_is_left_alone() -> None:
     assert not out.logits[1].any()
     assert all(torch.equal(before[name], tensor[1]) for name, tensor in cache.memory.tensors().items())
     ahead = text(rows=2, length=9, seed=3)
-    after = model(ahead, past_key_values=cache).logits
+    found = model(ahead, past_key_values=cache).logits
     for number, past in enumerate((one[:33], two)):
         alone = model(torch.cat((past, ahead[number])).unsqueeze(0)).logits[0, -9:]
-        torch.testing.assert_close(after[number], alone, **TOLERANCE)
+        torch.testing.assert_close(found[number], alone, **TOLERANCE)
 
 
 @torch.no_grad()
 def test_chosen_rows_go_on_as_themselves() -> None:
     """select_rows, reordering and repeating rows are what beams do."""
     model, ids, ahead = awake(), text(rows=3, length=45), text(rows=3, length=10, seed=4)
-    cache = model.new_cache(3)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     expected = model(ahead, past_key_values=cache.copy()).logits
-    order = torch.tensor([2, 0, 0, 1])
-    chosen = cache.select_rows(order)
-    torch.testing.assert_close(model(ahead[order], past_key_values=chosen).logits, expected[order], **TOLERANCE)
-    turned = cache.copy()
-    turned.reorder_cache(torch.tensor([1, 2, 0]))
-    order = torch.tensor([1, 2, 0])
-    torch.testing.assert_close(model(ahead[order], past_key_values=turned).logits, expected[order], **TOLERANCE)
-    twice = cache.copy()
-    twice.batch_repeat_interleave(2)
-    order = torch.tensor([0, 0, 1, 1, 2, 2])
-    torch.testing.assert_close(model(ahead[order], past_key_values=twice).logits, expected[order], **TOLERANCE)
+    reordered, repeated = cache.copy(), cache.copy()
+    reordered.reorder_cache(torch.tensor([1, 2, 0]))
+    repeated.batch_repeat_interleave(2)
+    chosen = cache.select_rows(torch.tensor([2, 0, 0, 1]))
+    for one, order in ((chosen, [2, 0, 0, 1]), (reordered, [1, 2, 0]), (repeated, [0, 0, 1, 1, 2, 2])):
+        torch.testing.assert_close(model(ahead[order], past_key_values=one).logits, expected[order], **TOLERANCE)
 
 
 @torch.no_grad()
 def test_one_row_reset_among_others() -> None:
     """A document boundary in one row: that row is new, its neighbours go on."""
     model, ids, ahead = awake(), text(rows=2, length=45), text(rows=2, length=30, seed=4)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.reset([0])
     logits = model(ahead, past_key_values=cache).logits
     torch.testing.assert_close(logits[:1], model(ahead[:1]).logits, **TOLERANCE)

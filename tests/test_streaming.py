@@ -7,7 +7,7 @@ import torch
 
 from hippoformer import HippoCache
 from hippoformer.errors import InputError
-from tiny import ARCHITECTURES, VARIANTS, VOTES, awake, read_in_chunks, same_state, state_of, text
+from tiny import ARCHITECTURES, VARIANTS, VOTES, after, awake, read_in_chunks, same_state, state_of, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
@@ -95,8 +95,7 @@ def test_kept_logits_are_the_last_ones() -> None:
 @torch.no_grad()
 def test_a_saved_cache_goes_on_as_if_never_saved(name: str, tmp_path) -> None:
     model, ids, ahead = awake(name), text(rows=2, length=47), text(rows=2, length=20, seed=5)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.save(tmp_path / "memory.safetensors")
     loaded = HippoCache.load(tmp_path / "memory.safetensors", model)
     assert not same_state(state_of(cache), state_of(loaded))
