@@ -49,13 +49,11 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, side: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "options"),
-    [(side, {}) for side in ("left", "right", "mixed")] + [("mixed", options) for options in VARIANTS.values()],
-    ids=str,
+    ("side", "option"), [("left", "default"), ("right", "default"), *(("mixed", option) for option in VARIANTS)]
 )
 @torch.no_grad()
-def test_scores_and_state_of_a_row_alone(side: str, options: dict) -> None:
-    model, rows = awake(**options), rows_of_many_lengths()
+def test_scores_and_state_of_a_row_alone(side: str, option: str) -> None:
+    model, rows = awake(**VARIANTS[option]), rows_of_many_lengths()
     ids, mask = padded(rows, side)
     cache = model.new_cache(len(rows))
     scores = model.score(ids, mask, past_key_values=cache)

@@ -7,7 +7,7 @@ import torch
 
 from hippoformer import HippoCache
 from hippoformer.errors import InputError
-from tiny import ARCHITECTURES, VARIANTS, VOTES, after, awake, read_in_chunks, same_state, state_of, text
+from tiny import ARCHITECTURES, VARIANTS, after, awake, read_in_chunks, same_state, state_of, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
@@ -15,20 +15,14 @@ SOME = ["llama", "mistral-narrow", "gemma2", "gemma3", "smollm3", "gpt2"]
 
 @pytest.mark.supports(architecture="{name}", mode="read in chunks")
 @pytest.mark.parametrize(
-    ("name", "size"), [(n, s) for n in ARCHITECTURES for s in (1, 7)] + [("llama", s) for s in (6, 13, 24, 52)]
+    ("name", "option", "size"),
+    [(name, "default", size) for name in ARCHITECTURES for size in (1, 7)]
+    + [("llama", "default", size) for size in (13, 24, 52)]
+    + [("llama", option, size) for option in VARIANTS for size in (1, 6, 7) if option != "default" or size == 6],
 )
-def test_chunks_of_any_size_give_the_same_numbers(name: str, size: int) -> None:
-    model, ids = awake(name), text(rows=2, length=53)
-    with torch.no_grad():
-        whole = model(ids).logits
-    torch.testing.assert_close(read_in_chunks(model, ids, size), whole, **TOLERANCE)
-
-
-@pytest.mark.parametrize("size", [1, 6, 7])
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @torch.no_grad()
-def test_so_do_chunks_under_any_option(options: dict, size: int) -> None:
-    model, ids = awake(**options), text(rows=2, length=53)
+def test_chunks_of_any_size_give_the_same_numbers(name: str, option: str, size: int) -> None:
+    model, ids = awake(name, **VARIANTS[option]), text(rows=2, length=53)
     torch.testing.assert_close(read_in_chunks(model, ids, size), model(ids).logits, **TOLERANCE)
 
 
@@ -61,15 +55,13 @@ def test_chunks_of_a_ragged_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [(name, {}) for name in SOME]
-    + [(name, VOTES | {"memory_layer": 1}) for name in SOME[2:]]
-    + [("llama", options) for options in VARIANTS.values()],
-    ids=str,
+    ("name", "option"),
+    [(name, option) for name in SOME for option in ("default", "inner layer")]
+    + [("llama", option) for option in VARIANTS if option not in ("default", "inner layer")],
 )
 @torch.no_grad()
-def test_score_is_the_logits_of_forward(name: str, options: dict) -> None:
-    model, ids = awake(name, **options), text(rows=2, length=53)
+def test_score_is_the_logits_of_forward(name: str, option: str) -> None:
+    model, ids = awake(name, **VARIANTS[option]), text(rows=2, length=53)
     logits = model(ids).logits
     expected = logits[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     assert logits.exp().sum(-1).sub(1).abs().max() < 1e-5, "not a distribution"

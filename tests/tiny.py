@@ -90,7 +90,9 @@ replay.ROUND = 3  # with 16 cues a round all of a tiny store would be replayed a
 VOTES = {"residual_readout": False}
 # Settings that change what is computed; every invariant of reading holds for each.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
     "inner layer": VOTES | {"memory_layer": 1},
+    "last layer": VOTES | {"memory_layer": LAYERS},
     "two layers": VOTES | {"memory_layer": [1, -1]},
     "no values": VOTES | {"recall_value_dim": 0},
     "marginals": VOTES | {"marginal_weight": 0.75},
