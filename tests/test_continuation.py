@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hippoformer.hippocampus import continuation
 from tiny import awake, text
 
 LENGTH = 40
@@ -48,17 +47,6 @@ def test_a_run_of_few_tokens_costs_what_prose_costs(run: list[int]) -> None:
     prose, repeated = operations(text(rows=1, length=LENGTH)), operations(torch.tensor([run * LENGTH])[:, :LENGTH])
     assert repeated == prose
     assert not {n for n, _ in prose if "nonzero" in n or "_local_scalar" in n or "masked_select" in n}
-
-
-@torch.no_grad()
-def test_a_recollection_of_a_long_run_holds_few_places() -> None:
-    """Of 3,000 matches of each query, `PLACES` are weighed: the longest, the newest of equals."""
-    length = torch.arange(3000).expand(1, 2, -1).div(100, rounding_mode="floor").to(torch.int16)
-    position = torch.arange(3000).unsqueeze(0)
-    matches = continuation.longest_matches(length, position, torch.tensor([2998]), torch.zeros_like(position))
-    assert matches.slot.shape == (1, 2, continuation.PLACES)
-    assert matches.slot[0, 0].tolist() == list(range(2999, 2999 - continuation.PLACES, -1))
-    assert matches.newer[0, 0].tolist() == list(range(continuation.PLACES)), "all of them match 29 tokens"
 
 
 @pytest.mark.parametrize("run", [[5], [5, 6]], ids=["one token", "two in turn"])

@@ -41,17 +41,6 @@ def test_an_episode_is_stored_with_what_was_reported() -> None:
 
 
 @torch.no_grad()
-def test_salience_changes_the_logits() -> None:
-    """At the beginning through the mass of an episode, later through what was kept at all."""
-    ids = text(rows=2, length=60)
-    low, high = awake(), awake()
-    high.hippocampus.salience_gate.threshold.add_(1.0)
-    one, two = low(ids, return_salience=True), high(ids, return_salience=True)
-    assert (two.salience_scores < one.salience_scores)[:, 1:].all()
-    assert (one.logits - two.logits).abs().amax(-1)[:, 20:].median() > 1e-3
-
-
-@torch.no_grad()
 def test_both_pathways_and_the_smoothing_are_heard() -> None:
     ids = text(rows=1, length=60)
 

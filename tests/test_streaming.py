@@ -40,18 +40,18 @@ def test_chunks_leave_the_same_state(name: str) -> None:
 
 
 @torch.no_grad()
-def test_chunks_of_a_ragged_batch() -> None:
+def test_chunks_of_a_ragged_batch_and_the_last_logits_alone() -> None:
     """Padding inside chunks, on either side, moves nothing."""
     model, ids = awake(), text(rows=3, length=50)
     mask = torch.ones(3, 50, dtype=torch.long)
     mask[1, :17], mask[2, 31:] = 0, 0
-    whole = model(ids, attention_mask=mask).logits
-    cache, parts, start = model.new_cache(3), [], 0
-    for size in (20, 1, 11, 18):
-        part = slice(start, start + size)
-        parts.append(model(ids[:, part], attention_mask=mask[:, part], past_key_values=cache).logits)
-        start += size
+    whole, cache, sizes = model(ids, attention_mask=mask).logits, model.new_cache(3), (20, 1, 11, 18)
+    pairs = zip(ids.split(sizes, dim=1), mask.split(sizes, dim=1), strict=True)
+    parts = [model(part, attention_mask=real, past_key_values=cache).logits for part, real in pairs]
     torch.testing.assert_close(torch.cat(parts, 1), whole, **TOLERANCE)
+    for keep in (1, 9, 50):
+        kept = model(ids, attention_mask=mask, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, whole[:, -keep:], **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,6 @@ def test_score_is_the_logits_of_forward(name: str, option: str) -> None:
     cache = model.new_cache(2)  # and continued: only the first token of a row has no prediction
     model.score(ids[:, :20], past_key_values=cache)
     torch.testing.assert_close(model.score(ids[:, 20:], past_key_values=cache), expected[:, 20:], **TOLERANCE)
-
-
-@torch.no_grad()
-def test_kept_logits_are_the_last_ones() -> None:
-    model, ids = awake(), text(rows=2, length=53)
-    mask = torch.ones(2, 53, dtype=torch.long)
-    mask[1, :20] = 0
-    whole = model(ids, attention_mask=mask).logits
-    for keep in (1, 9, 53):
-        kept = model(ids, attention_mask=mask, logits_to_keep=keep).logits
-        torch.testing.assert_close(kept, whole[:, -keep:], **TOLERANCE)
 
 
 @pytest.mark.supports(architecture="{name}", mode="goes on from a saved cache")
