@@ -173,8 +173,9 @@ def test_criteria_and_strings_stop() -> None:
     assert cache.lengths == [25 + at], "the token that stopped it is not read"
     model, tokenizer = tiny_load()
     ids = tokenizer("some words", return_tensors="pt").input_ids
-    written = tokenizer.decode(generate(model, ids, max_new_tokens=12)[0, ids.shape[1] :])
-    out = generate(model, ids, max_new_tokens=12, stop_strings=[written[3:5]], tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "no_repeat_ngram_size": 0}
+    written = tokenizer.decode(generate(model, ids, **options)[0, ids.shape[1] :])
+    out = generate(model, ids, stop_strings=[written[3:5]], tokenizer=tokenizer, **options)
     assert tokenizer.decode(out[0, ids.shape[1] :]) == written[: written.index(written[3:5]) + 2]
 
 
