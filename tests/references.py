@@ -48,8 +48,7 @@ def memories(episodes: Episodes, row: int, slots: range, heads: int) -> list[Mem
         position = int(episodes.position[row, slot])
         key = episodes.key[row, slot].double().unflatten(0, (heads, -1)).tolist()
         numbers = {
-            name: float(getattr(episodes, name)[row, slot])
-            for name in ("salience", "priority", "age", "credit")
+            name: float(getattr(episodes, name)[row, slot]) for name in ("salience", "priority", "age", "credit")
         }
         numbers["surprise"] = float(episodes.surprise[row, slot].sum())  # 0 where the rule does not read it
         found.append(None if position < 0 else Memory(key, int(episodes.token[row, slot]), position, **numbers))

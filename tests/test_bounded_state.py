@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import ARCHITECTURES, awake, text
+from tiny import ARCHITECTURES, after, awake, text
 
 
 @pytest.mark.supports(architecture="{name}", mode="bounded state")
@@ -29,10 +29,10 @@ def test_state_stays_the_same_size_over_many_segments(name: str) -> None:
     assert cache.nbytes == sum(t.numel() * t.element_size() for t in cache.tensors().values())
 
 
-@pytest.mark.parametrize("size", [1, 5, 6, 17])
+@pytest.mark.parametrize(("size", "room"), [(1, 16), (5, 16), (6, 16), (17, 16), (7, 0)])
 @torch.no_grad()
-def test_stored_and_seen_never_exceed_their_bounds(size: int) -> None:
-    model = awake()
+def test_stored_and_seen_never_exceed_their_bounds(size: int, room: int) -> None:
+    model = awake(buffer_size=room)
     config, cache = model.config, model.new_cache(1)
     positions: list[int] = []
     body = model.window.body
@@ -64,27 +64,15 @@ def test_size_follows_the_options() -> None:
 
     def nbytes(**options: int) -> tuple[int, int]:
         model = awake(**options)
-        cache = model.new_cache(1)
-        model(text(rows=1, length=30), past_key_values=cache)
+        cache = after(model, text(rows=1, length=30))
         return cache.memory_nbytes, cache.window_nbytes
 
     small, double, triple = (nbytes(buffer_size=size) for size in (16, 32, 48))
     assert double[0] - small[0] == triple[0] - double[0] > 0
     assert small[1] == double[1]
-    episode = (32 + 8) * 4 + 2 * 4 + 6 * 4  # key and value; token and position; six counters
+    episode = (32 + 8) * 4 + 2 * 4 + 5 * 4  # key and value; token and position; five counters
     vote = 2 * 4
     assert double[0] - small[0] == 16 * (episode + vote)
     wider = nbytes(window=24)
     one_slot = 2 * 2 * 2 * 8 * 4 + 4  # layers, keys and values, heads, head size, float32; the token
     assert wider[1] - small[1] == 12 * one_slot
-
-
-@torch.no_grad()
-def test_no_store_at_all() -> None:
-    """buffer_size 0: recall over the window alone, nothing beyond it."""
-    model, ids = awake(buffer_size=0), text(rows=2, length=60)
-    cache = model.new_cache(2)
-    out = model(ids, past_key_values=cache, return_memory_stats=True)
-    assert cache.episodes(0, stored_only=True) == [] and out.memory_stats["utilisation"] == 0.0
-    assert all(e.position >= 60 - model.config.working_slots for e in cache.episodes(0))
-    assert out.logits.isfinite().all()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hippoformer.hippocampus import continuation
 from tiny import awake, text
 
 LENGTH = 40
@@ -47,31 +46,19 @@ def test_a_run_of_few_tokens_costs_what_prose_costs(run: list[int]) -> None:
     """The very same operations, on tensors of the very same shapes; none asks the device for a value."""
     prose, repeated = operations(text(rows=1, length=LENGTH)), operations(torch.tensor([run * LENGTH])[:, :LENGTH])
     assert repeated == prose
-    names = {name for name, _ in prose}
-    assert not {n for n in names if "nonzero" in n or "_local_scalar" in n or "masked_select" in n}
-
-
-@torch.no_grad()
-def test_a_recollection_of_a_long_run_holds_few_places() -> None:
-    """Of 3,000 matches of each query, `PLACES` are weighed: the longest, the newest of equals."""
-    length = torch.arange(3000).expand(1, 2, -1).div(100, rounding_mode="floor").to(torch.int16)
-    matches = continuation.longest_matches(length, torch.arange(3000).unsqueeze(0), torch.tensor([2998]))
-    assert matches.slot.shape == (1, 2, continuation.PLACES)
-    assert matches.slot[0, 0].tolist() == list(range(2999, 2999 - continuation.PLACES, -1))
-    assert matches.newer[0, 0].tolist() == list(range(continuation.PLACES)), "all of them match 29 tokens"
+    assert not {n for n, _ in prose if "nonzero" in n or "_local_scalar" in n or "masked_select" in n}
 
 
 @pytest.mark.parametrize("run", [[5], [5, 6]], ids=["one token", "two in turn"])
 @torch.no_grad()
 def test_a_long_run_leaves_room_for_what_was_read_before(run: list[int]) -> None:
     """It enters the store only while there is room; what memory makes of later text is finite and not the run."""
-    model = awake(window=24, segment_len=24, buffer_size=64, max_replay_rounds=0, priority_threshold=0.0)
+    model = awake(window=24, segment_len=24, buffer_size=64, max_replay_rounds=0)
     cache, before = model.new_cache(1), text(rows=1, length=60)
     model(before, past_key_values=cache)
-    model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
-    size = cache.nbytes
-    position = cache.memory.episodes.position[0, : model.config.buffer_size]
-    assert ((position >= 0) & (position < 60)).sum() >= 40
-    model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
-    assert torch.equal(cache.memory.episodes.position[0, : model.config.buffer_size].lt(60), position.lt(60))
-    assert cache.nbytes == size
+    early = []
+    for _ in range(2):
+        model(torch.tensor([run * 600])[:, :600], past_key_values=cache)
+        position = cache.memory.episodes.position[0, : model.config.buffer_size]
+        early.append((position >= 0) & (position < 60))
+    assert early[0].sum() >= 40 and torch.equal(*early)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import ConfigurationError, InputError, MemoryFileError, UnsupportedArchitectureError
 from hippoformer.model import memory_file
-from tiny import VOCAB, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
+from tiny import VOCAB, after, awake, read_in_chunks, same_state, small_config, state_of, text, tiny_base
 
 # peft asks transformers 5.23 for a name that is going.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -28,12 +28,29 @@ def resize(model: HippoFormer, size: int) -> None:
     model.base.resize_token_embeddings(size, mean_resizing=False)
 
 
+def written(model: HippoFormer, ids: torch.Tensor, path: Path) -> HippoCache:
+    """The state after a text, saved."""
+    cache = after(model, ids)
+    cache.save(path)
+    return cache
+
+
+def assert_saved(cache: HippoCache, path: Path, reader: HippoFormer) -> None:
+    """The file holds the cache, bit for bit."""
+    assert not same_state(state_of(cache), state_of(HippoCache.load(path, reader)))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "memory.safetensors"
+
+
 # ---------------------------------------------------------------- resized embeddings
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
-def test_a_base_that_is_resized_after_wrapping(name: str, tmp_path: Path) -> None:
+def test_a_base_that_is_resized_after_wrapping(name: str, path: Path) -> None:
     """Is what a base that was resized before would be, for old text and new tokens; and its memories are saved."""
     torch.manual_seed(0)
     model = awake(name, **MARGINALS)
@@ -42,18 +59,16 @@ def test_a_base_that_is_resized_after_wrapping(name: str, tmp_path: Path) -> Non
     before.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
     before.load_state_dict(model.base.state_dict())
     other = HippoFormer(small_config(**MARGINALS), before)
-    other.hippocampus.load_state_dict(awake(name, **MARGINALS).hippocampus.state_dict() | _vocabulary_of(other))
+    names = ("recall.word_of_token", "recall.ending_of_token", "drift_calibrator.anchor_ids")
+    of_vocabulary = {name: other.hippocampus.state_dict()[name] for name in names}
+    other.hippocampus.load_state_dict(awake(name, **MARGINALS).hippocampus.state_dict() | of_vocabulary)
     ids = torch.cat((text(1, 40), WITH_NEW), dim=1)
-    assert torch.equal(model(ids).logits, other(ids).logits)
-    assert torch.equal(model.score(ids), other.score(ids))
+    assert torch.equal(model(ids).logits, other(ids).logits) and torch.equal(model.score(ids), other.score(ids))
     assert model(ids).logits.shape[-1] == model.config.vocab_size == VOCAB + 3
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, ids.shape[1] + 3)
-    cache = model.new_cache()
-    model(ids, past_key_values=cache)
-    cache.save(tmp_path / "memory.safetensors")
-    assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
-    model.save_pretrained(tmp_path / "model")
-    again = HippoFormer.from_pretrained(tmp_path / "model", base_model=before)
+    assert_saved(written(model, ids, path), path, model)
+    model.save_pretrained(path.parent / "model")
+    again = HippoFormer.from_pretrained(path.parent / "model", base_model=before)
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -66,19 +81,10 @@ def test_a_checkpoint_from_before_a_resize(size: int, tmp_path: Path) -> None:
     resize(model, size)
     with pytest.warns(UserWarning, match=f"vocabulary of 97 tokens, the base has {size}"):
         again = HippoFormer.from_pretrained(tmp_path, base_model=model.base)
-    assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-def test_a_checkpoint_of_a_resized_model_that_was_not_called(tmp_path: Path) -> None:
-    model = awake()
-    resize(model, VOCAB + 3)
-    model.save_pretrained(tmp_path)
-    assert HippoFormer.from_pretrained(tmp_path, base_model=model.base).config.vocab_size == VOCAB + 3
-
-
-def _vocabulary_of(model: HippoFormer) -> dict[str, torch.Tensor]:
-    names = ("recall.word_of_token", "recall.ending_of_token", "drift_calibrator.anchor_ids")
-    return {name: tensor for name, tensor in model.hippocampus.state_dict().items() if name in names}
+    model.save_pretrained(tmp_path)  # before it was called
+    late = HippoFormer.from_pretrained(tmp_path, base_model=model.base)
+    assert again.config.vocab_size == late.config.vocab_size == size
+    assert torch.equal(again(ids).logits, model(ids).logits) and torch.equal(late(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("size", [VOCAB + 3, VOCAB - 1])
@@ -87,8 +93,7 @@ def test_a_cache_from_before_a_resize_goes_on(size: int) -> None:
     """As one that was made after it: nothing was known of the new tokens, and the old ones keep their embeddings."""
     ids, ahead = text(2, 50).clamp_max(VOCAB - 2), text(2, 9, seed=3).clamp_max(VOCAB - 2)
     model = awake(**MARGINALS)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     resize(model, size)
     found = model(ahead, past_key_values=cache).logits
     assert found.shape[-1] == cache.memory.marginals.shift.shape[-1] == size
@@ -102,8 +107,7 @@ def test_a_cache_from_before_a_resize_goes_on(size: int) -> None:
 @torch.no_grad()
 def test_a_cache_that_holds_tokens_which_are_no_more_is_refused() -> None:
     model, ids = awake(), text(2, 50)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     resize(model, 60)
     with pytest.raises(InputError, match=r"resized from 97 to 60 tokens.*resize them back"):
         model(ids.clamp_max(59), past_key_values=cache)
@@ -114,10 +118,9 @@ def test_a_cache_that_holds_tokens_which_are_no_more_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [VOCAB + 3, VOCAB - 1])
 @torch.no_grad()
-def test_a_memory_from_before_a_resize(size: int, tmp_path: Path) -> None:
+def test_a_memory_from_before_a_resize(size: int, path: Path) -> None:
     model, ids, ahead = awake(window=60, **MARGINALS), text(2, 40).clamp_max(VOCAB - 2), text(2, 9, seed=3)
-    cache, path = model.new_cache(2), tmp_path / "memory.safetensors"
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     model.hippocampus.drift_calibrator.anchor_ids.clamp_max_(VOCAB - 2)
     cache.save(path)
     resize(model, size)
@@ -156,21 +159,19 @@ def offloaded(model: HippoFormer, how: str, folder: Path) -> HippoFormer:
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 @torch.no_grad()
-def test_a_memory_of_an_offloaded_base_is_that_of_the_same_weights_in_memory(how: str, tmp_path: Path) -> None:
+def test_a_memory_of_an_offloaded_base_is_that_of_the_same_weights_in_memory(how: str, path: Path) -> None:
     model, ids, ahead = awake(), text(2, 47), text(2, 9, seed=3)
-    other = offloaded(model, how, tmp_path / "weights")
+    other = offloaded(model, how, path.parent / "weights")
     assert other.device.type == "cpu"
     for writer, reader in ((other, model), (model, other)):
-        cache = writer.new_cache(2)
-        writer(ids, past_key_values=cache)
-        cache.save(tmp_path / "memory.safetensors")
-        loaded = HippoCache.load(tmp_path / "memory.safetensors", reader)
+        cache = written(writer, ids, path)
+        loaded = HippoCache.load(path, reader)
         assert loaded.drift == {"keys": 0.0, "values": 0.0, "calibrated": False}
         assert not same_state(state_of(cache), state_of(loaded))
         assert torch.equal(writer(ahead, past_key_values=cache).logits, reader(ahead, past_key_values=loaded).logits)
     assert any(parameter.is_meta for parameter in other.base.parameters()), "the weights were fetched for good"
-    other.save_pretrained(tmp_path / "model")
-    again = HippoFormer.from_pretrained(tmp_path / "model", base_model=tiny_base())
+    other.save_pretrained(path.parent / "model")
+    again = HippoFormer.from_pretrained(path.parent / "model", base_model=tiny_base())
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -186,11 +187,10 @@ def test_a_base_without_weights_is_refused_by_its_cause() -> None:
 
 @pytest.mark.parametrize("broken", ["fingerprint", "anchors", "both"])
 @torch.no_grad()
-def test_a_memory_is_written_whatever_else_fails(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_is_written_whatever_else_fails(broken: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And read by what is known: bit for bit by the same model, by the anchors, or with a warning that nothing is."""
-    model, path = awake(n_anchors=32, window=60), tmp_path / "memory.safetensors"
-    cache = model.new_cache(2)
-    model(text(2, 47), past_key_values=cache)
+    model, stranger = awake(window=60), awake(model_seed=11, window=60)
+    cache = after(model, text(2, 47))
 
     def fails(*_: object) -> None:
         raise NotImplementedError("no kernel for this weight")
@@ -201,20 +201,16 @@ def test_a_memory_is_written_whatever_else_fails(broken: str, tmp_path: Path, mo
         if broken != "fingerprint":
             patch.setattr(HippoFormer, "anchors", fails)
         cache.save(path)
-    stranger = awake(model_seed=11, n_anchors=32, window=60)
-    if broken == "anchors":
-        loaded = HippoCache.load(path, model)
-        assert not same_state(state_of(cache), state_of(loaded))
-        with pytest.raises(MemoryFileError, match="no anchors"):
-            HippoCache.load(path, stranger)
-    elif broken == "fingerprint":
-        loaded = HippoCache.load(path, model)
-        assert loaded.drift["keys"] == 0.0
-        with pytest.raises(MemoryFileError, match="unrelated"):
-            HippoCache.load(path, stranger)
-    else:
+    if broken == "both":
         with pytest.warns(UserWarning, match="nothing says whether"):
             loaded = HippoCache.load(path, model)
+    else:
+        loaded = HippoCache.load(path, model)
+        assert loaded.drift["keys"] == 0.0
+        with pytest.raises(MemoryFileError, match="no anchors" if broken == "anchors" else "unrelated"):
+            HippoCache.load(path, stranger)
+    if broken == "anchors":
+        assert not same_state(state_of(cache), state_of(loaded))
     assert not same_state(cache.memory.episodes.tensors(), loaded.memory.episodes.tensors())
     found, expected = (model(text(2, 9, seed=3), past_key_values=state).logits for state in (loaded, cache))
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-3)
@@ -238,7 +234,7 @@ def adapted(base: PreTrainedModel, *names: str, size: float = 0.3) -> PeftModel:
 
 
 @torch.no_grad()
-def test_a_peft_model_is_read_with_its_adapters(tmp_path: Path) -> None:
+def test_a_peft_model_is_read_with_its_adapters(path: Path) -> None:
     peft_model, ids = adapted(tiny_base(), "poet"), text(2, 40)
     expected = torch.log_softmax(peft_model(ids).logits, dim=-1)
     model = HippoFormer(small_config(window=60), peft_model)
@@ -246,20 +242,15 @@ def test_a_peft_model_is_read_with_its_adapters(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in model.base.parameters())
     with peft_model.disable_adapter():
         assert (model(ids).logits - expected).abs().max() > 0.1, "the adapters do nothing"
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
-    cache.save(tmp_path / "memory.safetensors")
-    assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
+    assert_saved(written(model, ids, path), path, model)
 
 
 @torch.no_grad()
-def test_switching_adapters_under_a_live_cache_is_noticed(tmp_path: Path) -> None:
+def test_switching_adapters_under_a_live_cache_is_noticed(path: Path) -> None:
     peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk", size=0.12), text(2, 40), text(2, 9, seed=3)
     torch.manual_seed(0)
     model = HippoFormer(small_config(window=60), peft_model)
-    cache, path = model.new_cache(2), tmp_path / "memory.safetensors"
-    model(ids, past_key_values=cache)
-    cache.save(path)
+    cache = written(model, ids, path)
     expected = model(ahead, past_key_values=cache.copy()).logits
     peft_model.set_adapter("clerk")
     with pytest.raises(InputError, match=r"read with adapters \['poet'\], now active are \['clerk'\].*save"):
@@ -291,7 +282,7 @@ def test_adapters_that_a_base_came_with_are_not_lost_without_a_word(tmp_path: Pa
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("options", [{"use_lora": True}, {"freeze_base": False}])
+@pytest.mark.parametrize("options", [{"lora": {"r": 4}}, {"freeze_base": False}])
 def test_adapters_of_two_origins_are_refused(options: dict[str, bool]) -> None:
     with pytest.raises(ConfigurationError, match=r"adapters \['poet'\] of its own.*merge_and_unload"):
         HippoFormer(small_config(**options), adapted(tiny_base(), "poet"))
@@ -368,7 +359,7 @@ def quantised(how: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("how", ["weights", "weights and activations"])
 @torch.no_grad()
-def test_a_quantised_base_is_read_within_its_own_noise(how: str, tmp_path: Path) -> None:
+def test_a_quantised_base_is_read_within_its_own_noise(how: str, path: Path) -> None:
     base, ids = quantised(how), text(2, 40)
     model = HippoFormer(small_config(window=60), base)
     expected = torch.log_softmax(base(ids).logits, dim=-1)
@@ -376,19 +367,11 @@ def test_a_quantised_base_is_read_within_its_own_noise(how: str, tmp_path: Path)
     noise = float((alone - expected).norm() / expected.norm())
     assert (noise > 1e-3) == (how != "weights"), "the noise is not that of the activations"
     assert (model(ids).logits - expected).norm() / expected.norm() < max(4 * noise, 1e-4)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
-    cache.save(tmp_path / "memory.safetensors")
     same = HippoFormer(model.config, quantised(how))
     same.hippocampus.load_state_dict(model.hippocampus.state_dict())
-    assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", same)))
-    changed = next(
-        module
-        for module in same.base.modules()
-        if isinstance(getattr(module, "scale", None), torch.Tensor)
-        or isinstance(getattr(module, "weight", None), Int8Weight)
-    ).weight
-    (changed.numbers if isinstance(changed, Int8Weight) else changed).neg_()
+    assert_saved(written(model, ids, path), path, same)
+    weight = same.base.model.layers[0].mlp.up_proj.weight
+    (weight.numbers if isinstance(weight, Int8Weight) else weight).neg_()
     assert memory_file.fingerprint(same)["base"] != memory_file.fingerprint(model)["base"]
 
 
@@ -420,7 +403,7 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("how", CONVERSIONS)
 @torch.no_grad()
-def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype(how: str, tmp_path: Path) -> None:
+def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype(how: str, path: Path) -> None:
     convert, dtype = CONVERSIONS[how]
     options = {"marginal_weight": 0.5, "residual_readout": False, "memory_layer": 1}
     model, ids = convert(awake(**options)), text(2, 50)
@@ -431,18 +414,13 @@ def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype
     assert torch.equal(model(ids).logits, other(ids).logits)
     assert torch.equal(model.score(ids), other.score(ids))
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 53)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
-    cache.save(tmp_path / "memory.safetensors")
-    assert not same_state(state_of(cache), state_of(HippoCache.load(tmp_path / "memory.safetensors", model)))
+    assert_saved(written(model, ids, path), path, model)
 
 
 @torch.no_grad()
-def test_another_dtype_under_a_live_cache_is_refused_and_a_loaded_one_goes_on(tmp_path: Path) -> None:
+def test_another_dtype_under_a_live_cache_is_refused_and_a_loaded_one_goes_on(path: Path) -> None:
     model, ids, ahead = awake(window=60), text(2, 40), text(2, 9, seed=3)
-    cache, path = model.new_cache(2), tmp_path / "memory.safetensors"
-    model(ids, past_key_values=cache)
-    cache.save(path)
+    cache = written(model, ids, path)
     model.to(torch.bfloat16)
     with pytest.raises(InputError, match=r"read in torch.float32, the model is now in torch.bfloat16.*save"):
         model(ahead, past_key_values=cache)
@@ -462,8 +440,7 @@ def test_another_dtype_under_a_live_cache_is_refused_and_a_loaded_one_goes_on(tm
 @torch.no_grad()
 def test_another_device_under_a_live_cache_is_refused() -> None:
     model, ids = awake(), text(2, 40)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.tokens = cache.tokens.to("meta")
     with pytest.raises(InputError, match=r"on meta, the model now on cpu.*save"):
         model(ids, past_key_values=cache)

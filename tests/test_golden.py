@@ -70,6 +70,20 @@ def test_the_shipped_model_gives_its_golden_numbers() -> None:
         assert found[name] == golden[name], name
 
 
+@pytest.mark.slow
+@pytest.mark.real
+def test_it_lowers_the_perplexity_of_a_speech_and_the_store_does_its_part() -> None:
+    model, tokenizer = hippoformer.load("smollm2-135m")
+    ids = torch.tensor([tokenizer(speech(SPEECHES[2])).input_ids[:4096]])
+    on = model.score(ids).mean()
+    with model.memory_off():
+        off = model.score(ids).mean()
+    cache = model.new_cache()
+    cache.freeze_memory()
+    assert on > off + 0.005  # speeches are far from what it was trained on
+    assert on > model.score(ids, past_key_values=cache).mean(), "the store does nothing beyond the window"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")

@@ -1,20 +1,20 @@
 """Marginals: what is counted, what predictions make of it, and that nothing of it leaks."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from hippoformer.errors import ConfigurationError
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import score_cached
-from tiny import VOCAB, awake, fresh, read_in_chunks, text
+from tiny import VARIANTS, VOCAB, after, awake, fresh, text
 
-KEPT = {"residual_readout": False, "marginal_weight": 0.75, "marginal_prior": 2.0}
+KEPT = VARIANTS["marginals"]
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
@@ -22,16 +22,14 @@ def by_hand(model: HippoFormer, ids: Tensor) -> Tensor:
     """(R, T, V) of a fresh model: the base's predictions moved row by row, count by count."""
     with torch.no_grad(), model.memory_off():
         base = model(ids).logits
-    weight, prior, segment = model.config.marginal_weight, model.config.marginal_prior, model.config.segment_len
+    weight, prior, segment = model.config.marginal_weight, 2.0, model.config.segment_len
     moved = torch.empty_like(base)
-    for row in range(len(ids)):
-        for t in range(ids.shape[1]):
-            done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
-            for v in range(VOCAB):
-                count = sum(int(ids[row, i] == v) for i in range(1, done))
-                expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
-                shift = weight * math.log((count + prior) / (expected + prior))
-                moved[row, t, v] = base[row, t, v] + max(shift, -1.0)
+    for row, t, v in product(range(len(ids)), range(ids.shape[1]), range(VOCAB)):
+        done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
+        count = sum(int(ids[row, i] == v) for i in range(1, done))
+        expected = sum(float(base[row, i - 1, v].exp()) for i in range(1, done))
+        shift = weight * math.log((count + prior) / (expected + prior))
+        moved[row, t, v] = base[row, t, v] + max(shift, -1.0)
     return moved.log_softmax(-1)
 
 
@@ -48,8 +46,7 @@ def test_predictions_move_by_what_came_against_what_was_expected() -> None:
 def test_a_long_run_silences_no_other_token() -> None:
     """The base goes on expecting others all along; they become less likely by a factor of e at most."""
     model = fresh(**KEPT)
-    cache = model.new_cache(1)
-    model(torch.full((1, 300), 5), past_key_values=cache)
+    cache = after(model, torch.full((1, 300), 5))
     marginals = cache.memory.marginals
     others = torch.arange(VOCAB) != 5
     assert marginals.expected[0, others].max() > 10 and not marginals.count[0, others].any()
@@ -67,45 +64,10 @@ def test_off_is_the_base_to_the_last_bit() -> None:
         torch.testing.assert_close(kept(ids).logits, fresh(**KEPT)(ids).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [1, 5, 6, 13])
-@torch.no_grad()
-def test_chunks_and_scores_agree(size: int) -> None:
-    model, ids = awake(**KEPT), text(rows=2, length=53)
-    whole = model(ids).logits
-    torch.testing.assert_close(read_in_chunks(model, ids, size), whole, **TOLERANCE)
-    chosen = whole[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(model.score(ids), chosen, **TOLERANCE)
-    assert whole.exp().sum(-1).sub(1).abs().max() < 1e-5, "not a distribution"
-
-
-@torch.no_grad()
-def test_neither_the_future_nor_a_neighbour_nor_padding_is_counted() -> None:
-    model, ids = awake(**KEPT), text(rows=3, length=50)
-    whole = model(ids).logits
-    torch.testing.assert_close(model(torch.cat((ids[:, :31], ids[:, :19]), 1)).logits[:, :31], whole[:, :31])
-    torch.testing.assert_close(model(ids[1:2]).logits, whole[1:2], **TOLERANCE)
-    mask = torch.ones(3, 50, dtype=torch.long)
-    mask[1, :17], mask[2, 31:] = 0, 0
-    padded, alone = model(ids, attention_mask=mask).logits, model(ids[1:2, 17:]).logits
-    torch.testing.assert_close(padded[1:2, 17:], alone, **TOLERANCE)
-    cache = model.new_cache(3)
-    model(ids, attention_mask=mask, past_key_values=cache)
-    assert cache.memory.marginals.count.sum(-1).tolist() == [49.0, 32.0, 30.0]
-
-
-@torch.no_grad()
-def test_generation_is_what_reading_everything_again_gives() -> None:
-    model, ids = awake(**KEPT), text(rows=2, length=29)
-    generated = model.generate(ids, max_new_tokens=20, do_sample=False)
-    again = model(generated).logits[:, ids.shape[1] - 1 : -1].argmax(-1)
-    assert torch.equal(generated[:, ids.shape[1] :], again)
-
-
 @torch.no_grad()
 def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path) -> None:
     model, ids, ahead = awake(**KEPT), text(rows=1, length=40), text(rows=1, length=20, seed=3)
-    cache = model.new_cache(1)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.save(tmp_path / "memory.safetensors")
     again = HippoCache.load(tmp_path / "memory.safetensors", model)
     frozen, elsewhere = cache.copy(), model.new_cache(1)
@@ -129,8 +91,7 @@ def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path)
 def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: Path) -> None:
     with_, without = awake(**KEPT), awake(residual_readout=False)
     writer, reader = (with_, without) if writes else (without, with_)
-    cache = writer.new_cache(1)
-    writer(text(rows=1, length=40), past_key_values=cache)
+    cache = after(writer, text(rows=1, length=40))
     cache.save(tmp_path / "memory.safetensors")
     loaded = HippoCache.load(tmp_path / "memory.safetensors", reader)
     assert torch.equal(loaded.memory.episodes.token, cache.memory.episodes.token)
@@ -162,11 +123,3 @@ def test_the_base_learns_through_them() -> None:
     cache = model.new_cache(2)
     sum(-step.target_log_prob.sum() for step in model.stream(ids, [30, 30], cache)).div(58).backward()
     torch.testing.assert_close(model.base.get_input_embeddings().weight.grad, by_logits, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"marginal_weight": 1.5}, {"marginal_prior": 0.0}, {"residual_readout": True}], ids=str
-)
-def test_options_out_of_range_are_refused(options: dict) -> None:
-    with pytest.raises(ConfigurationError, match=next(iter(options))):
-        fresh(**(KEPT | options))

@@ -70,14 +70,11 @@ def test_every_script_has_words(lines: list[str], query: str, right: int) -> Non
     assert found(lines, query, 120)[0] == lines[right]
 
 
-def test_numbers_and_full_width_letters_are_words() -> None:
+def test_numbers_and_full_width_letters_are_words_and_nothing_in_common_brings_nothing() -> None:
     assert (
         found([*FILLER, "Room 4711 is taken.", "Room 4712 is free."], "Ｒｏｏｍ ４７１１?")[0] == "Room 4711 is taken."
     )
     assert terms("The of and") == [] and len(terms("Smith's 3.5")) == 3
-
-
-def test_nothing_in_common_brings_nothing() -> None:
     assert found(FILLER, "xylophone") == found(FILLER, "") == found(FILLER, "the of?") == found([], "cart") == []
     assert found(FILLER, "cart", 0) == []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny import ARCHITECTURES, VOCAB, awake, read_in_chunks, text
+from tiny import ARCHITECTURES, VARIANTS, VOCAB, after, awake, read_in_chunks, text
 
 LENGTHS = (57, 1, 23, 40)
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
@@ -48,10 +48,12 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, side: str) -> None:
         assert not out.logits[number, ~real].any(), "padding has logits"
 
 
-@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@pytest.mark.parametrize(
+    ("side", "option"), [("left", "default"), ("right", "default"), *(("mixed", option) for option in VARIANTS)]
+)
 @torch.no_grad()
-def test_scores_and_state_of_a_row_alone(side: str) -> None:
-    model, rows = awake(), rows_of_many_lengths()
+def test_scores_and_state_of_a_row_alone(side: str, option: str) -> None:
+    model, rows = awake(**VARIANTS[option]), rows_of_many_lengths()
     ids, mask = padded(rows, side)
     cache = model.new_cache(len(rows))
     scores = model.score(ids, mask, past_key_values=cache)
@@ -67,6 +69,8 @@ def test_scores_and_state_of_a_row_alone(side: str) -> None:
         assert cache.lengths[number] == own.lengths[0] == len(row)
         mine = cache.episodes(number)
         assert [(e.position, e.token) for e in mine] == [(e.position, e.token) for e in own.episodes(0)]
+        counts, alone = cache.memory.marginals.count[number], own.memory.marginals.count[0]
+        assert torch.equal(counts, alone) and counts.sum() == (len(row) - 1 if len(counts) else 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -82,43 +86,11 @@ def test_garbage_under_the_mask_is_never_read(name: str) -> None:
             assert torch.equal(model(dirty, attention_mask=mask).logits, reference)
 
 
-@pytest.mark.parametrize("value", [1e4, float("inf"), float("nan")])
-@torch.no_grad()
-def test_garbage_hidden_states_in_a_neighbours_padding_stay_there(value: float) -> None:
-    """One level down: the hippocampus is handed padded hidden states by training, whose padding may hold anything."""
-    model = awake()
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 6, 32, generator=generator)
-    tokens, surprise = text(rows=3, length=6), torch.rand(3, 6, generator=generator)
-    new = [6, 2, 6]
-
-    def read(fill: float):
-        dirty = hidden.clone()
-        dirty[1, 2:] = fill
-        state = model.new_cache(3).memory
-        _, state = model.hippocampus.step(state, [0, 0, 0], hidden, tokens, surprise, [6, 6, 6])
-        state, _ = model.hippocampus.end_segment(state, [6, 6, 6], [0, 1, 2])
-        return model.hippocampus.step(state, [6, 6, 6], dirty, tokens, surprise, new)
-
-    clean, clean_state = read(0.0)
-    dirty, dirty_state = read(value)
-    for row in (0, 2):
-        assert torch.equal(clean.recollection.weights[row], dirty.recollection.weights[row])
-        assert torch.equal(clean.salience[row], dirty.salience[row])
-        for name, tensor in clean_state.tensors().items():
-            assert torch.equal(tensor[row], dirty_state.tensors()[name][row]), name
-    assert torch.equal(clean.salience[1, :2], dirty.salience[1, :2])
-    for name in ("key", "value", "token", "position", "priority"):
-        mine, theirs = (getattr(state.episodes, name)[1] for state in (clean_state, dirty_state))
-        assert torch.equal(mine, theirs), f"padding was stored in {name}"
-
-
 @torch.no_grad()
 def test_a_row_that_pauses_is_left_alone() -> None:
     """A later chunk may bring a row nothing: its state and its next prediction stay as they were."""
     model, one, two = awake(), text(rows=1, length=40, seed=1)[0], text(rows=1, length=20, seed=2)[0]
-    cache = model.new_cache(2)
-    model(torch.stack((one[:20], two)), past_key_values=cache)
+    cache = after(model, torch.stack((one[:20], two)))
     before = {name: tensor[1].clone() for name, tensor in cache.memory.tensors().items()}
     ids = torch.stack((one[20:33], torch.zeros(13, dtype=torch.long)))
     mask = torch.tensor([[1] * 13, [0] * 13])
@@ -126,38 +98,31 @@ def test_a_row_that_pauses_is_left_alone() -> None:
     assert not out.logits[1].any()
     assert all(torch.equal(before[name], tensor[1]) for name, tensor in cache.memory.tensors().items())
     ahead = text(rows=2, length=9, seed=3)
-    after = model(ahead, past_key_values=cache).logits
+    found = model(ahead, past_key_values=cache).logits
     for number, past in enumerate((one[:33], two)):
         alone = model(torch.cat((past, ahead[number])).unsqueeze(0)).logits[0, -9:]
-        torch.testing.assert_close(after[number], alone, **TOLERANCE)
+        torch.testing.assert_close(found[number], alone, **TOLERANCE)
 
 
 @torch.no_grad()
 def test_chosen_rows_go_on_as_themselves() -> None:
     """select_rows, reordering and repeating rows are what beams do."""
     model, ids, ahead = awake(), text(rows=3, length=45), text(rows=3, length=10, seed=4)
-    cache = model.new_cache(3)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     expected = model(ahead, past_key_values=cache.copy()).logits
-    order = torch.tensor([2, 0, 0, 1])
-    chosen = cache.select_rows(order)
-    torch.testing.assert_close(model(ahead[order], past_key_values=chosen).logits, expected[order], **TOLERANCE)
-    turned = cache.copy()
-    turned.reorder_cache(torch.tensor([1, 2, 0]))
-    order = torch.tensor([1, 2, 0])
-    torch.testing.assert_close(model(ahead[order], past_key_values=turned).logits, expected[order], **TOLERANCE)
-    twice = cache.copy()
-    twice.batch_repeat_interleave(2)
-    order = torch.tensor([0, 0, 1, 1, 2, 2])
-    torch.testing.assert_close(model(ahead[order], past_key_values=twice).logits, expected[order], **TOLERANCE)
+    reordered, repeated = cache.copy(), cache.copy()
+    reordered.reorder_cache(torch.tensor([1, 2, 0]))
+    repeated.batch_repeat_interleave(2)
+    chosen = cache.select_rows(torch.tensor([2, 0, 0, 1]))
+    for one, order in ((chosen, [2, 0, 0, 1]), (reordered, [1, 2, 0]), (repeated, [0, 0, 1, 1, 2, 2])):
+        torch.testing.assert_close(model(ahead[order], past_key_values=one).logits, expected[order], **TOLERANCE)
 
 
 @torch.no_grad()
 def test_one_row_reset_among_others() -> None:
     """A document boundary in one row: that row is new, its neighbours go on."""
     model, ids, ahead = awake(), text(rows=2, length=45), text(rows=2, length=30, seed=4)
-    cache = model.new_cache(2)
-    model(ids, past_key_values=cache)
+    cache = after(model, ids)
     cache.reset([0])
     logits = model(ahead, past_key_values=cache).logits
     torch.testing.assert_close(logits[:1], model(ahead[:1]).logits, **TOLERANCE)

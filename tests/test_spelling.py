@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hippoformer.errors import InputError
@@ -29,6 +28,7 @@ def test_byte_level_tokens_are_their_bytes(text: str) -> None:
     tokenizer = byte_tokenizer()
     spelling = Spelling.of(tokenizer, len(tokenizer))
     assert spelling.text(tokenizer(text).input_ids) == text
+    assert Spelling(spelling.blob.clone(), spelling.offsets.clone()).pieces == spelling.pieces  # as a file holds it
     assert [spelling.pieces[number] for number in tokenizer(text).input_ids] == [bytes([b]) for b in text.encode()]
 
 
@@ -41,17 +41,13 @@ def test_sentencepiece_tokens_have_spaces_and_bytes() -> None:
     assert Spelling.of(tokenizer, 300).text(ids) == tokenizer.decode(ids) == " the cat猫你##s"
 
 
-def test_wordpiece_marks_what_continues_a_word() -> None:
+def test_words_and_word_pieces_are_joined_by_spaces() -> None:
     core = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, "now": 3}, unk_token="[UNK]"))
     core.decoder = decoders.WordPiece(cleanup=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
     assert Spelling.of(tokenizer, 4).text([1, 2, 3]) == " playing now"
     assert tokenizer.decode([1, 2, 3]) == "playing now"
-
-
-def test_words_without_a_decoder_are_joined_by_spaces() -> None:
-    core = Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1, "fox": 2}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1, "fox": 2}, unk_token="[UNK]"))  # without a decoder
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
     assert Spelling.of(tokenizer, 3).text([1, 2]) == " " + tokenizer.decode([1, 2])
 
@@ -91,13 +87,6 @@ def test_a_place_is_whole_where_the_text_up_to_it_is_text(text: str, place: int)
     whole = spelling.whole(ids)
     assert len(whole) == len(ids) + 1 and whole[0] and whole[-1]
     assert whole[place] == text.startswith(spelling.text(ids[:place]))
-
-
-def test_two_tensors_are_all_there_is() -> None:
-    spelling = Spelling.from_pieces([b"a", b"", b"\xe4\xbd"])
-    again = Spelling(spelling.blob.clone(), spelling.offsets.clone())
-    assert again.pieces == [b"a", b"", b"\xe4\xbd"] and spelling.blob.dtype == torch.uint8
-    assert Spelling.from_pieces([b"", b""]).pieces == [b"", b""] and Spelling.from_pieces([]).pieces == []
 
 
 @pytest.mark.real

@@ -7,10 +7,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation.scoring import encode as encode_document
-from hippoformer.evaluation.trace import token_texts
 from hippoformer.text import encode, start_tokens, token_ids, token_spans
 from hippoformer.train import _encode as encode_for_training
 from tiny_texts import SlowTokenizer, byte_tokenizer, metaspace_tokenizer
@@ -77,6 +74,7 @@ def test_the_text_around_them_is_read_as_one(name: str, text: str) -> None:
     ids, spans = token_spans(tokenizer, text)
     assert ids == token_ids(tokenizer, text)
     assert "".join(text[start:end] for start, end in spans) == text
+    assert token_spans(byte_level(), "é</s> hi")[1][-2:] == [(4, 5), (5, 8)]  # in characters
 
 
 @pytest.mark.parametrize("text", ["", " ", "hi her, hither!", "é漢\U0010fffd <|us er|>", " <unk", "< s>"])
@@ -92,24 +90,14 @@ def test_other_text_has_the_tokens_it_always_had(name: str, text: str) -> None:
             token_spans(tokenizer, text)
 
 
-def test_evaluation_and_training_read_documents_so() -> None:
+def test_training_reads_documents_so() -> None:
     """One start token, and control tokens only where they are asked for."""
     for obey, spelled in ((None, 4), (True, 1)):
         tokenizer = byte_level()
         tokenizer.obey_control_tokens = obey
         expected = [0, *token_ids(tokenizer, "a</s>b")]
         assert len(expected) == 3 + spelled and (1 in expected) == bool(obey)
-        document = Document("one", "a</s>b", "made up")
-        scored = encode_document(tokenizer, document)
-        assert scored.input_ids.tolist() == expected and scored.utf8_bytes == len("a</s>b")
-        assert token_texts(tokenizer, document, 99)[-1] == "b"
-        assert encode_for_training(document.text, tokenizer, 4).tolist() == expected[:4]
-
-
-def test_spans_are_of_the_text_without_breaks() -> None:
-    tokenizer = byte_level()
-    assert token_spans(tokenizer, "a<s>b")[1] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
-    assert token_spans(tokenizer, "é</s> hi")[1][-2:] == [(4, 5), (5, 8)]
+        assert encode_for_training("a</s>b", tokenizer, 4).tolist() == expected[:4]
 
 
 def test_which_tokens_are_control_tokens() -> None:

@@ -11,15 +11,8 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from hippoformer import HippoFormer
-from tiny import awake, same_state, state_of, text
+from tiny import VARIANTS, VOTES, awake, same_state, state_of, text
 from tiny_texts import tiny_load
-
-# What reads inner layers, and how: side by side, alone, and with a residual that enters there.
-LAYERS = {
-    "two inner layers": {"memory_layer": [1, 2], "residual_readout": False},
-    "one inner layer": {"memory_layer": 1, "residual_readout": False},
-    "a residual at an inner layer": {"memory_layer": 1},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +54,9 @@ def read(model: HippoFormer, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.cat(logits, dim=1), state_of(cache)
 
 
-@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_each_reads_as_if_alone(options: dict[str, Any]) -> None:
-    model = awake(**options)
+@pytest.mark.parametrize("option", ["default", "inner layer", "two layers"])
+def test_each_reads_as_if_alone(option: str) -> None:
+    model = awake(**VARIANTS[option])
     texts = [text(rows=1, length=60, seed=seed) for seed in range(4)]
     alone = [read(model, ids) for ids in texts]
     together = side_by_side(*(lambda ids=ids: read(model, ids) for ids in texts))
@@ -73,8 +66,8 @@ def test_each_reads_as_if_alone(options: dict[str, Any]) -> None:
 
 
 def test_two_models_on_one_base_read_their_own_layers() -> None:
-    one = awake(memory_layer=1, residual_readout=False)
-    other = HippoFormer(awake(memory_layer=2, residual_readout=False).config, one.base)
+    one = awake(**VOTES, memory_layer=1)
+    other = HippoFormer(awake(**VOTES, memory_layer=2).config, one.base)
     other.hippocampus.load_state_dict(one.hippocampus.state_dict())
     ids = text(rows=1, length=60)
     alone = [read(model, ids)[0] for model in (one, other)]
@@ -102,15 +95,11 @@ def test_memory_is_off_in_one_thread_alone() -> None:
     with model.memory_off():
         assert not model.episodes_on and not model.marginals_on
         assert side_by_side(lambda: model.episodes_on and model.marginals_on) == [True]
-    assert model.episodes_on and model.marginals_on
-
-
-def test_off_is_off_for_one_model_and_ends_with_an_error() -> None:
-    one, other = awake(), awake()
-    with pytest.raises(RuntimeError, match="enough"), one.memory_off(), one.episodes_off():
-        assert not one.episodes_on and other.episodes_on and other.marginals_on
+    other = awake()
+    with pytest.raises(RuntimeError, match="enough"), model.memory_off(), model.episodes_off():
+        assert not model.episodes_on and other.episodes_on and other.marginals_on
         raise RuntimeError("enough")
-    assert one.episodes_on and one.marginals_on
+    assert model.episodes_on and model.marginals_on
 
 
 def test_streamers_of_two_generations_get_their_own_text() -> None:

@@ -30,64 +30,41 @@ from transformers import (
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus import replay
+from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 
 VOCAB = 97
 LAYERS = 2
 
-_SIZES = {
-    "vocab_size": VOCAB,
+_TOKENS = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+_TOKENS |= {"initializer_range": 0.2}  # larger than a real model's, so that a tiny one has opinions
+_NO_GROUPS = _TOKENS | {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,  # larger than a real model's, so that a tiny one has opinions
 }
-_NO_GROUPS = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
-_HEAD = {"head_dim": 8}
+_SIZES = _NO_GROUPS | {"num_key_value_heads": 2}
+_GEMMA = _SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7}
+_GPT2 = _TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES),
     "mistral-narrow": lambda: MistralConfig(**_SIZES, sliding_window=7),  # narrower than the window of 12
     "mistral-wide": lambda: MistralConfig(**_SIZES, sliding_window=64),  # wider than all slots
     "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, **_HEAD),
-    "gemma": lambda: GemmaConfig(**_SIZES, **_HEAD),
-    "gemma2": lambda: Gemma2Config(  # soft caps, and every second layer slides
-        **_SIZES,
-        **_HEAD,
-        sliding_window=7,
-        attn_logit_softcapping=5.0,
-        final_logit_softcapping=3.0,
-        query_pre_attn_scalar=8,
-    ),
-    "gemma3": lambda: Gemma3TextConfig(  # two rotary tables, one for each kind of layer
-        **_SIZES,
-        **_HEAD,
-        sliding_window=7,
-        query_pre_attn_scalar=8,
-        layer_types=["sliding_attention", "full_attention"],
-    ),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
+    "gemma": lambda: GemmaConfig(**_SIZES, head_dim=8),
+    # Soft caps, and every second layer slides.
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    # Two rotary tables, one for each kind of layer.
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]),
     "phi": lambda: PhiConfig(**_NO_GROUPS),  # rotates half of a head
     "gpt-neox": lambda: GPTNeoXConfig(**_NO_GROUPS),
     "cohere": lambda: CohereConfig(**_SIZES),  # interleaved pairs, scaled logits
     "smollm3": lambda: SmolLM3Config(**_SIZES, no_rope_layers=[1, 0]),  # the second layer knows no positions
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=32,
-        n_layer=LAYERS,
-        n_head=4,
-        n_positions=128,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        initializer_range=0.2,
-    ),
+    "gpt2": lambda: GPT2Config(**_GPT2),
 }
 ARCHITECTURES = list(CONFIGS)
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
@@ -109,6 +86,21 @@ SMALL: dict[str, Any] = {
     "marginal_weight": 0.0,  # a fresh HippoFormer is its base
 }
 replay.ROUND = 3  # with 16 cues a round all of a tiny store would be replayed at every segment end
+
+VOTES = {"residual_readout": False}
+# Settings that change what is computed; every invariant of reading holds for each.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "inner layer": VOTES | {"memory_layer": 1},
+    "last layer": VOTES | {"memory_layer": LAYERS},
+    "two layers": VOTES | {"memory_layer": [1, -1]},
+    "no values": VOTES | {"recall_value_dim": 0},
+    "marginals": VOTES | {"marginal_weight": 0.75},
+    "no following": {"following": False},
+    "by surprise": {"selection": "surprise"},
+    "no store": {"buffer_size": 0},
+    "no replay": {"max_replay_rounds": 0, "capture_span": 0},
+}
 
 
 def tiny_base(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -170,6 +162,14 @@ def text(rows: int = 2, length: int = 60, seed: int = 0) -> Tensor:
         stop = min(start + 10, length)
         ids[:, start:stop] = ids[:, start - 30 : stop - 30]
     return ids
+
+
+@torch.no_grad()
+def after(model: HippoFormer, ids: Tensor) -> HippoCache:
+    """The state of rows that have read (R, T) tokens in one call."""
+    cache = model.new_cache(len(ids))
+    model(ids, past_key_values=cache)
+    return cache
 
 
 def read_in_chunks(model: HippoFormer, ids: Tensor, size: int) -> Tensor:

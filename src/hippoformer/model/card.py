@@ -74,7 +74,7 @@ def model_card(model: Model, name: str) -> ModelCard:
     shown = config.base_model_name if repository is not None else Path(config.base_model_name).name
     contents = ["the hippocampus"]
     if config.lora is not None:
-        contents.append(f"LoRA adapters of rank {config.lora_r} on {', '.join(config.lora_target_modules)}")
+        contents.append(f"LoRA adapters ({', '.join(f'{name}={value}' for name, value in config.lora.items())})")
     contents.append("the base, whose weights were trained" if own_base else "not the base")
     facts = {
         "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
@@ -84,8 +84,7 @@ def model_card(model: Model, name: str) -> ModelCard:
         "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
         "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of "
         + ("the final hidden states" if config.memory_layer == -1 else f"layer {config.memory_layer}"),
-        "replay": f"{config.max_replay_rounds} rounds of {config.replay_batch} at each segment end, "
-        f"decay {config.decay}, threshold {config.priority_threshold}",
+        "forgetting": f"decay {config.decay} a segment, {config.max_replay_rounds} rounds of replay",
     }
     if own_base:
         where = "The base comes along, in the folder `base`."
