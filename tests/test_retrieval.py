@@ -10,7 +10,7 @@ from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve, terms
 from hippoformer.hippocampus.spelling import Spelling
 
-BYTES = Spelling.from_pieces([bytes([byte]) for byte in range(256)])
+BYTES = Spelling([bytes([byte]) for byte in range(256)])
 FILLER = ["The weather was mild that day.", "Nobody came to the gate.", "A cart went by in the lane."]
 
 

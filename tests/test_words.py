@@ -1,17 +1,15 @@
 """Which tokens are the same word, and that a match goes on across them."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hippoformer import HippoFormer, load
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.continuation import LONGEST
-from hippoformer.hippocampus.words import words_of_tokens
+from hippoformer.hippocampus.spelling import Spelling
 from tiny import VOCAB, awake, text
 from tiny_texts import LETTERS, byte_tokenizer, tiny_load
 
@@ -21,7 +19,8 @@ MERGES = [("Ġ", "a"), ("Ġ", "Ġ"), ("Ġ", "Ã")]
 
 def test_a_word_is_the_same_with_a_space_before_it_and_without() -> None:
     tokenizer = byte_tokenizer(merges=MERGES)
-    words, endings = words_of_tokens(tokenizer, len(tokenizer) + 3)
+    spelling = Spelling.of(tokenizer, len(tokenizer) + 3)
+    words, endings = spelling.words(), spelling.endings()
     bare, spaced, spaces = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "Ġa", "ĠĠ"))
     assert words[bare] == words[spaced] == bare
     assert words[spaces] == spaces and words[tokenizer.convert_tokens_to_ids("Ġ")] != spaces
@@ -31,36 +30,12 @@ def test_a_word_is_the_same_with_a_space_before_it_and_without() -> None:
     assert not endings[tokenizer.all_special_ids].any()
 
 
-def test_tokens_that_are_bytes() -> None:
-    """As the tokenizers of some remote code have them: the same words and endings as the byte-level spelling."""
-    tokens = ["a", "Ġa", "Ã¤", "ĠĠ", "<end>"]
-    letters = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
-
-    class Remote(SimpleNamespace):
-        all_special_ids = (4,)
-
-        def __len__(self) -> int:
-            return len(tokens)
-
-        def convert_ids_to_tokens(self, ids: list[int]) -> list[str | bytes]:
-            return [self.spelled(tokens[number]) if number < 4 else tokens[number] for number in ids]
-
-    as_text = words_of_tokens(Remote(spelled=str), 5)
-    as_bytes = words_of_tokens(Remote(spelled=lambda token: b"".join(letters[letter] for letter in token)), 5)
-    assert as_text[0].tolist() == as_bytes[0].tolist() == [0, 0, 2, 3, 4]
-    assert torch.equal(as_text[1][[0, 1, 3, 4]], as_bytes[1][[0, 1, 3, 4]]) and as_bytes[1][2] and not as_bytes[1][4]
-
-
-def test_sentencepiece_writes_spaces_otherwise_and_bytes_as_one_character_each() -> None:
-    tokenizer = byte_tokenizer(last=["▁the", "the", "<0xE4>", "<0x41>", "<0x0A>", "<0xE5>"])
-    words, endings = words_of_tokens(tokenizer, len(tokenizer))
-    accented, letter = tokenizer.convert_tokens_to_ids(["ä", "A"])
-    part, same, line, other = range(len(tokenizer) - 4, len(tokenizer))
-    assert words[part - 1] == words[part - 2] == part - 2
-    assert all(0 < int(ending) <= 255 for ending in endings[-4:])
-    assert words[same] == words[letter] and endings[same] == endings[letter]
-    assert words[part] == part != words[accented] and endings[part] != endings[other]
-    assert endings[line] == ord(" ") + 1
+def test_endings_are_bytes_and_all_white_space_is_a_space() -> None:
+    spelling = Spelling([b" the", b"the", b"\xe4", b"A", b"\n", b"", b"abcdefghij"])
+    words, endings = spelling.words().tolist(), spelling.endings().tolist()
+    assert words == [0, 0, 2, 3, 4, 5, 6]
+    assert endings[2:6] == [0xE4 + 1, ord("A") + 1, ord(" ") + 1, 0]
+    assert endings[6] == int.from_bytes(bytes(letter + 1 for letter in b"defghij"), "big")
 
 
 def twin_passages() -> torch.Tensor:
@@ -168,7 +143,8 @@ def test_the_longest_match_stays_finite_in_a_text_of_one_token() -> None:
 def test_the_shipped_words_are_those_of_its_tokenizer() -> None:
     model, tokenizer = load("smollm2-135m")
     recall = model.hippocampus.recall
-    words, endings = words_of_tokens(tokenizer, len(recall.word_of_token))
+    spelling = Spelling.of(tokenizer, len(recall.word_of_token))
+    words, endings = spelling.words(), spelling.endings()
     assert torch.equal(recall.word_of_token.cpu(), words) and torch.equal(recall.ending_of_token.cpu(), endings)
     name, spaced = (tokenizer(text, add_special_tokens=False).input_ids[0] for text in ("London", " London"))
     assert name != spaced and words[name] == words[spaced]

@@ -272,7 +272,9 @@ class Passages:
         self.settle()
         starts = {passage.start for passage in passages}
         finished = self.rows[row].finished
-        self.rows[row].finished = [replace(p, rehearsed=p.rehearsed + (p.start in starts)) for p in finished]
+        for place, passage in enumerate(finished):
+            if passage.start in starts:
+                finished[place] = replace(passage, rehearsed=passage.rehearsed + 1)
 
     def forget(self, row: int, condition: Callable[[Passage], bool]) -> list[Passage]:
         """Removes the passages for which the condition holds, the open one too, and returns them.
