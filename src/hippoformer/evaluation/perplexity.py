@@ -254,12 +254,19 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     Raises:
         TextError: no token to score. Others as `score`.
     """
-    encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
-    others = None
-    if "other-document" in options.conditions:
-        others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
+    encoded, others = encode_for(tokenizer, documents, options)
     scores = score(model, encoded, options.conditions, options.batch_size, others)
     return summarise(encoded, {(scored.condition, scored.document.index): scored for scored in scores}, options)
+
+
+def encode_for(
+    tokenizer: Any, documents: Sequence[Document], options: Options
+) -> tuple[list[EncodedDocument], list[EncodedDocument] | None]:
+    """What is scored, and what `other-document` reads first."""
+    encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
+    if "other-document" not in options.conditions:
+        return encoded, None
+    return encoded, [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
 
 
 def summarise(encoded: Sequence[EncodedDocument], scores: Mapping[tuple[str, int], Scored], options: Options) -> Result:
