@@ -2,4 +2,9 @@
 
 EVALUATIONS = {
     "perplexity": "evaluation.perplexity.run",
+    "recall": "evaluation.recall.run",
+    "variants": "evaluation.variants.run",
+    "recall_variants": "evaluation.recall_variants.run",
+    "bytes": "evaluation.bytes.run",
+    "dynamics": "evaluation.dynamics.run",
 }

@@ -98,16 +98,10 @@ def load_other(name: str, window: int | None = None, overlap: int | None = None,
         BaseModelNotFoundError: not to be had. ConfigurationError: a window or overlap out of range.
     """
     adapter = Path(name) / "adapter_config.json"
-    try:
-        base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] if adapter.is_file() else name
-        # An adapter names layers as the package's own loader leaves them; the others choose their attention.
-        model = load_base_model(base) if adapter.is_file() else load_base_model(name, attn_implementation=None)
-        if adapter.is_file():
-            model.load_adapter(name)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise BaseModelNotFoundError(
-            f"the adapter {name} could not be loaded: {error}; expected one of peft"
-        ) from error
+    if adapter.is_file():
+        model, base = _adapted(adapter)
+    else:
+        model, base = load_base_model(name, attn_implementation=None), name
     model, tokenizer = model.to(device).eval(), load_tokenizer(base)
     if "cache_params" in inspect.signature(model.forward).parameters:
         return OtherModel(model, None, 0), tokenizer
@@ -120,6 +114,20 @@ def load_other(name: str, window: int | None = None, overlap: int | None = None,
             f"{name}: window={window}, overlap={overlap}; expected 2 to {most} tokens, less overlap"
         )
     return OtherModel(model, window, overlap), tokenizer
+
+
+def _adapted(config: Path) -> tuple[Any, str]:
+    """A base with its adapter, and the base's name."""
+    try:
+        base = str(json.loads(config.read_text("utf-8"))["base_model_name_or_path"])
+        model = load_base_model(base)
+        model.load_adapter(str(config.parent))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseModelNotFoundError(
+            f"the adapter {config.parent} could not be loaded ({str(error).splitlines()[0]}); expected a folder written "
+            "by peft, whose adapter_config.json names a base that is at hand"
+        ) from error
+    return model, base
 
 
 def _nbytes(value: Any) -> int:
