@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import hippoformer
-from hippoformer.evaluation import provenance, write_json
+from hippoformer.files import provenance, write_json
 from hippoformer.hippocampus.circuit import Hippocampus, working_fill
 from hippoformer.hippocampus.episodes import Episodes, admit, importance
 from hippoformer.hippocampus.replay import consolidate

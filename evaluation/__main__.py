@@ -33,8 +33,8 @@ def main(words: Sequence[str] | None = None) -> int:
     module = importlib.import_module(EVALUATIONS[words[0]])
     arguments = (ModelArguments, TextArguments, OutputArguments, module.Options)
     parser = HfArgumentParser(arguments, prog=f"python -m evaluation {words[0]}", description=module.__doc__)
-    model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
     try:
+        model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
         check_output(output.output)
         # Some evaluations bring texts of their own.
         documents = texts.read() if texts.text or texts.dataset else []

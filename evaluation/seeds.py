@@ -40,7 +40,9 @@ def _read(file: Path) -> dict[tuple[str, str, str, str], float]:
         rows = json.loads(file.read_text("utf-8"))["rows"]
         return {tuple(row[key] for key in ("evaluation", "model", "condition", "metric")): row["value"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} holds no rows ({error!r}); expected a file of `python -m evaluation --output`") from error
+        raise InputError(
+            f"{file} holds no rows ({error!r}); expected a file of `python -m evaluation --output`"
+        ) from error
 
 
 def main(words: Sequence[str] | None = None) -> int:

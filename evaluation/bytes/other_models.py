@@ -124,8 +124,8 @@ def _adapted(config: Path) -> tuple[Any, str]:
         model.load_adapter(str(config.parent))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BaseModelNotFoundError(
-            f"the adapter {config.parent} could not be loaded ({str(error).splitlines()[0]}); expected a folder written "
-            "by peft, whose adapter_config.json names a base that is at hand"
+            f"the adapter {config.parent} could not be loaded ({str(error).splitlines()[0]}); expected a folder "
+            "written by peft, whose adapter_config.json names a base that is at hand"
         ) from error
     return model, base
 

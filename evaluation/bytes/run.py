@@ -116,7 +116,9 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     tests = corrected([paired_test(bits[name], bits[reference]) for name in others])
     for name, test in zip(others, tests, strict=True):
         samples = nats[name], nbytes[name], nats[reference], nbytes[reference]
-        rows.append(Row(name, f"against {reference}, %", *bootstrap(_change, *samples, seed=options.seed), n=len(kept)))
+        rows.append(
+            Row(name, f"bits against {reference}, %", *bootstrap(_change, *samples, seed=options.seed), n=len(kept))
+        )
         rows += test.rows(name, reference)
     return Result(
         rows,

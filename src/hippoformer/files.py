@@ -53,21 +53,24 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent:
         temporary.unlink(missing_ok=True)
 
 
-def provenance(documents: Iterable[Document] | None = None, command: str = "") -> dict[str, Any]:
+def provenance(
+    documents: Iterable[Document] | None = None, command: str = "", seed: int | None = None
+) -> dict[str, Any]:
     """Facts about this run, ready for JSON.
 
     Args:
         documents: the data; their sha256, number, size and sources are recorded.
-        command: the command that ran; the process's own command line where it is empty.
+        command: the command that ran; the process's own command line where it is empty. seed: of the run.
 
     Returns:
-        date (UTC), command, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
+        date (UTC), command, seed, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
         python, packages (None: not installed), platform, cpu, cpus, torch_threads, gpu (None without one), data.
     """
     commit, dirty = _commit(Path(__file__).resolve().parents[2])
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command or _command(),
+        "seed": seed,
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),

@@ -245,7 +245,7 @@ def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference
             found = bootstrap(change, own, against, tokens, seed=seed)
             yield Row(name, f"against {reference}, %", *found, n=len(tokens))
             better = sum(mine < other for mine, other in zip(own, against, strict=True))
-            yield Row(name, f"better than {reference}, documents", better, n=len(tokens))
+            yield Row(name, "documents better", better, n=len(tokens))
 
 
 def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
