@@ -20,7 +20,7 @@ FAST: dict[str, Any] = {"distances": [600, 1200], "facts": 1}
 
 @pytest.fixture(scope="module")
 def answers() -> list[recall.Answer]:
-    model, tokenizer = tiny_load(buffer_size=4096, max_replay_rounds=0)
+    model, tokenizer = tiny_load(buffer_size=4096, max_replay_rounds=0, decay_rate=1.0)
     return recall.answers(model, tokenizer, documents(2000, 900), recall.Options(**FAST))
 
 

@@ -23,7 +23,7 @@ from tiny_texts import SEGMENT, documents, tiny_load
         {"buffer_size": 16},
         {"window": 64, "buffer_size": 8},
         {"selection": "random"},
-        {"decay_rate": 0.5},
+        {"max_replay_rounds": 0},
     ],
     ids=str,
 )
@@ -94,7 +94,7 @@ def test_other_hippocampi_of_the_same_base_take_part(tmp_path: Path) -> None:
     [
         ({"variant": ["a:colour=red"]}, "colour cannot differ"),
         ({"variant": ["a:memory_layer=1"]}, "memory_layer cannot differ"),
-        ({"variant": ["a:recall_n_heads=1"]}, "weights of the hippocampus"),
+        ({"variant": ["a:recall_head_dim=4"]}, "weights of the hippocampus"),
         ({"variant": ["a:selection"]}, "option=value"),
         ({"variant": ["a", "a"]}, "names that differ"),
         ({"variant": ["a"], "trained": ["a=folder"]}, "names that differ"),

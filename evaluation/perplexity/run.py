@@ -39,19 +39,15 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     Raises:
         CausalityError: the model looks ahead. Others as in the package.
     """
-    encoded, others = perplexity.encode_for(tokenizer, documents, options)
-    leak = check_model(model, encoded[0].input_ids)
-    scores = {
-        (scored.condition, scored.document.index): scored
-        for scored in perplexity.score(model, encoded, options.conditions, options.batch_size, others)
-    }
-    result = perplexity.summarise(encoded, scores, options)
+    leak = check_model(model, perplexity.encode_all(tokenizer, documents, options.limit_tokens)[0].input_ids)
+    scores: list[perplexity.Scored] = []
+    result = perplexity.run(model, tokenizer, documents, options, scores.append)
     if options.by_position and "off" in options.conditions:
-        nats = {
-            name: [-scores[name, document.index].log_probs.double().numpy() for document in encoded]
-            for name in options.conditions
-        }
-        ids = [document.input_ids.tolist() for document in encoded]
+        scores.sort(key=lambda scored: scored.document.index)
+        nats: dict[str, list[Array]] = {name: [] for name in options.conditions}
+        for scored in scores:
+            nats[scored.condition].append(-scored.log_probs.double().numpy())
+        ids = [scored.document.input_ids.tolist() for scored in scores if scored.condition == "off"]
         result.rows += by_position(nats, ids, model.config.window, options.seed)
     result.details["leak check"] = leak
     return result

@@ -9,7 +9,7 @@ Shapes: R rows (documents side by side), T tokens, D documents.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -248,48 +248,46 @@ def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference
             yield Row(name, "documents better", better, n=len(tokens))
 
 
-def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
+def run(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    options: Options,
+    on_score: Callable[[Scored], None] = lambda scored: None,
+) -> Result:
     """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it.
+
+    Args:
+        on_score: called with every score, for what is computed from the same reading.
 
     Raises:
         TextError: no token to score. Others as `score`.
     """
-    encoded, others = encode_for(tokenizer, documents, options)
-    scores = score(model, encoded, options.conditions, options.batch_size, others)
-    return summarise(encoded, {(scored.condition, scored.document.index): scored for scored in scores}, options)
-
-
-def encode_for(
-    tokenizer: Any, documents: Sequence[Document], options: Options
-) -> tuple[list[EncodedDocument], list[EncodedDocument] | None]:
-    """What is scored, and what `other-document` reads first."""
     encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
-    if "other-document" not in options.conditions:
-        return encoded, None
-    return encoded, [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
-
-
-def summarise(encoded: Sequence[EncodedDocument], scores: Mapping[tuple[str, int], Scored], options: Options) -> Result:
-    """The rows of `run`, of scores by condition and document."""
-    found = {name: [scores[name, document.index] for document in encoded] for name in options.conditions}
-    nll = {name: [scored.nll for scored in of] for name, of in found.items()}
+    others = None
+    if "other-document" in options.conditions:
+        others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
+    found: dict[str, dict[int, Scored]] = {name: {} for name in options.conditions}
+    for scored in score(model, encoded, options.conditions, options.batch_size, others):
+        found[scored.condition][scored.document.index] = scored
+        on_score(scored)
+    nll = {name: [of[document.index].nll for document in encoded] for name, of in found.items()}
     n, tokens = len(encoded), [document.tokens_scored for document in encoded]
     words, nbytes = (sum(getattr(document, unit) for document in encoded) for unit in ("words", "utf8_bytes"))
     rows = list(compare(nll, tokens, "off", options.seed))
     for name, of in found.items():
-        nats = sum(nll[name])
+        nats, read = sum(nll[name]), sum(len(document.input_ids) for document in encoded)
         a_word = nats / words if words else math.inf
-        read, seconds = sum(len(document.input_ids) for document in encoded), sum(scored.seconds for scored in of)
         rows += [
             Row(name, "word perplexity", math.exp(a_word) if a_word < 700 else None, n=n),
             Row(name, "bits/byte", nats / math.log(2) / nbytes if nbytes else None, n=n),
-            Row(name, "window, bytes", max(scored.window_nbytes for scored in of), n=n),
-            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of), n=n),
-            Row(name, "tokens/s", read / seconds, n=n),
+            Row(name, "window, bytes", max(scored.window_nbytes for scored in of.values()), n=n),
+            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of.values()), n=n),
+            Row(name, "tokens/s", read / sum(scored.seconds for scored in of.values()), n=n),
         ]
-    told = [
+    per_document = [
         {"title": d.document.title, "tokens": d.tokens_scored, "words": d.words, "bytes": d.utf8_bytes}
         | {"nll": {name: of[i] for name, of in nll.items()}}
         for i, d in enumerate(encoded)
     ]
-    return Result(rows, {"documents": told})
+    return Result(rows, {"documents": per_document})
