@@ -27,13 +27,11 @@ from hippoformer.text import start_tokens, token_spans
 
 @dataclass(frozen=True)
 class Condition:
-    """What memory a document is read with.
+    """What memory a document is read with; conditions that differ only in `log_prob` share one reading.
 
     Attributes:
-        log_prob: field of `Step` with the log-probabilities; conditions that differ only here share one reading.
-        nbytes: field of the cache with the bytes of memory. frozen: the memory is read only.
-        other_document: as many tokens of other documents as the document has are read first, and what was remembered
-            of them stands behind an empty window.
+        log_prob, nbytes: fields of `Step` and of the cache. frozen: the memory is read only.
+        other_document: first, as many tokens of others are read; their memory then stands behind an empty window.
     """
 
     log_prob: str = "target_log_prob"
@@ -80,9 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as the model reads it: its place in the list, its token ids (T,), the first that is scored, and the
-    whitespace words and UTF-8 bytes of the text that the scored tokens cover.
-    """
+    """A document as token ids (T,), with words and UTF-8 bytes of the text that the scored tokens cover."""
 
     index: int
     document: Document
@@ -116,11 +112,7 @@ class Scored:
 def encode(
     tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
 ) -> EncodedDocument:
-    """Tokenises a document, with a start token where the tokenizer puts one.
-
-    Raises:
-        ConfigurationError: a tokenizer without offsets. TextError: see `hippoformer.text.encode`.
-    """
+    """Tokenises a document, with a start token where the tokenizer puts one; raises as `text.token_spans`."""
     tokens, spans = token_spans(tokenizer, document.text)
     start = start_tokens(tokenizer)
     ids = [*start, *tokens][:limit_tokens]
@@ -135,11 +127,7 @@ def encode(
 def encode_all(
     tokenizer: Any, documents: Sequence[Document], limit_tokens: int | None = None, skip_tokens: int = 0
 ) -> list[EncodedDocument]:
-    """The documents that have a token to score.
-
-    Raises:
-        TextError: none has. Others as `encode`.
-    """
+    """The documents that have a token to score; TextError if none has."""
     encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(documents)]
     if not (kept := [document for document in encoded if document.tokens_scored]):
         raise TextError(f"none of {len(encoded)} documents has more than {max(1, skip_tokens)} tokens; name a longer")
