@@ -16,7 +16,7 @@ from hippoformer import HippoFormer
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, MissingPackageError
 from hippoformer.evaluation import perplexity
-from tiny_texts import byte_tokenizer, text, tiny_load
+from tiny_texts import text, tiny_load
 
 pytest.importorskip("lm_eval")
 # The harness and what it brings are not ours to keep free of warnings.
@@ -101,29 +101,6 @@ def test_wikitext_equals_our_own_evaluation(
     assert results["word_perplexity,none"] == pytest.approx(math.exp(nll / words), rel=1e-6)
     size = sum(len(page.encode()) for page in pages)
     assert results["bits_per_byte,none"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
-
-
-def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a start token every token is scored, so the two count the same words and bytes."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    model, _ = tiny_load()
-    tokenizer = byte_tokenizer(["<s>"], start="<s>", bos_token="<s>", eos_token="<s>", pad_token="<s>")
-    monkeypatch.setattr("hippoformer.lm_eval.load", lambda name, **options: (model, tokenizer))
-    task = "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
-    task += "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
-    write_task(tmp_path, task, "text", DOCUMENTS)
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    options = {"model_args": "pretrained=tiny", "batch_size": 4, "device": "cpu", "bootstrap_iters": 0}
-    found = simple_evaluate("hippoformer", tasks=["local"], task_manager=manager, **options)
-    results = found["results"]["local"]
-    documents = [Document(str(i), t, "test") for i, t in enumerate(DOCUMENTS)]
-    rows = perplexity.run(model, tokenizer, documents, perplexity.Options(conditions=["memory"])).rows
-    ours = {row.metric: row.value for row in rows}
-    assert results["word_perplexity,none"] == pytest.approx(ours["word perplexity"], rel=1e-6)
-    assert results["bits_per_byte,none"] == pytest.approx(ours["bits/byte"], rel=1e-6)
-    assert found["config"]["condition"] == "memory" and found["config"]["model_name"] == "tiny"
 
 
 @pytest.mark.parametrize("condition", ["memory", "off", "window-only"])

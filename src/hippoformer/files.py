@@ -76,7 +76,7 @@ def provenance(
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -103,6 +103,13 @@ def _command() -> str:
     if module := getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", ""):
         program = f"python -m {module.removesuffix('.__main__')}"
     return " ".join([program if module else Path(program).name, shlex.join(sys.argv[1:])]).strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux
+    lines = info.read_text("utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:
