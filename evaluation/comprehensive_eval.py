@@ -63,7 +63,7 @@ def options_of(name: str, module: Any, arguments: Arguments) -> Any:
 
 def main(words: Sequence[str] | None = None) -> int:
     """0 on success, 2 on an error that was explained."""
-    parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)
+    parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)  # type: ignore[arg-type]
     (arguments,) = parser.parse_args_into_dataclasses(None if words is None else list(words))
     try:
         check_output(arguments.output)
