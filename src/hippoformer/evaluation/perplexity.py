@@ -10,7 +10,7 @@ Shapes: R rows (documents side by side), T tokens, D documents.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +168,8 @@ def score(
     ordered = sorted(documents, key=lambda document: (-len(document.input_ids), document.index))
     for batch in (ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)):
         for (frozen, elsewhere), names in readings.items():
-            with reading(model):
+            alone = all(CONDITIONS[name].nbytes is None for name in names)  # nothing of a memory is asked for
+            with reading(model), model.memory_off() if alone else nullcontext():
                 cache = model.new_cache(len(batch))
                 if elsewhere:
                     other = model.new_cache(len(batch))
