@@ -21,7 +21,6 @@ from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
 from hippoformer.evaluation import Result
 from hippoformer.evaluation.perplexity import CONDITIONS, Options, encode_all, run, score
-from tiny import awake, fresh, text
 from tiny_texts import WINDOW as TINY_WINDOW
 from tiny_texts import byte_tokenizer, documents, tiny_load
 
@@ -274,13 +273,3 @@ def test_cells_by_position_and_distance_are_means_over_their_tokens() -> None:
     early, late = (value(result, "off", f"quarter {q} to {q}: perplexity") for q in (0, 3))
     assert value(result, "off", "perplexity, first minus last quarter") == pytest.approx(early - late)
     assert result.details["leak check"]["future"] == 0.0
-
-
-def test_a_fresh_memory_changes_nothing() -> None:
-    model = fresh()
-    ids = [text(1, 40, seed)[0] for seed in range(2)]
-    encoded = [SimpleNamespace(index=i, input_ids=of, first_scored=1, document=None) for i, of in enumerate(ids)]
-    found = {s.condition: s.nll for s in score(model, encoded[:1], list(CONDITIONS), others=encoded)}  # type: ignore[arg-type]
-    assert len(set(found.values())) == 1
-    found = {s.condition: s.nll for s in score(awake(), encoded[:1], ["memory", "off"])}  # type: ignore[arg-type]
-    assert found["memory"] != found["off"]
