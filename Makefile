@@ -25,7 +25,7 @@ DEEPSPEED := .venv-deepspeed
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint docs mutations support results results-quick clean
+.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint docs mutations support results clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -81,16 +81,9 @@ support: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m supports --junitxml=$(REPORT)
 	$(BIN)/python scripts/support_table.py $(REPORT)
 
-# Every figure of the README and the docs, from the test texts in the folder data: first what the shipped memory shows, then
-# what has to be trained for it. Hours; results-quick makes the headline rows.
+# The README's rows from nothing: hours on two CPU cores. Other results: the other scripts under runs/.
 results: $(INSTALLED)
-	$(BIN)/python scripts/results.py
-	$(BIN)/python scripts/lora.py
-	$(BIN)/python scripts/babilong.py
-	$(BIN)/python scripts/ablations.py
-
-results-quick: $(INSTALLED)
-	$(BIN)/python scripts/results.py --quick
+	export PATH=$(abspath $(BIN)):$$PATH; for run in perplexity recall bytes speed; do bash runs/$$run.sh || exit 1; done
 
 # The stamp is written last, so an interrupted installation is taken up again. A .venv whose Python is gone is remade.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hippoformer.evaluation import evaluate_perplexity
-from hippoformer.evaluation.causality import no_change
+from evaluation.perplexity.run import Options, run
 from hippoformer.train import main as train
 from test_precisions import LENGTH, listening
 from tiny import text
@@ -41,10 +40,6 @@ def test_no_norm_mixes_precisions(precision: str) -> None:
     assert watch.seen > 0
 
 
-def test_on_a_processor_nothing_at_all_may_change_with_what_follows() -> None:
-    assert no_change(torch.device("cpu")) <= 1e-6 < no_change(torch.device("cuda")) <= 1e-3
-
-
 @on_a_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @torch.no_grad()
@@ -59,10 +54,9 @@ def test_a_gpu_reads_as_a_processor_does(precision: str) -> None:
 def test_perplexity_on_a_gpu_is_that_of_a_processor() -> None:
     model, tokenizer = tiny_load()
     texts = documents(400, 150)
-    here = evaluate_perplexity(model, tokenizer, texts, conditions=("memory", "off"), resamples=20)
-    there = evaluate_perplexity(model.to("cuda"), tokenizer, texts, conditions=("memory", "off"), resamples=20)
-    for one, other in zip(here.documents, there.documents, strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-3)
+    here, there = (run(model.to(device), tokenizer, texts, Options()).details for device in ("cpu", "cuda"))
+    for one, other in zip(here["documents"], there["documents"], strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-3)
 
 
 @on_a_gpu

@@ -1,5 +1,6 @@
-"""Intervals and comparisons against computations by another way; provenance and the writing of results."""
+"""Intervals and tests against computations by another way; provenance and the writing of results."""
 
+import itertools
 import json
 import math
 import os
@@ -9,19 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-import hippoformer.cli
+from evaluation.common.statistics import TestResult, corrected, over_seeds, paired_test, unpaired_test
 from hippoformer.data import Document
-from hippoformer.errors import HippoFormerError, InputError
-from hippoformer.evaluation import (
-    documents_sha256,
-    paired_ratio,
-    perplexity_interval,
-    provenance,
-    token_perplexity,
-    write_json,
-)
-from hippoformer.evaluation.provenance import _commit, code_sha256
+from hippoformer.errors import ConfigurationError, HippoFormerError, InputError, MissingPackageError
+from hippoformer.evaluation import Row, bootstrap, needed, share, table
+from hippoformer.evaluation.perplexity import change, perplexity
+from hippoformer.files import _commit, provenance, write_json
+
+DRAW = np.random.default_rng(0)
+NORMAL, SKEWED = DRAW.normal(size=20), DRAW.exponential(size=20) ** 3
 
 
 def sample(documents: int = 40, seed: int = 0) -> tuple[list[float], list[float], list[int]]:
@@ -36,148 +35,152 @@ def sample(documents: int = 40, seed: int = 0) -> tuple[list[float], list[float]
 
 def test_perplexity_weighs_tokens_and_not_documents() -> None:
     # 9 tokens of probability 1/2 and one of 1/1000: (2^9 · 1000)^(1/10).
-    assert token_perplexity([9 * math.log(2), math.log(1000)], [9, 1]) == pytest.approx((2**9 * 1000) ** 0.1)
-    assert perplexity_interval([9 * math.log(2), math.log(1000)], [9, 1]).estimate == pytest.approx(
-        (2**9 * 1000) ** 0.1
-    )
+    value, low, high = bootstrap(perplexity, [9 * math.log(2), math.log(1000)], [9, 1])
+    assert value == pytest.approx((2**9 * 1000) ** 0.1) and low is not None and high is not None
+    assert bootstrap(perplexity, [2.0], [1]) == (pytest.approx(math.exp(2)), None, None)
 
 
-def test_interval_agrees_with_a_plain_loop() -> None:
-    run, _, tokens = sample()
-    interval = perplexity_interval(run, tokens, seed=7, resamples=4000)
-    generator = random.Random(1)
-    found = []
-    for _ in range(4000):
-        chosen = generator.choices(range(len(tokens)), k=len(tokens))
-        found.append(math.exp(sum(run[i] for i in chosen) / sum(tokens[i] for i in chosen)))
-    found.sort()
-    width = found[3900] - found[99]
-    assert interval.low == pytest.approx(found[99], abs=0.1 * width)
-    assert interval.high == pytest.approx(found[3899], abs=0.1 * width)
-    assert interval.low < interval.estimate < interval.high
-
-
-def test_a_wider_level_is_a_wider_interval_and_the_seed_decides() -> None:
-    run, _, tokens = sample()
-    narrow, wide = (perplexity_interval(run, tokens, level=level, resamples=2000) for level in (0.5, 0.99))
-    assert wide.low < narrow.low < narrow.high < wide.high
-    again = perplexity_interval(run, tokens, level=0.5, resamples=2000)
-    other = perplexity_interval(run, tokens, level=0.5, resamples=2000, seed=1)
-    assert again == narrow
-    assert (other.low, other.high) != (narrow.low, narrow.high)
-
-
-def test_batches_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _, tokens = sample()
-    whole = perplexity_interval(run, tokens, resamples=1000)
-    monkeypatch.setattr("hippoformer.evaluation.statistics._BATCH_NUMBERS", 400)
-    assert perplexity_interval(run, tokens, resamples=1000) == whole
-
-
-def test_paired_ratio_against_a_plain_loop() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_intervals_agree_with_a_plain_loop(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     run, reference, tokens = sample()
-    comparison = paired_ratio(run, reference, tokens, resamples=4000)
-    expected = math.exp(sum(run) / sum(tokens)) / math.exp(sum(reference) / sum(tokens))
-    assert comparison.ratio.estimate == pytest.approx(expected)
-    generator = random.Random(2)
-    found = []
+    samples = (run, reference, tokens) if paired else (run, tokens)
+    value, low, high = bootstrap(change if paired else perplexity, *samples, seed=7, resamples=4000)
+    generator, found = random.Random(1), []
     for _ in range(4000):
         chosen = generator.choices(range(len(tokens)), k=len(tokens))
-        total = sum(tokens[i] for i in chosen)
-        found.append(math.exp(sum(run[i] for i in chosen) / total - sum(reference[i] for i in chosen) / total))
+        mine, theirs, total = (sum(of[i] for i in chosen) for of in (run, reference, tokens))
+        own = math.exp(mine / total)
+        found.append(100 * (own / math.exp(theirs / total) - 1) if paired else own)
     found.sort()
     width = found[3899] - found[99]
-    assert comparison.ratio.low == pytest.approx(found[99], abs=0.1 * width)
-    assert comparison.ratio.high == pytest.approx(found[3899], abs=0.1 * width)
-    # What differs between documents is common to both runs: unpaired, the intervals overlap; paired, the gain is clear.
-    assert comparison.ratio.high < 1
-    assert perplexity_interval(run, tokens).high > perplexity_interval(reference, tokens).low
+    assert (low, high) == (pytest.approx(found[99], abs=0.1 * width), pytest.approx(found[3899], abs=0.1 * width))
+    assert low is not None and high is not None and low < value < high
+    if paired:
+        assert high < 0, "what differs between documents is common to both"
+    monkeypatch.setattr("hippoformer.evaluation._BATCH_NUMBERS", 400)
+    again = bootstrap(change if paired else perplexity, *samples, seed=7, resamples=4000)
+    assert again == (value, low, high), "batches of resamples change nothing"
+    assert bootstrap(change if paired else perplexity, *samples, seed=8, resamples=4000) != again
 
 
-def test_documents_are_compared_one_by_one() -> None:
-    comparison = paired_ratio([1.0, 4.0, 2.0], [2.0, 3.0, 2.0], [1, 2, 5])
-    assert (comparison.documents, comparison.documents_better) == (3, 1)
-    assert comparison.document_ratios == pytest.approx([math.exp(-1), math.exp(0.5), 1.0])
+@pytest.mark.parametrize("samples", [([], []), ([1.0], [1, 2]), ([math.nan, 1.0], [1, 2])])
+def test_figures_that_are_no_sample(samples: tuple[list[float], list[int]]) -> None:
+    with pytest.raises(InputError, match="one finite number a document"):
+        bootstrap(perplexity, *samples)
 
 
-def test_one_document_has_no_interval() -> None:
-    interval = perplexity_interval([2.0], [1])
-    assert interval.estimate == pytest.approx(math.exp(2))
-    assert (interval.low, interval.high) == (None, None)
-    assert paired_ratio([2.0], [3.0], [1]).ratio.low is None
+def test_a_paired_test_is_chosen_by_the_differences() -> None:
+    base = DRAW.normal(size=20)
+    chosen = paired_test(base + NORMAL, base)
+    assert chosen.test == "paired t" and chosen.p == pytest.approx(stats.ttest_1samp(NORMAL, 0.0).pvalue)
+    assert chosen.effect == pytest.approx(NORMAL.mean() / np.sqrt(((NORMAL - NORMAL.mean()) ** 2).sum() / 19))
+    assert paired_test(base + SKEWED, base).test == "Wilcoxon signed rank"
+    assert paired_test([1.0, 2.0, 4.0], [0.0, 0.0, 0.0]).test == "Wilcoxon signed rank", "too few to call normal"
+    assert [row.value for row in chosen.rows("run", "base")] == [chosen.p, chosen.effect]
 
 
-@pytest.mark.parametrize(
-    ("nll", "tokens", "message"),
-    [
-        ([], [], "one number a document"),
-        ([1.0], [1, 2], "one number a document"),
-        ([1.0, math.nan], [1, 2], "NaN or infinite"),
-        ([1.0, math.inf], [1, 2], "NaN or infinite"),
-        ([1.0, 0.0], [1, 0], "no scored token"),
-    ],
-)
-def test_sums_that_have_no_perplexity(nll: list[float], tokens: list[int], message: str) -> None:
-    for call in (token_perplexity, perplexity_interval, lambda a, b: paired_ratio(a, a, b)):
+def test_wilcoxon_is_the_share_of_sign_patterns_that_are_as_extreme() -> None:
+    difference = np.array([0.3, -0.1, 0.7, 0.9, 0.2, 1.4])
+    result = paired_test(difference, np.zeros(6), "wilcoxon")
+    ranks = stats.rankdata(np.abs(difference))
+    observed = abs((ranks * np.sign(difference)).sum())
+    patterns = [abs((ranks * np.array(signs)).sum()) for signs in itertools.product((-1, 1), repeat=6)]
+    assert result.p == pytest.approx(np.mean([pattern >= observed for pattern in patterns]))
+    assert result.effect == pytest.approx((ranks * np.sign(difference)).sum() / 21)
+
+
+def test_groups_without_pairs() -> None:
+    other = DRAW.normal(size=15) + 1.0
+    chosen, ranks = unpaired_test(NORMAL, other), unpaired_test(SKEWED, other)
+    assert chosen.test == "Welch's t" and chosen.effect is not None and chosen.effect < 0
+    wins = np.mean([float(a > b) - float(a < b) for a in SKEWED for b in other])
+    assert ranks.test == "Mann-Whitney U" and ranks.effect == pytest.approx(wins)
+
+
+def test_nothing_to_test() -> None:
+    for result in (paired_test([1.0], [2.0]), paired_test([1.0, 2.0], [1.0, 2.0]), unpaired_test([1.0], [2.0, 3.0])):
+        assert result.test == "none" and result.p is None and result.rows("a", "b") == []
+    same = paired_test([2.0] * 9, [1.0] * 9, "t")
+    assert same.test == "Wilcoxon signed rank" and same.effect == 1.0
+
+
+def test_corrections() -> None:
+    def adjusted(method: str, *p: float | None) -> list[float | None]:
+        return [one.corrected for one in corrected([TestResult("a test", value, 0.0, 5) for value in p], method)]
+
+    p = (0.01, 0.04, 0.03, None, 0.005)
+    assert adjusted("bonferroni", *p) == pytest.approx([0.04, 0.16, 0.12, None, 0.02])
+    # Holm by hand: 4 x 0.005, 3 x 0.01, 2 x 0.03, 1 x 0.04 lifted to the one before.
+    assert adjusted("holm", *p) == pytest.approx([0.03, 0.06, 0.06, None, 0.02])
+    # Benjamini and Hochberg by hand: 4/1 x 0.005, 4/2 x 0.01, 4/3 x 0.03, 4/4 x 0.04.
+    assert adjusted("fdr", *p) == pytest.approx([0.02, 0.04, 0.04, None, 0.02])
+    assert adjusted("holm", 0.9, 0.8) == [1.0, 1.0] and adjusted("holm", None) == [None] and corrected([]) == []
+
+
+def test_seeds_and_shares() -> None:
+    mean, low, high = over_seeds([1.0, 2.0, 4.0])
+    half = stats.t.ppf(0.975, 2) * np.std([1, 2, 4], ddof=1) / 3**0.5
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert over_seeds([5.0]) == (5.0, None, None)
+    percent, low, high = share([True, False, False, False])
+    assert percent == 25.0 and (low, high) == pytest.approx((4.559, 69.936), abs=1e-3)  # Wilson by hand
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    for wrong, message in (
+        (lambda: paired_test([1.0, 2.0], [1.0]), "same documents"),
+        (lambda: unpaired_test([1.0, np.nan], [1.0]), "finite"),
+        (lambda: over_seeds([]), "no seed"),
+    ):
         with pytest.raises(InputError, match=message):
-            call(nll, tokens)
+            wrong()
+    for call in (lambda: paired_test([1.0], [1.0], "z"), lambda: corrected([], "sidak")):
+        with pytest.raises(ConfigurationError, match="choose one of"):
+            call()
+    with pytest.raises(MissingPackageError, match=r"no_such_package.*hippoformer\[evaluate\]"):
+        needed("no_such_package.part")
 
 
-# Provenance
+def test_a_table_takes_the_orientation_with_fewer_columns() -> None:
+    narrow = table([Row(condition, "perplexity", 2.5, 2.0, 3.0) for condition in ("memory", "off")])
+    assert narrow.splitlines()[2].split() == ["|", "memory", "|", "2.5", "[2,", "3]", "|"]
+    wide = table([Row("memory", f"metric {i}", 12345.0) for i in range(9)])
+    assert len(wide.splitlines()) == 2 + 9 and "12,345" in wide
+    assert "two, memory" in table([Row("memory", "x", None, model=name) for name in ("one", "two")])
 
 
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(folder), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-
-def test_the_commit_is_that_of_our_own_checkout(tmp_path: Path) -> None:
-    package = tmp_path / "src" / "hippoformer"
-    package.mkdir(parents=True)
-    (package / "module.py").write_text("pass\n")
-    assert _commit(package) == (None, None)
-    git(tmp_path, "init", "-q")
-    assert _commit(package)[0] is None  # a checkout without a commit
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-q", "-m", "first")
-    head = git(tmp_path, "rev-parse", "HEAD")
-    assert _commit(package) == (head, False)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "module.py").write_text("pass\n")
+    assert _commit(tmp_path) == (None, None)
+    git("init", "-q")
+    assert _commit(tmp_path)[0] is None  # a checkout without a commit
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert _commit(tmp_path) == (head, False)
     (tmp_path / "results.json").write_text("{}")
-    assert _commit(package) == (head, False)  # a result beside the package changes no code
-    (package / "module.py").write_text("pass  # changed\n")
-    assert _commit(package) == (head, True)
-    installed = tmp_path / ".venv" / "site-packages" / "hippoformer"
-    installed.mkdir(parents=True)
-    assert _commit(installed) == (None, None)
+    assert _commit(tmp_path) == (head, False)  # a result changes no code
+    (tmp_path / "src" / "module.py").write_text("pass  # changed\n")
+    assert _commit(tmp_path) == (head, True) and _commit(tmp_path / "src") == (None, None)
 
 
-def test_the_code_is_told_by_its_content(tmp_path: Path) -> None:
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "module.py").write_text("one")
-    first = code_sha256(tmp_path)
-    (tmp_path / "notes.txt").write_text("no code")
-    assert code_sha256(tmp_path) == first != code_sha256()
-    (tmp_path / "inner" / "module.py").write_text("two")
-    assert code_sha256(tmp_path) != first
-
-
-def test_provenance_names_what_a_figure_depends_on(tmp_path: Path) -> None:
+def test_provenance_names_what_a_figure_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "= A =\nä\n"
-    documents = [Document("A", text[:3], "a.jsonl:1"), Document("B", text[3:], "a.jsonl:2")]
     (tmp_path / "a").write_bytes(text.encode("utf-8"))
-    facts = provenance(seed=3, documents=documents, command="a command")
-    assert facts["seed"] == 3
-    assert facts["command"] == "a command"
-    assert facts["packages"]["numpy"] == np.__version__
-    assert facts["torch_threads"] >= 1
-    assert facts["cpu"]
-    assert facts["data"]["documents"] == 2
-    assert facts["data"]["sources"] == ["a.jsonl"]
-    assert facts["data"]["utf8_bytes"] == 9
+    documents = [Document("A", text[:3], "a.jsonl:1"), Document("B", text[3:], "a.jsonl:2")]
+    facts = provenance(documents, "a command", seed=3)
+    assert (facts["command"], facts["seed"], facts["packages"]["numpy"]) == ("a command", 3, np.__version__)
     tool = subprocess.run(["sha256sum", str(tmp_path / "a")], check=True, capture_output=True, text=True)
-    assert facts["data"]["sha256"] == documents_sha256(documents) == tool.stdout.split()[0]
+    sha256 = tool.stdout.split()[0]
+    assert facts["data"] == {"sha256": sha256, "documents": 2, "utf8_bytes": 9, "sources": ["a.jsonl"]}
     json.dumps(facts, allow_nan=False)
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/python", "a file"])
+    assert "/somewhere" not in provenance()["command"] and provenance()["command"].endswith("'a file'")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,27 +196,6 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(HippoFormerError, match=r"results\.json could not be written \(No space left on device\)"):
         write_json(path, {"value": 2})
-    assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1 and os.listdir(tmp_path) == ["results.json"]
     with pytest.raises(HippoFormerError, match="could not be written"):
         write_json(tmp_path / "missing" / "results.json", {})
-
-
-@pytest.mark.parametrize(
-    ("argv", "command"),
-    [
-        (["/somewhere/bin/hippoformer", "eval", "a file"], "hippoformer eval 'a file'"),
-        ([str(Path(hippoformer.cli.__file__).with_name("__main__.py")), "eval"], "hippoformer eval"),
-        (["benchmarks/speed.py", "--long"], "benchmarks/speed.py --long"),
-        ([str(Path.cwd() / "benchmarks" / "speed.py")], "benchmarks/speed.py"),
-        (["/elsewhere/tool.py"], "tool.py"),
-    ],
-)
-def test_the_command_names_no_place_of_this_machine(
-    argv: list[str], command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", argv)
-    assert provenance()["command"] == command

@@ -1,113 +1,129 @@
-"""Variants over cached hidden states: the same numbers as reading everything together, compared in pairs."""
+"""Variants: each is the model as if built with its options, and is compared document by document."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from scipy import stats
-from typer.testing import CliRunner
 
-from hippoformer import cli
+from evaluation.common.variants import VariantOptions, ablations, models, with_options
+from evaluation.dynamics import run as dynamics
+from evaluation.variants.run import Options, run
 from hippoformer.configuration import HippoFormerConfig
-from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation import evaluate_perplexity
-from hippoformer.evaluation.variants import ablations, evaluate_variants
-from tiny_texts import documents, tiny_load
+from hippoformer.errors import ConfigurationError, TextError
+from hippoformer.evaluation import perplexity
+from tiny_texts import SEGMENT, documents, tiny_load
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("hidden_states")
-
-
-@pytest.mark.parametrize("options", [{}, {"memory_layer": [1, -1], "residual_readout": False}])
-def test_numbers_are_those_of_the_streaming_protocol(options: dict, cache: Path) -> None:
-    model, tokenizer = tiny_load(**options)
-    texts = documents(400, 150, 1)
-    streamed = evaluate_perplexity(model, tokenizer, texts, conditions=("memory", "off"), resamples=100)
-    report = evaluate_variants(model, tokenizer, texts, {"as it is": {}}, cache, resamples=100)
-    assert report.tokens == [document.tokens_scored for document in streamed.documents]
-    assert report.base_nll == pytest.approx([d.nll["off"] for d in streamed.documents], rel=1e-5)
-    (as_it_is,) = report.variants
-    assert as_it_is.nll == pytest.approx([d.nll["memory"] for d in streamed.documents], rel=1e-5)
-    assert as_it_is.perplexity == pytest.approx(streamed["memory"].token_perplexity.estimate, rel=1e-5)
-    assert as_it_is.memory_nbytes == streamed["memory"].memory_nbytes
-
-
-def test_documents_side_by_side_are_scored_as_alone(cache: Path) -> None:
-    """Rows that are done wait, one of them at the end of a segment, without sleeping again."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 32},
+        {"buffer_size": 16},
+        {"window": 64, "buffer_size": 8},
+        {"selection": "random"},
+        {"max_replay_rounds": 0},
+    ],
+    ids=str,
+)
+def test_a_variant_is_the_model_as_if_built_with_its_options(options: dict[str, Any]) -> None:
     model, tokenizer = tiny_load()
-    texts = documents(400, 160, 23, 2, 300)
-    variants = {"salience": {}, "small": {"buffer_size": 8, "max_replay_rounds": 2}}
-    alone, together = (evaluate_variants(model, tokenizer, texts, variants, cache, None, n, 0, 20) for n in (1, 5))
-    assert alone.tokens == together.tokens and alone.documents == together.documents
-    assert together.base_nll == pytest.approx(alone.base_nll, rel=1e-6)
-    for one, other in zip(alone.variants, together.variants, strict=True):
-        assert other.nll == pytest.approx(one.nll, rel=1e-5) and other.memory_nbytes == one.memory_nbytes
+    ids = tokenizer(documents(300)[0].text, return_tensors="pt").input_ids
+    before = model.score(ids)
+    variant, built = with_options(model, **options), tiny_load(**options)[0]
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(variant.score(ids), built.score(ids)) and not torch.equal(variant.score(ids), before)
+    assert torch.equal(model.score(ids), before), "the model itself stays as it is"
+    assert variant.base is model.base
 
 
-def test_variants_differ_and_leave_the_model_as_it_was(cache: Path) -> None:
+def test_rows_compare_in_pairs() -> None:
     model, tokenizer = tiny_load()
-    before = model.hippocampus.config
-    variants = {"salience": {}, "random": {"selection": "random"}, "small": {"buffer_size": 8}}
-    report = evaluate_variants(model, tokenizer, documents(400, 300), variants, cache, resamples=100)
-    assert model.hippocampus.config is before
-    by_name = {v.name: v for v in report.variants}
-    assert by_name["salience"].against is None
-    assert by_name["small"].memory_nbytes < by_name["salience"].memory_nbytes
-    assert len({tuple(v.nll) for v in report.variants}) == 3
-    for v in report.variants[1:]:
-        ratios = v.against.document_ratios
-        assert len(ratios) == 2 and v.against.ratio.low <= v.against.ratio.estimate <= v.against.ratio.high
-        assert v.against.documents_better == sum(r < 1 for r in ratios)
-
-
-def test_every_ablation_runs_and_without_recall_there_is_the_base(cache: Path) -> None:
-    model, tokenizer = tiny_load(residual_readout=False)
-    report = evaluate_variants(model, tokenizer, documents(200, 150, 120), ablations(model.config), cache, resamples=20)
-    assert model.hippocampus.fusion.has_distribution
-    by_name = {v.name: v for v in report.variants}
-    assert by_name["no recall distribution"].nll == pytest.approx(report.base_nll)
-    assert by_name["as it is"].nll != pytest.approx(report.base_nll)
-    assert by_name["buffer 4096"].memory_nbytes > by_name["buffer 512"].memory_nbytes
-    assert report.variants[0].test is None and report.variants[0].name == report.reference == "as it is"
-    p = [v.test.p_corrected for v in report.variants[1:] if v.test.p is not None]
-    assert p and all(0 < value <= 1 for value in p)
-    nats = {v.name: [n / t for n, t in zip(v.nll, report.tokens, strict=True)] for v in report.variants}
-    fifo = stats.wilcoxon(nats["selection: first in, first out"], nats["as it is"])
-    assert by_name["selection: first in, first out"].test.p == pytest.approx(fifo.pvalue)
+    texts = documents(300, 200, 260, 400, 1)
+    options = Options(variant=["as it is", "random:selection=random", "small:buffer_size=8"])
+    result = run(model, tokenizer, texts, options)
+    found = {(row.condition, row.metric): row for row in result.rows}
+    alone = perplexity.run(model, tokenizer, texts, perplexity.Options())
+    assert {
+        (row.metric, row.value) for row in alone.rows if (row.condition, row.metric) == ("memory", "perplexity")
+    } == {("perplexity", found["as it is", "perplexity"].value)}
+    against_off = next(row for row in alone.rows if row.metric == "against off, %")
+    assert found["as it is", "against the base, %"].value == pytest.approx(against_off.value)
+    assert found["small", "memory, bytes"].value < found["as it is", "memory, bytes"].value  # type: ignore[operator]
+    assert ("as it is", "against as it is, %") not in found
+    for name in ("random", "small"):
+        row = found[name, "against as it is, %"]
+        assert row.low is not None and row.high is not None and row.low <= row.value <= row.high and row.n == 4
+    nats = {
+        name: [n / t for n, t in zip(of, result.details["tokens"], strict=True)]
+        for name, of in result.details["nll"].items()
+    }
+    p = [stats.wilcoxon(nats[name], nats["as it is"]).pvalue for name in ("random", "small")]
+    assert found["random", "p against as it is"].value == pytest.approx(
+        min(1.0, 2 * max(p) if p[0] == p[1] else p[0] * 2)
+    )
 
 
 def test_an_ablation_changes_something() -> None:
-    awake = HippoFormerConfig(max_replay_rounds=0, decay_rate=0.95, priority_threshold=0.0)
-    asleep = HippoFormerConfig(max_replay_rounds=3, decay_rate=0.8, priority_threshold=0.5)
-    found, other = ablations(awake), ablations(asleep)
-    assert found["replay"] == {"max_replay_rounds": 10} and "no replay" not in found
-    assert other["no replay"] == {"max_replay_rounds": 0} and "replay" not in other
-    assert {"decay 0.95", "no forgetting"} & set(found) == set() and "decay 0.8" in found
-    assert {"decay 0.95", "no forgetting"} <= set(other) and "decay 0.8" not in other
+    replays, rests = HippoFormerConfig(max_replay_rounds=10, decay_rate=0.8), HippoFormerConfig(max_replay_rounds=0)
+    assert "no replay" in ablations(replays) and "replay" not in ablations(replays)
+    assert "replay" in ablations(rests) and "no replay" not in ablations(rests)
+    assert "decay 0.8" not in ablations(replays) and "decay 0.8" in ablations(rests)
     assert "importance 1 to 3" not in ablations(HippoFormerConfig(importance_weight_range=(1.0, 3.0)))
-    assert next(iter(found)) == next(iter(other)) == "as it is"
+    assert next(iter(ablations(rests))) == "as it is" and len(ablations(rests)) >= 15
 
 
-def test_what_needs_other_states_or_weights_is_refused(cache: Path) -> None:
+def test_every_ablation_runs() -> None:
     model, tokenizer = tiny_load()
-    for wrong in ({"window": 20}, {"recall_n_heads": 1}, {"no_such_option": 1}):
-        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-            evaluate_variants(model, tokenizer, documents(100), {"wrong": wrong}, cache)
-    inner, tokenizer = tiny_load(memory_layer=1)
-    with pytest.raises(ConfigurationError, match="residual at layer 1"):
-        evaluate_variants(inner, tokenizer, documents(100), {"as it is": {}}, cache)
-    with pytest.raises(ConfigurationError, match="at least one"):
-        evaluate_variants(model, tokenizer, documents(100), {}, cache)
+    result = run(model, tokenizer, documents(120, 100), Options())
+    assert {row.condition for row in result.rows} == set(ablations(model.config))
 
 
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hippoformer
+def test_other_hippocampi_of_the_same_base_take_part(tmp_path: Path) -> None:
+    model, _ = tiny_load("tiny")
+    torch.manual_seed(1)
+    tiny_load("tiny", buffer_size=16)[0].save_pretrained(tmp_path)
+    options = VariantOptions(variant=["as it is"], trained=[f"other={tmp_path}"])
+    (_, own), (name, other) = models(model, options)
+    assert name == "other" and other.base is own.base is model.base and other.config.buffer_size == 16
 
-    monkeypatch.setattr(hippoformer, "load", tiny_load)
-    (tmp_path / "text.txt").write_text(documents(300)[0].text)
-    arguments = ["eval", "variants", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--variant", "as-is"]
-    arguments += ["--variant", "short:buffer_size=4,max_replay_rounds=0", "--cache-dir", str(tmp_path / "states")]
-    result = CliRunner().invoke(cli.app, [*arguments, "--output", str(tmp_path / "variants.json")])
-    assert result.exit_code == 0, result.output
-    assert "short" in result.output and (tmp_path / "variants.json").is_file()
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": ["a:colour=red"]}, "colour cannot differ"),
+        ({"variant": ["a:memory_layer=1"]}, "memory_layer cannot differ"),
+        ({"variant": ["a:recall_head_dim=4"]}, "weights of the hippocampus"),
+        ({"variant": ["a:selection"]}, "option=value"),
+        ({"variant": ["a", "a"]}, "names that differ"),
+        ({"variant": ["a"], "trained": ["a=folder"]}, "names that differ"),
+        ({"variant": ["a"], "trained": ["inner"]}, "and folders"),
+    ],
+)
+def test_what_one_hippocampus_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        list(models(tiny_load()[0], VariantOptions(**options)))
+
+
+@torch.no_grad()
+def test_the_memory_is_looked_at_after_every_segment() -> None:
+    model, tokenizer = tiny_load()
+    result = dynamics.run(model, tokenizer, documents(700, 420), dynamics.Options(limit_tokens=330))
+    segments = result.details["segments"]
+    assert result.details["title"] == "text 0" and [s["tokens"] for s in segments] == list(range(SEGMENT, 330, SEGMENT))
+    ids = tokenizer(documents(700)[0].text, return_tensors="pt").input_ids[:, :330]
+    cache, before = model.new_cache(1), set()
+    for segment in segments:
+        part = ids[:, segment["tokens"] - SEGMENT : segment["tokens"]]
+        output = model(part, past_key_values=cache, return_memory_stats=True)
+        stored = {episode.position for episode in cache.episodes(0, stored_only=True)}
+        assert (segment["stored"], segment["written"]) == (len(stored), len(stored - before))
+        assert segment["merged"] == output.memory_stats["merged"]
+        assert segment["mean_priority"] == pytest.approx(output.memory_stats["mean_priority"], rel=1e-4)
+        before = stored
+    assert {int(episode["position"]) for episode in result.details["retained"]} == before
+    written = next(row.value for row in result.rows if row.metric == "written, in all")
+    assert written == sum(segment["written"] for segment in segments) > 0
+    with pytest.raises(TextError, match="name a longer text"):
+        dynamics.run(model, tokenizer, documents(SEGMENT - 1), dynamics.Options())

@@ -15,7 +15,7 @@ from hippoformer.data.planted import plant_facts
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
-from hippoformer.evaluation import provenance, write_json
+from hippoformer.files import provenance, write_json
 from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus

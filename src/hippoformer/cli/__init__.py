@@ -8,16 +8,11 @@ from hippoformer.cli import (
     ask,
     babilong,
     chat,
-    comparison,
     drift,
-    evaluate,
-    harness,
-    mechanisms,
     memory,
     original,
     report,
     run,
-    suite,
 )
 from hippoformer.cli.app import app
 
@@ -26,17 +21,12 @@ __all__ = [
     "ask",
     "babilong",
     "chat",
-    "comparison",
     "drift",
-    "evaluate",
-    "harness",
     "main",
-    "mechanisms",
     "memory",
     "original",
     "report",
     "run",
-    "suite",
 ]
 
 

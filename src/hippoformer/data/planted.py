@@ -1,9 +1,8 @@
 """Facts planted in real text and asked for later, so that training has something exact to remember.
 
-Natural text rarely needs a number from thousands of tokens ago, so a hippocampus trained on it alone learns the gist
-and forgets the digits. Here made-up statements are put between the lines of a document, and after a gap drawn at
-random each is asked for, mostly in other words: whoever kept it can foretell the answer. An answer always ends what
-asks for it. The wordings are this module's own; evaluations must use others.
+Natural text rarely needs a number from thousands of tokens ago. Made-up statements are put between the lines of a
+document, and after a random gap each is asked for, mostly in other words; the answer ends the question. The wordings
+are this module's own; evaluations use others (`data.needles`).
 """
 
 import random
@@ -12,37 +11,17 @@ from collections.abc import Sequence
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
 
-# What somebody can have, and what kind of value it takes.
-_ATTRIBUTES = {
-    "combination of the safe": "number",
-    "ticket number": "number",
-    "telephone number": "number",
-    "entry in the ledger": "number",
-    "regimental number": "number",
-    "number of the cabin": "number",
-    "weight of the parcel in grains": "number",
-    "mark on the crate": "number",
-    "account at the bank": "number",
-    "reference of the letter": "number",
-    "favourite town": "place",
-    "place of birth": "place",
-    "hiding place of the letter": "place",
-    "next port of call": "place",
-    "country seat": "place",
-    "name of the horse": "word",
-    "name of the boat": "word",
-    "family motto": "word",
-    "watchword": "word",
-    "brand of tobacco": "word",
-    "true name": "person",
-    "godmother": "person",
-    "lawyer": "person",
-    "oldest friend": "person",
-    "colour of the door": "common",
-    "favourite dish": "common",
-    "trade": "common",
-    "instrument": "common",
+# Kind of value -> what somebody can have.
+_KINDS = {
+    "number": "combination of the safe, ticket number, telephone number, entry in the ledger, regimental number, "
+    "number of the cabin, weight of the parcel in grains, mark on the crate, account at the bank, "
+    "reference of the letter",
+    "place": "favourite town, place of birth, hiding place of the letter, next port of call, country seat",
+    "word": "name of the horse, name of the boat, family motto, watchword, brand of tobacco",
+    "person": "true name, godmother, lawyer, oldest friend",
+    "common": "colour of the door, favourite dish, trade, instrument",
 }
+_ATTRIBUTES = {attribute: kind for kind, listed in _KINDS.items() for attribute in listed.split(", ")}
 _ATTRIBUTES_A_DOCUMENT = 5
 _STATEMENTS = (
     "The {attribute} of {owner} is {value}.",
