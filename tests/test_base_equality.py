@@ -88,7 +88,8 @@ def test_beyond_the_window_it_is_the_base_under_a_band(name: str, sinks: int, le
     expected, other = base(12, sinks), base(12 if sinks else 60, 0)
     torch.testing.assert_close(off(model, ids), expected, **TOLERANCE)
     if name != "mistral-narrow":  # whose own window of 7 is the narrower one
-        assert (other - expected)[:, 14:].abs().max() > 1e-3, "window or sinks do not matter to this base"
+        least = 1e-3 if sinks else 0.1
+        assert (other - expected)[:, 14:].abs().max() > least, "window or sinks do not matter to this base"
 
 
 def kept_at(done: int, window: int, sinks: int) -> list[int]:
