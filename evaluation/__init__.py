@@ -1,1 +1,1 @@
-"""The original's command, `python -m evaluation.comprehensive_eval`, served by `hippoformer.evaluation`."""
+"""The research evaluations, run from a checkout: `python -m evaluation NAME --model ... --text ...`."""

@@ -1,221 +1,311 @@
-"""Perplexity of a stream with a memory, measured so that the number means what it says.
+"""Perplexity of a text that is read as a stream, with and without memory.
 
-Every document is read in order, from its first token, as one stream; the state is empty at the start of each; every
-token after the first is scored exactly once; all averages are over tokens, never over documents or batches. Documents
-are read side by side in ragged rows, which do not see each other. The base reads a batch once for all conditions, each
-with a memory of its own (once for each where a residual read-out changes the base's states). First of all the model
-must show that it does not look ahead (`causality`).
+Every document is read in order from its first token, from an empty state. Each token after the first is scored once,
+and averages are over tokens, never over documents or batches. Words and bytes are those of the text that the scored tokens cover, so bits per byte stay right under a limit
+on the tokens. What `memory` gains over `window-only` is owed to the episodes, and to those of this document only if
+`other-document` does not gain it as well.
 
-    report = evaluate_perplexity(model, tokenizer, read_documents("wiki.test.raw"))
-    rich.print(report.to_table())
-    report.save("results.json")
+Shapes: R rows (documents side by side), T tokens, padded on the right.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from hippoformer.data import Document
-from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation.causality import check
-from hippoformer.evaluation.perplexity_report import ConditionResult, DocumentResult, PerplexityReport
-from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.scoring import (
-    CONDITIONS,
-    KNOWN_CONDITIONS,
-    BatchScores,
-    EncodedDocument,
-    batches,
-    describe,
-    encode,
-    other_rows,
-    reading,
-    score_batches,
-)
-from hippoformer.evaluation.statistics import LEVEL, RESAMPLES, paired_ratio, perplexity_interval
-from hippoformer.text import start_tokens
-
-Progress = Callable[[int, int], None]
-T = TypeVar("T")
+from hippoformer.data.documents import Document
+from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
+from hippoformer.evaluation import Result, Row, bootstrap
+from hippoformer.tensors.ragged import place
+from hippoformer.text import start_tokens, token_spans
 
 
-def evaluate_perplexity(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    conditions: Sequence[str] = CONDITIONS,
-    batch_size: int = 4,
-    limit_tokens: int | None = None,
-    skip_tokens: int = 0,
-    max_documents: int | None = None,
-    other_documents: Sequence[Document] | None = None,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    progress: Progress | None = None,
-    command: str | None = None,
-    on_scores: Callable[[str, EncodedDocument, Tensor], None] | None = None,
-) -> PerplexityReport:
-    """Streams documents under each condition and reports perplexity, its interval, and the bytes of state.
+@dataclass(frozen=True)
+class Condition:
+    """What memory a document is read with. Conditions that differ only in `log_prob` share one reading.
 
-    A model that looks ahead is refused before anything is scored.
+    Attributes:
+        log_prob: field of `Step` with the log-probabilities. nbytes: field of the cache with the bytes of memory.
+        frozen: the memory is read only. other_document: as many tokens of other documents as the document has are read
+            first, and what was remembered of them stands behind an empty window.
+    """
 
-    Args:
-        model: a HippoFormer; its training mode is put back afterwards.
-        tokenizer: its fast tokenizer.
-        documents: texts to read, each with a state of its own.
-        conditions: some of memory, off, window-only, other-document, marginals. With off among them, each other
-            condition is also compared with it, document by document.
-        batch_size: documents read side by side.
-        limit_tokens: read only the first so many tokens of each document.
-        skip_tokens: read but do not score the first so many tokens of each document.
-        max_documents: score only the first so many documents; the next ones may still serve as other documents.
-        other_documents: what `other-document` reads first; the documents that follow in the list where it is None.
-        seed, resamples: of the bootstrap over documents.
-        progress: called with (tokens read so far, tokens in all) after each batch, every condition counted.
-        command: recorded in the report; the process's own command line where it is None.
-        on_scores: called with a condition, a document, and log p of each of its tokens but the first, (T - 1,).
+    log_prob: str = "target_log_prob"
+    nbytes: str | None = "memory_nbytes"
+    frozen: bool = False
+    other_document: bool = False
+
+
+CONDITIONS = {
+    "memory": Condition(),
+    "off": Condition("base_log_prob", None),
+    "unigram": Condition("prior_log_prob", "marginals_nbytes"),
+    "window-only": Condition(frozen=True),
+    "other-document": Condition(frozen=True, other_document=True),
+}
+
+
+@dataclass
+class Options:
+    """How a perplexity is measured."""
+
+    conditions: list[str] = field(
+        default_factory=lambda: ["memory", "off"], metadata={"help": f"some of {', '.join(CONDITIONS)}"}
+    )
+    batch_size: int = field(default=4, metadata={"help": "documents read side by side"})
+    limit_tokens: int | None = field(default=None, metadata={"help": "read the first N tokens of each document"})
+    skip_tokens: int = field(default=0, metadata={"help": "read but do not score the first N tokens of each"})
+    documents: int | None = field(default=None, metadata={"help": "score the first N documents"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap over documents"})
+
+    def check(self) -> None:
+        """Raises ConfigurationError for an unknown or repeated condition, or a number out of range."""
+        if not self.conditions or not set(self.conditions) <= set(CONDITIONS):
+            raise ConfigurationError(f"conditions={self.conditions}; expected some of {', '.join(CONDITIONS)}")
+        if len(set(self.conditions)) < len(self.conditions):
+            raise ConfigurationError(f"conditions={self.conditions}; expected each of them once")
+        low = {"batch_size": 1, "limit_tokens": 2, "skip_tokens": 0, "documents": 1}
+        for name, least in low.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigurationError(f"{name}={value}; expected at least {least}")
+        if self.limit_tokens is not None and self.skip_tokens >= self.limit_tokens:
+            raise ConfigurationError(
+                f"skip_tokens={self.skip_tokens} leaves nothing to score of limit_tokens={self.limit_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as the model reads it.
+
+    Attributes:
+        index: its place in the list. document: the document. input_ids: (T,) int64, cut at the limit.
+        first_scored: index of the first scored token. words, utf8_bytes: of the text that the scored tokens cover.
+    """
+
+    index: int
+    document: Document
+    input_ids: Tensor
+    first_scored: int
+    words: int
+    utf8_bytes: int
+
+    @property
+    def tokens_scored(self) -> int:
+        return max(0, len(self.input_ids) - self.first_scored)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One document under one condition: log_probs (T - 1,) float32 of tokens 1 … T - 1, bytes of state, and its share
+    of the seconds of the reading, which several conditions may share.
+    """
+
+    document: EncodedDocument
+    condition: str
+    log_probs: Tensor
+    window_nbytes: int
+    memory_nbytes: int
+    seconds: float
+
+    @property
+    def nll(self) -> float:
+        """Sum of -log p of the scored tokens, in nats."""
+        return -float(self.log_probs[self.document.first_scored - 1 :].double().sum())
+
+
+def encode(
+    tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
+) -> EncodedDocument:
+    """Tokenises a document, with the start token in front where the tokenizer puts one there.
 
     Raises:
-        ConfigurationError: an unknown or repeated condition, an option out of range, no other document to read.
-        TextError: no document long enough to score a token.
-        CausalityError: the model looks ahead; see `hippoformer.evaluation.causality`.
-        NonFiniteError: a scored token has probability zero or NaN.
+        ConfigurationError: a tokenizer without offsets. TextError: see `hippoformer.text.encode`.
     """
-    _check(conditions, batch_size, limit_tokens, skip_tokens, max_documents)
-    wanted = documents[:max_documents]
-    encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(wanted)]
-    scored = [document for document in encoded if document.tokens_scored > 0]
-    left_out = [document for document in encoded if document.tokens_scored == 0]
-    if not scored:
+    tokens, spans = token_spans(tokenizer, document.text)
+    start = start_tokens(tokenizer)
+    ids = [*start, *tokens][:limit_tokens]
+    ends = [*(0 for _ in start), *(end for _, end in spans)]
+    first = max(1, skip_tokens)
+    text = ""
+    if len(ids) > first:
+        # A whole document is scored to its last character, also where the tokenizer drops trailing blanks.
+        text = document.text[ends[first - 1] : ends[len(ids) - 1] if len(ids) < len(ends) else None]
+    return EncodedDocument(index, document, torch.tensor(ids).long(), first, len(text.split()), len(text.encode()))
+
+
+def encode_all(
+    tokenizer: Any, documents: Sequence[Document], limit_tokens: int | None = None, skip_tokens: int = 0
+) -> list[EncodedDocument]:
+    """The documents that have a token to score.
+
+    Raises:
+        TextError: none has. Others as `encode`.
+    """
+    encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(documents)]
+    if not (scored := [document for document in encoded if document.tokens_scored > 0]):
         raise TextError(
-            f"None of {len(encoded)} documents has a token to score; expected more than {max(1, skip_tokens)} tokens. "
-            "Name a longer text, or lower the number of tokens that are skipped."
+            f"none of {len(encoded)} documents has a token to score; expected more than {max(1, skip_tokens)} tokens. "
+            "Name a longer text, or skip fewer tokens."
         )
-    plan = batches(scored, batch_size)
-    others: list[list[Tensor]] = [[] for _ in plan]
-    if "other-document" in conditions:
-        longest = max(document.tokens_read for document in scored)
-        if other_documents is None:
-            pool = encoded + _encode_enough(tokenizer, documents[len(wanted) :], len(wanted), longest)
-        else:
-            pool = _encode_enough(tokenizer, other_documents, len(wanted), longest)
-        others = [other_rows(batch, pool, cyclic=other_documents is None) for batch in plan]
-    scores: dict[str, list[BatchScores]] = {condition: [] for condition in conditions}
-    with reading(model):
-        causality = check(model, scored[0].input_ids)
-        for condition, batch, found in score_batches(model, conditions, plan, others, progress):
-            scores[condition].append(found)
-            if on_scores is not None:
-                for document, log_probs in zip(batch, found.log_probs, strict=True):
-                    on_scores(condition, document, log_probs)
-    nll = {condition: _in_order(plan, [score.nll for score in scores[condition]]) for condition in conditions}
-    lengths = [[len(row) for row in rows] for rows in others]
-    other_tokens = _in_order(plan, lengths) if "other-document" in conditions else [None] * len(scored)
-    results = [
-        _condition_result(condition, scored, nll, scores[condition], seed, resamples) for condition in conditions
-    ]
-    return PerplexityReport(
-        model=describe(model),
-        settings={
-            "batch_size": batch_size,
-            "limit_tokens": limit_tokens,
-            "skip_tokens": skip_tokens,
-            "max_documents": max_documents,
-            "other_documents": None if other_documents is None else [document.title for document in other_documents],
-            "seed": seed,
-            "resamples": resamples,
-            "level": LEVEL,
-            "start_tokens": start_tokens(tokenizer),
-            "causality": causality.to_dict(),
-        },
-        conditions=tuple(results),
-        documents=tuple(
-            DocumentResult(
-                title=document.document.title,
-                source=document.document.source,
-                tokens_read=document.tokens_read,
-                tokens_scored=document.tokens_scored,
-                words=document.words,
-                utf8_bytes=document.utf8_bytes,
-                other_tokens=other_tokens[place],
-                nll={condition: nll[condition][place] for condition in conditions},
-            )
-            for place, document in enumerate(scored)
-        ),
-        left_out=tuple(document.document.title for document in left_out),
-        provenance=provenance(seed=seed, documents=wanted, command=command),
-    )
+    return scored
 
 
-def _condition_result(
-    condition: str,
+@contextmanager
+def reading(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of before comes back, also after an error."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def score(
+    model: Any,
     documents: Sequence[EncodedDocument],
-    nll: dict[str, list[float]],
-    scores: Sequence[BatchScores],
-    seed: int,
-    resamples: int,
-) -> ConditionResult:
-    tokens = [document.tokens_scored for document in documents]
-    compared = condition != "off" and "off" in nll
-    return ConditionResult(
-        condition=condition,
-        nll=sum(nll[condition]),
-        tokens_scored=sum(tokens),
-        tokens_read=sum(document.tokens_read for document in documents),
-        words=sum(document.words for document in documents),
-        utf8_bytes=sum(document.utf8_bytes for document in documents),
-        token_perplexity=perplexity_interval(nll[condition], tokens, seed, resamples),
-        window_nbytes=max(score.window_nbytes for score in scores),
-        memory_nbytes=max(score.memory_nbytes for score in scores),
-        seconds=sum(score.seconds for score in scores),
-        against_off=paired_ratio(nll[condition], nll["off"], tokens, seed, resamples) if compared else None,
-    )
+    conditions: Sequence[str] = ("memory",),
+    batch_size: int = 4,
+    others: Sequence[EncodedDocument] | None = None,
+) -> Iterator[Scored]:
+    """Reads every document from an empty state under every condition.
+
+    Args:
+        model: a HippoFormer. documents: each with a token to score. conditions: names from `CONDITIONS`.
+        batch_size: documents of similar length side by side, the longest first.
+        others: what `other-document` reads first: the documents after the scored one, then those before it.
+
+    Yields:
+        A score per condition and document.
+
+    Raises:
+        ConfigurationError: `other-document` without another document.
+        NonFiniteError: a scored token has probability zero or NaN; the message names the document.
+    """
+    readings: dict[tuple[bool, bool], list[str]] = {}
+    for name in conditions:
+        readings.setdefault((CONDITIONS[name].frozen, CONDITIONS[name].other_document), []).append(name)
+    ordered = sorted(documents, key=lambda document: (-len(document.input_ids), document.index))
+    for first in range(0, len(ordered), batch_size):
+        batch = ordered[first : first + batch_size]
+        for (frozen, elsewhere), names in readings.items():
+            with reading(model):
+                cache = model.new_cache(len(batch))
+                if elsewhere:
+                    other = model.new_cache(len(batch))
+                    _read(model, [_other_row(document, others or documents) for document in batch], other, [])
+                    cache.adopt_memory(other)
+                if frozen:
+                    cache.freeze_memory()
+                began = time.perf_counter()
+                found = _read(model, [document.input_ids for document in batch], cache, names)
+                seconds = (time.perf_counter() - began) / len(batch)
+            for name, log_probs in found.items():
+                kept = CONDITIONS[name].nbytes
+                nbytes = cache.window_nbytes // len(batch), getattr(cache, kept) // len(batch) if kept else 0
+                for document, row in zip(batch, log_probs, strict=True):
+                    yield _checked(Scored(document, name, row[: len(document.input_ids) - 1], *nbytes, seconds))
 
 
-def _encode_enough(tokenizer: Any, documents: Sequence[Document], first: int, tokens: int) -> list[EncodedDocument]:
-    """The first documents that together have so many tokens; more of them would never be read."""
-    encoded: list[EncodedDocument] = []
-    for index, document in enumerate(documents, start=first):
-        if tokens <= 0:
-            break
-        encoded.append(encode(tokenizer, document, index))
-        tokens -= encoded[-1].tokens_read
-    return encoded
+def _read(model: Any, rows: Sequence[Tensor], cache: Any, conditions: Sequence[str]) -> dict[str, Tensor]:
+    """(R, T - 1) log p of the tokens on the CPU for each condition; the cache moves along."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(model.device)
+    columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    found = {name: torch.zeros(ids.shape, device=ids.device) for name in conditions}
+    for step in model.stream(ids, [len(row) for row in rows], cache):
+        for name, log_probs in found.items():
+            place(log_probs, getattr(step, CONDITIONS[name].log_prob), step.start, step.new, columns)
+    return {name: log_probs[:, 1:].cpu() for name, log_probs in found.items()}
 
 
-def _in_order(plan: Sequence[Sequence[EncodedDocument]], values: Sequence[Sequence[T]]) -> list[T]:
-    """One value a document, in the order of the list, whatever the order the documents were read in."""
-    by_index = {
-        document.index: value
-        for batch, batch_values in zip(plan, values, strict=True)
-        for document, value in zip(batch, batch_values, strict=True)
-    }
-    return [by_index[index] for index in sorted(by_index)]
-
-
-def _check(
-    conditions: Sequence[str],
-    batch_size: int,
-    limit_tokens: int | None,
-    skip_tokens: int,
-    max_documents: int | None,
-) -> None:
-    unknown = [condition for condition in conditions if condition not in KNOWN_CONDITIONS]
-    if unknown or not conditions or len(set(conditions)) < len(conditions):
+def _other_row(document: EncodedDocument, pool: Sequence[EncodedDocument]) -> Tensor:
+    """As many tokens of other documents as the document has."""
+    others = [other for other in pool if other.index > document.index]
+    others += [other for other in pool if other.index < document.index]
+    if not others:
         raise ConfigurationError(
-            f"conditions={list(conditions)}; expected some of {', '.join(KNOWN_CONDITIONS)}, none of them twice."
+            "other-document needs a document beside the scored one; name a second text, or leave this condition out"
         )
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("limit_tokens", limit_tokens, 2),
-        ("skip_tokens", skip_tokens, 0),
-        ("max_documents", max_documents, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigurationError(f"{name}={value}; expected at least {least}.")
-    if limit_tokens is not None and skip_tokens >= limit_tokens:
-        raise ConfigurationError(
-            f"limit_tokens={limit_tokens} and skip_tokens={skip_tokens} leave nothing to score; "
-            "expected fewer skipped tokens than the limit."
+    return torch.cat([other.input_ids for other in others])[: len(document.input_ids)]
+
+
+def _checked(scored: Scored) -> Scored:
+    if not math.isfinite(scored.nll):
+        document = scored.document.document
+        raise NonFiniteError(
+            f"A token of {document.title!r} ({document.source}) has probability zero or NaN under the condition "
+            f"{scored.condition}; check the weights, and the precision they are loaded in."
         )
+    return scored
+
+
+def perplexity(nll: Any, tokens: Any, axis: int = -1) -> Any:
+    """exp of nats per token of all documents together: nll and tokens (..., D) → (...)."""
+    return np.exp(np.sum(nll, axis) / np.sum(tokens, axis))
+
+
+def change(nll: Any, reference: Any, tokens: Any, axis: int = -1) -> Any:
+    """Perplexity against that of the reference on the same tokens, in percent; below 0 is better."""
+    return 100 * (np.exp((np.sum(nll, axis) - np.sum(reference, axis)) / np.sum(tokens, axis)) - 1)
+
+
+def compare(nll: dict[str, Sequence[float]], tokens: Sequence[int], reference: str, seed: int = 0) -> Iterator[Row]:
+    """Perplexity of each condition, and its change against the reference, document by document.
+
+    Args:
+        nll: condition → nats of each document, (D,). tokens: (D,) scored tokens. reference: one of the conditions, or
+            of none of them: no comparison.
+    """
+    for name, of in nll.items():
+        yield Row(name, "perplexity", *bootstrap(perplexity, of, tokens, seed=seed), n=len(tokens))
+        if name != reference and reference in nll:
+            against = nll[reference]
+            found = bootstrap(change, of, against, tokens, seed=seed)
+            yield Row(name, f"against {reference}, %", *found, n=len(tokens))
+            better = sum(mine < other for mine, other in zip(of, against, strict=True))
+            yield Row(name, "documents better", better, n=len(tokens))
+
+
+def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
+    """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it.
+
+    Raises:
+        ConfigurationError: an option out of range, no other document. TextError: no token to score.
+        NonFiniteError: a token of probability zero or NaN.
+    """
+    options.check()
+    encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
+    others = encoded
+    if "other-document" in options.conditions:
+        others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
+    scores = list(score(model, encoded, options.conditions, options.batch_size, others))
+    by = {(scored.condition, scored.document.index): scored for scored in scores}
+    tokens = [document.tokens_scored for document in encoded]
+    nll = {name: [by[name, document.index].nll for document in encoded] for name in options.conditions}
+    rows = list(compare(nll, tokens, "off", options.seed))
+    n, nbytes = len(encoded), sum(document.utf8_bytes for document in encoded)
+    words = sum(document.words for document in encoded)
+    for name, of in nll.items():
+        mine = [by[name, document.index] for document in encoded]
+        nats = sum(of) / words if words else math.inf
+        rows += [
+            Row(name, "word perplexity", math.exp(nats) if nats < 700 else None, n=n),
+            Row(name, "bits/byte", sum(of) / math.log(2) / nbytes if nbytes else None, n=n),
+            Row(name, "window, bytes", max(scored.window_nbytes for scored in mine), n=n),
+            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in mine), n=n),
+            Row(name, "tokens/s", sum(len(d.input_ids) for d in encoded) / sum(scored.seconds for scored in mine), n=n),
+        ]
+    told = [
+        {"title": d.document.title, "source": d.document.source, "tokens": d.tokens_scored, "bytes": d.utf8_bytes}
+        | {"nll": {name: of[place] for name, of in nll.items()}}
+        for place, d in enumerate(encoded)
+    ]
+    return Result(rows, {"documents": told})
