@@ -1,67 +1,98 @@
-"""The whole evaluation under the original's command and options.
+"""The original's command: several evaluations of one model, one result file.
 
     python -m evaluation.comprehensive_eval --checkpoint DIR_OR_NAME --output results.json --device cpu --samples 20
 
-`--samples` limits the documents of every part. The parts' files lie in a folder named after the output, so a run that
-was interrupted goes on. Without `--text` the test set of WikiText-2 is read, from `--data-dir` or the hub.
+`--samples` limits the documents of every evaluation. Each leaves a file in a folder named after the output; a file that
+is there is not made again, so an interrupted run continues. Without `--text` the test set of WikiText-2 is read.
 """
 
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+from transformers import HfArgumentParser
 
-from hippoformer.cli.options import ModelOptions, TextOptions, check_output, comma_separated
-from hippoformer.cli.suite import run_all
-from hippoformer.errors import HippoFormerError
+from evaluation.registry import EVALUATIONS
+from hippoformer.cli.arguments import ModelArguments, TextArguments, check_output
+from hippoformer.errors import ConfigurationError, HippoFormerError
+from hippoformer.evaluation import FORMAT, Row, table
+from hippoformer.files import write_json
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# What is run by default, and with which options: they suit two CPU cores and WikiText-2's test set.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "perplexity": {"conditions": ["memory", "off", "window-only"], "by_position": True},
+    "salience": {"documents": 12, "limit_tokens": 4_096},
+    "dynamics": {"limit_tokens": 32_768},
+    "variants": {"documents": 12, "limit_tokens": 4_096},
+    "brain": {"documents": 12, "limit_tokens": 4_096},
+    "quality": {},
+    "recall": {"distances": [1_000, 4_000], "facts": 4, "streams": 2},
+}
 
 
-@app.command()
-def main(
-    checkpoint: Annotated[str, typer.Option(help="Saved HippoFormer folder, or base model: folder, hub name.")],
-    output: Annotated[Path, typer.Option(help="JSON file for all results.")] = Path("results.json"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    samples: Annotated[int | None, typer.Option(help="At most so many documents in each part; all.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Text file or folder; can be repeated.")] = None,
-    datasets: Annotated[str, typer.Option(help="Comma-separated data sets, where no text is named.")] = "wikitext-2",
-    data_dir: Annotated[Path, typer.Option(help="Where local copies of data sets lie.")] = Path("data"),
-    max_seq_length: Annotated[int | None, typer.Option(help="Read the first so many tokens of each document.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Documents read side by side.")] = 4,
-    parts: Annotated[str | None, typer.Option(help="Comma-separated; all of them.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
-) -> None:
-    """Perplexity, long range, salience, dynamics, ablations, brain-like behaviour, text quality and recall."""
-    from dataclasses import replace
+@dataclass
+class Arguments:
+    """The original's options."""
 
-    from hippoformer.evaluation.parts import PARTS, SuiteSettings, smaller
+    checkpoint: str = field(metadata={"help": "saved HippoFormer, or base model: folder, hub name, short name"})
+    output: Path = field(default=Path("results.json"), metadata={"help": "JSON file for all rows"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, mps"})
+    samples: int | None = field(default=None, metadata={"help": "at most N documents in each evaluation"})
+    text: list[Path] = field(default_factory=list, metadata={"help": "text files or folders"})
+    datasets: list[str] = field(default_factory=lambda: ["wikitext-2"], metadata={"help": "where no text is named"})
+    data_dir: Path = field(default=Path("data"), metadata={"help": "folder of local copies of data sets"})
+    max_seq_length: int | None = field(default=None, metadata={"help": "read the first N tokens of each document"})
+    parts: list[str] = field(default_factory=list, metadata={"help": f"some of {', '.join(DEFAULTS)}; all of them"})
 
+
+def options_of(name: str, module: Any, arguments: Arguments) -> Any:
+    """The options of an evaluation, within the limits of the arguments."""
+    options = dict(DEFAULTS.get(name, {}))
+    known = {of.name for of in dataclasses.fields(module.Options)}
+    limits = {"documents": arguments.samples, "prompts": arguments.samples, "limit_tokens": arguments.max_seq_length}
+    for option, limit in limits.items():
+        if limit is not None and option in known:
+            options[option] = min(limit, options.get(option) or limit)
+    return module.Options(**options)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0 on success, 2 on an error that was explained."""
+    parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)
+    (arguments,) = parser.parse_args_into_dataclasses(None if words is None else list(words))
     try:
-        check_output(output)
-        settings = SuiteSettings(limit_tokens=max_seq_length, batch_size=batch_size, seed=seed)
-        if max_seq_length is not None:
-            settings = replace(settings, part_tokens=min(max_seq_length, settings.part_tokens))
-        if samples is not None:
-            settings = smaller(settings, samples)
-        texts = TextOptions(text=text, dataset=None if text else comma_separated(datasets), data_dir=data_dir).read()
-        model, tokenizer = ModelOptions(checkpoint, device=_device(device)).load(seed=seed)
-        folder = output.with_suffix("")
-        chosen = list(PARTS) if parts is None else comma_separated(parts)
-        run_all(model, tokenizer, texts, texts, settings, folder, chosen, folder / "hidden_states", summary=output)
+        check_output(arguments.output)
+        names = arguments.parts or [name for name in DEFAULTS if name in EVALUATIONS]
+        if unknown := [name for name in names if name not in EVALUATIONS]:
+            raise ConfigurationError(f"parts {', '.join(unknown)}: choose among {', '.join(EVALUATIONS)}")
+        datasets = [] if arguments.text else arguments.datasets
+        documents = TextArguments(text=arguments.text, dataset=datasets, data_dir=arguments.data_dir).read()
+        device = None if arguments.device == "auto" else arguments.device
+        model, tokenizer = ModelArguments(model=arguments.checkpoint, device=device).load()
+        folder = arguments.output.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        found = {}
+        for name in names:
+            file, module = folder / f"{name}.json", importlib.import_module(EVALUATIONS[name])
+            if not file.is_file():
+                print(f"{name}: {file}", file=sys.stderr)
+                options = options_of(name, module, arguments)
+                result = module.run(model, tokenizer, documents, options)
+                write_json(file, result.record(name, model, options, documents))
+            found[name] = json.loads(file.read_text("utf-8"))
+            print(f"\n## {name}\n\n{table([Row(**row) for row in found[name]['rows']])}")
+        rows = [row for of in found.values() for row in of["rows"]]
+        write_json(arguments.output, {"format": FORMAT, "rows": rows, "evaluations": found})
     except HippoFormerError as error:
-        typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", bold=True, err=True)
-        raise typer.Exit(2) from error
-
-
-def _device(name: str) -> str | None:
-    if name != "auto":
-        return name
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return None if accelerator is None else accelerator.type
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

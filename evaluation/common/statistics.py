@@ -11,7 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from hippoformer.errors import ConfigurationError, InputError
-from hippoformer.evaluation import LEVEL, Row
+from hippoformer.evaluation import LEVEL, Row, share
+
+__all__ = ["TestResult", "corrected", "over_seeds", "paired_test", "share", "unpaired_test"]
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,6 @@ def corrected(results: Sequence[TestResult], method: str = "holm") -> list[TestR
         raise ConfigurationError(f"method={method!r}; choose one of bonferroni, holm, fdr")
     values = iter(np.minimum(1.0, adjusted).tolist())
     return [result if result.p is None else replace(result, corrected=next(values)) for result in results]
-
-
-def share(hits: Sequence[bool]) -> tuple[float, float, float]:
-    """Percent of cases that hit, and the ends of the interval by Wilson's formula (Wilson 1927)."""
-    interval = stats.binomtest(sum(hits), len(hits)).proportion_ci(LEVEL, "wilson")
-    return 100 * sum(hits) / len(hits), 100 * float(interval.low), 100 * float(interval.high)
 
 
 def over_seeds(values: ArrayLike) -> tuple[float, float | None, float | None]:

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 import hippoformer
-from evaluation.questions.asking import put
 from hippoformer.data.documents import Document
+from hippoformer.data.needles import KINDS, haystack
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.needles import KINDS, haystack
 from hippoformer.evaluation.perplexity import perplexity, reading
+from hippoformer.evaluation.recall import ask
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.loading import saved_hippocampus
@@ -70,18 +70,17 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
         raise ConfigurationError(f"{options}; expected either --reader or --quantise_bits, and positive numbers")
     reader = _reader(model, options)
     farthest = options.distance + options.continuation
-    texts, planted = zip(
+    texts, needles = zip(
         *(
-            haystack(tokenizer, documents, n, options.facts, KINDS, options.spacing, farthest, options.seed)
+            haystack(tokenizer, documents, n, options.facts, KINDS[:3], options.spacing, farthest, options.seed)
             for n in range(options.streams or len(documents))
         ),
         strict=True,
     )
     segment = model.config.segment_len
-    read = -(-(max(facts[-1].end for facts in planted) + options.distance) // segment) * segment
+    read = -(-(max(facts[-1].end for facts in needles) + options.distance) // segment) * segment
     ids = torch.tensor([text[: read + options.continuation] for text in texts], device=model.device)
     before, ahead = ids.split([read, options.continuation], dim=1)
-    needles = [[fact.needle for fact in facts] for facts in planted]
     found: dict[
         str, np.ndarray
     ] = {}  # condition -> (3, R): right answers, nats of all answers, nats of the continuation
@@ -124,11 +123,8 @@ def _asked(reader: Any, state: HippoCache, needles: Sequence[Any], ahead: torch.
     """(3, R): questions are put to copies of each row, then all rows read on."""
     answers = []
     for row, of in enumerate(needles):
-        copies = state.select_rows(torch.full((len(of),), row))
-        wanted = [needle.answer for needle in of]
-        said, nats = put(reader, copies, [needle.question for needle in of], wanted, max(map(len, wanted)))
-        right = sum(ids[: len(answer)] == answer for ids, answer in zip(said, wanted, strict=True))
-        answers.append((right, sum(nats)))
+        right, nats = zip(*ask(reader, state.select_rows(torch.full((len(of),), row)), of), strict=True)
+        answers.append((sum(right), sum(nats)))
     # The first token was predicted before the memories changed hands; `score` leaves it out.
     nll = -reader.score(ahead, past_key_values=state).double().sum(1)
     return np.array([*zip(*answers, strict=True), nll.tolist()])

@@ -60,13 +60,13 @@ def ask(
         answers = [token_ids(tokenizer, f" {questions[i].answers[0]}") for i in chosen]
         with reading(model):
             cache = read_texts(model, [texts[i] for i in chosen])
-            note("memory", chosen, *put(model, cache, prompts, answers, new_tokens))
+            note("memory", chosen, *_put(model, cache, prompts, answers, new_tokens))
             with model.memory_off():
-                note("off", chosen, *put(model, cache, prompts, answers, new_tokens))
+                note("off", chosen, *_put(model, cache, prompts, answers, new_tokens))
                 if reread_tokens:
                     cue = left_padded([token_ids(tokenizer, questions[i].question) for i in chosen], model.device)
                     again = reread(cache, *cue, n_tokens=reread_tokens)
-                    note("reread", chosen, *put(model, again, prompts, answers, new_tokens))
+                    note("reread", chosen, *_put(model, again, prompts, answers, new_tokens))
             for window in windows:
                 for i, prompt, answer in zip(chosen, prompts, answers, strict=True):
                     held = [*texts[i][: len(start)], *texts[i][len(start) :][-max(1, window - len(start)) :], *prompt]
@@ -91,7 +91,7 @@ def continued(model: Any, cache: Any, prompts: Sequence[Sequence[int]], new_toke
     return made[:, ids.shape[1] :].tolist()
 
 
-def put(
+def _put(
     model: Any, cache: Any, prompts: list[list[int]], answers: list[list[int]], new_tokens: int
 ) -> tuple[list[list[int]], list[float]]:
     """Replies and -log p of the answers, to copies of the state."""

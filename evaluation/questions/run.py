@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.generation.metrics import text_scores
-from evaluation.generation.run import compare, means
+from evaluation.quality.metrics import text_scores
+from evaluation.quality.run import compare, means
 from evaluation.questions.asking import ask
 from evaluation.questions.sources import named_questions, write_questions
 from hippoformer.data.documents import Document

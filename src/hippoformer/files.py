@@ -53,12 +53,12 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent:
         temporary.unlink(missing_ok=True)
 
 
-def provenance(documents: Iterable[Document] | None = None, command: str | None = None) -> dict[str, Any]:
+def provenance(documents: Iterable[Document] | None = None, command: str = "") -> dict[str, Any]:
     """Facts about this run, ready for JSON.
 
     Args:
         documents: the data; their sha256, number, size and sources are recorded.
-        command: the command that ran; the process's own command line where it is None.
+        command: the command that ran; the process's own command line where it is empty.
 
     Returns:
         date (UTC), command, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
@@ -67,7 +67,7 @@ def provenance(documents: Iterable[Document] | None = None, command: str | None 
     commit, dirty = _commit(Path(__file__).resolve().parents[2])
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
+        "command": command or _command(),
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
@@ -92,6 +92,14 @@ def _describe_data(documents: list[Document]) -> dict[str, Any]:
         # Records of one .jsonl file differ by their line number only; the file is named once.
         "sources": list(dict.fromkeys(re.sub(r":\d+$", "", document.source) for document in documents)),
     }
+
+
+def _command() -> str:
+    """The process's command line as a user would type it, without where Python and the program lie."""
+    program = sys.argv[0]
+    if module := getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", ""):
+        program = f"python -m {module.removesuffix('.__main__')}"
+    return " ".join([program if module else Path(program).name, shlex.join(sys.argv[1:])]).strip()
 
 
 def _version(package: str) -> str | None:

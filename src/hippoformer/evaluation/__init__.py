@@ -1,9 +1,6 @@
 """What a user measures on his own text: perplexity and recall, as rows with intervals.
 
-    result = perplexity.run(model, tokenizer, read_documents(["book.txt"]), perplexity.Options())
-    print(result.table())
-
-The research evaluations lie beside the package, in the folder `evaluation` of a checkout, and use the same rows.
+The research evaluations lie beside the package, in `evaluation/` of a checkout, and use the same rows.
 """
 
 import dataclasses
@@ -27,13 +24,9 @@ _BATCH_NUMBERS = 10_000_000  # numbers that one batch of resamples holds: 80 MB
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. The metric's name says its unit.
+    """One figure: its name says the unit; low and high are the ends of its 95 % interval; n documents or questions.
 
-    Attributes:
-        evaluation, model: filled in by `Result.record` where they are empty.
-        condition: the condition or variant that was measured. metric: what was measured.
-        value: the figure; None where it is undefined. low, high: ends of its 95 % interval; None without one.
-        n: documents, questions or other units behind it.
+    `Result.record` fills in an empty evaluation or model. A value is None where it is undefined.
     """
 
     evaluation: str = field(default="", kw_only=True)
@@ -48,42 +41,33 @@ class Row:
 
 @dataclass
 class Result:
-    """What an evaluation found.
-
-    Attributes:
-        rows: the figures. details: per document or per question, for figures and later analysis; plain JSON values.
-    """
+    """The rows of an evaluation, and details per document or question as plain JSON values."""
 
     rows: list[Row]
     details: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
-        """The rows as Markdown: a line per model and condition, a column per metric."""
+        """See `table`."""
         return table(self.rows)
 
     def record(
-        self,
-        evaluation: str,
-        model: Any,
-        options: Any,
-        documents: Sequence[Any] | None = None,
-        command: str | None = None,
+        self, evaluation: str, model: Any, options: Any, documents: Sequence[Any] | None = None, command: str = ""
     ) -> dict[str, Any]:
         """The content of a result file: rows, details, and where they came from.
 
         Args:
-            evaluation: its name. model: the HippoFormer that was measured, or None. options: a dataclass.
+            evaluation: its name. model: the HippoFormer that was measured. options: a dataclass.
             documents: the texts. command: as for `hippoformer.files.provenance`.
         """
-        name = "" if model is None else str(model.config.base_model_name)
-        rows = [
+        name = str(model.config.base_model_name)
+        filled = [
             dataclasses.replace(row, evaluation=row.evaluation or evaluation, model=row.model or name)
             for row in self.rows
         ]
         return {
             "format": FORMAT,
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "model": None if model is None else describe(model),
+            "rows": [dataclasses.asdict(row) for row in filled],
+            "model": describe(model),
             "settings": json.loads(json.dumps(dataclasses.asdict(options), default=str)),
             "provenance": provenance(documents, command),
             "details": self.details,
@@ -91,22 +75,23 @@ class Result:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table: a line per model and condition, a column per metric, intervals in brackets."""
-    tabulate = needed("tabulate")
+    """Rows as a Markdown table, intervals in brackets: conditions by metrics, or metrics by conditions where that has
+    fewer columns.
+    """
     several = len({row.model for row in rows}) > 1
-    metrics = list(dict.fromkeys(row.metric for row in rows))
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    cells: dict[tuple[str, str], str] = {}
     for row in rows:
-        cells.setdefault((row.model, row.condition) if several else (row.condition,), {})[row.metric] = _shown(row)
-    lines = [[*key, *(of.get(metric, "") for metric in metrics)] for key, of in cells.items()]
-    headings = [*(["model"] if several else []), "condition", *metrics]
-    return str(tabulate.tabulate(lines, headings, tablefmt="github", disable_numparse=True))
-
-
-def _shown(row: Row) -> str:
-    if row.value is None:
-        return "-"
-    return _number(row.value) + ("" if row.low is None else f" [{_number(row.low)}, {_number(row.high or 0)}]")
+        interval = "" if row.low is None or row.high is None else f" [{_number(row.low)}, {_number(row.high)}]"
+        condition = f"{row.model}, {row.condition}" if several else row.condition
+        cells[condition, row.metric] = "-" if row.value is None else _number(row.value) + interval
+    conditions, metrics = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
+    if len(metrics) > len(conditions):
+        headings = ["metric", *conditions]
+        lines = [[metric, *(cells.get((of, metric), "") for of in conditions)] for metric in metrics]
+    else:
+        headings = ["condition", *metrics]
+        lines = [[of, *(cells.get((of, metric), "") for metric in metrics)] for of in conditions]
+    return str(needed("tabulate").tabulate(lines, headings, tablefmt="github", disable_numparse=True))
 
 
 def _number(value: float) -> str:
@@ -116,14 +101,13 @@ def _number(value: float) -> str:
 def bootstrap(
     statistic: Callable[..., Any], *samples: ArrayLike, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float | None, float | None]:
-    """A statistic of whole documents with its percentile bootstrap interval (Efron 1979).
+    """A statistic with its percentile bootstrap interval over documents (Efron 1979).
 
-    Tokens of one document depend on each other, documents hardly do, so documents are resampled; several samples are
-    resampled together (paired).
+    Tokens of one document depend on each other, documents hardly do.
 
     Args:
         statistic: called with all samples and `axis`, over which it reduces.
-        samples: one figure a document each, (D,). seed, resamples: of the bootstrap.
+        samples: one figure a document each, (D,); resampled together (paired). seed, resamples: of the bootstrap.
 
     Returns:
         (value, low, high); no ends for a single document, which cannot be resampled.
@@ -139,27 +123,28 @@ def bootstrap(
     value, documents = float(statistic(*arrays, axis=-1)), len(arrays[0])
     if documents < 2:
         return value, None, None
-    interval = (
-        needed("scipy.stats")
-        .bootstrap(
-            arrays,
-            statistic,
-            paired=True,
-            vectorized=True,
-            method="percentile",
-            n_resamples=resamples,
-            confidence_level=LEVEL,
-            batch=max(1, min(resamples, _BATCH_NUMBERS // documents)),
-            rng=np.random.default_rng(seed),
-        )
-        .confidence_interval
+    found = needed("scipy.stats").bootstrap(
+        arrays,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        confidence_level=LEVEL,
+        batch=max(1, min(resamples, _BATCH_NUMBERS // documents)),
+        rng=np.random.default_rng(seed),
     )
-    return value, float(interval.low), float(interval.high)
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def share(hits: Sequence[bool]) -> tuple[float, float, float]:
+    """Percent of cases that hit, and the ends of the interval by Wilson's formula (Wilson 1927)."""
+    interval = needed("scipy.stats").binomtest(sum(hits), len(hits)).proportion_ci(LEVEL, "wilson")
+    return 100 * sum(hits) / len(hits), 100 * float(interval.low), 100 * float(interval.high)
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What a result file says of the model: its options, dtype and device."""
-    # A configuration may hold what JSON has no word for (a dtype, infinity): it is written by its name.
+    """What a result file says of the model; what JSON has no word for (a dtype, infinity) goes by its name."""
     config = json.loads(json.dumps(model.config.to_dict(), default=str), parse_constant=str)
     return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "config": config}
 
@@ -173,6 +158,4 @@ def needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackageError(
-            f"evaluation needs {module} ({error}): pip install 'hippoformer[evaluate]'"
-        ) from error
+        raise MissingPackageError(f"this needs {module} ({error}): pip install 'hippoformer[evaluate]'") from error

@@ -1,16 +1,15 @@
-"""Perplexity of a text that is read as a stream, with and without memory.
+"""Perplexity of texts that are read as streams, with and without memory.
 
-Every document is read in order from its first token, from an empty state. Each token after the first is scored once,
-and averages are over tokens, never over documents or batches. Words and bytes are those of the text that the scored tokens cover, so bits per byte stay right under a limit
-on the tokens. What `memory` gains over `window-only` is owed to the episodes, and to those of this document only if
-`other-document` does not gain it as well.
+Every document is read in order from an empty state. Each token after the first is scored once, and averages are over
+tokens, never over documents. Words and bytes are those of the text that the scored tokens cover. What `memory` gains
+over `window-only` is owed to episodes, and to those of this document if `other-document` does not gain it as well.
 
-Shapes: R rows (documents side by side), T tokens, padded on the right.
+Shapes: R rows (documents side by side), T tokens, D documents.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +27,13 @@ from hippoformer.text import start_tokens, token_spans
 
 @dataclass(frozen=True)
 class Condition:
-    """What memory a document is read with. Conditions that differ only in `log_prob` share one reading.
+    """What memory a document is read with.
 
     Attributes:
-        log_prob: field of `Step` with the log-probabilities. nbytes: field of the cache with the bytes of memory.
-        frozen: the memory is read only. other_document: as many tokens of other documents as the document has are read
-            first, and what was remembered of them stands behind an empty window.
+        log_prob: field of `Step` with the log-probabilities; conditions that differ only here share one reading.
+        nbytes: field of the cache with the bytes of memory. frozen: the memory is read only.
+        other_document: as many tokens of other documents as the document has are read first, and what was remembered
+            of them stands behind an empty window.
     """
 
     log_prob: str = "target_log_prob"
@@ -64,29 +64,24 @@ class Options:
     documents: int | None = field(default=None, metadata={"help": "score the first N documents"})
     seed: int = field(default=0, metadata={"help": "of the bootstrap over documents"})
 
-    def check(self) -> None:
-        """Raises ConfigurationError for an unknown or repeated condition, or a number out of range."""
-        if not self.conditions or not set(self.conditions) <= set(CONDITIONS):
-            raise ConfigurationError(f"conditions={self.conditions}; expected some of {', '.join(CONDITIONS)}")
-        if len(set(self.conditions)) < len(self.conditions):
-            raise ConfigurationError(f"conditions={self.conditions}; expected each of them once")
-        low = {"batch_size": 1, "limit_tokens": 2, "skip_tokens": 0, "documents": 1}
-        for name, least in low.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ConfigurationError(f"{name}={value}; expected at least {least}")
-        if self.limit_tokens is not None and self.skip_tokens >= self.limit_tokens:
+    def __post_init__(self) -> None:
+        if not self.conditions or len(set(self.conditions) & set(CONDITIONS)) < len(self.conditions):
             raise ConfigurationError(
-                f"skip_tokens={self.skip_tokens} leaves nothing to score of limit_tokens={self.limit_tokens}"
+                f"conditions={self.conditions}; expected some of {', '.join(CONDITIONS)}, each of them once"
+            )
+        limit = math.inf if self.limit_tokens is None else self.limit_tokens
+        few = self.documents is not None and self.documents < 1
+        if self.batch_size < 1 or few or not 0 <= self.skip_tokens < limit or limit < 2:
+            raise ConfigurationError(
+                f"batch_size={self.batch_size}, documents={self.documents}, limit_tokens={self.limit_tokens}, "
+                f"skip_tokens={self.skip_tokens}; expected positive numbers, and something left to score"
             )
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as the model reads it.
-
-    Attributes:
-        index: its place in the list. document: the document. input_ids: (T,) int64, cut at the limit.
-        first_scored: index of the first scored token. words, utf8_bytes: of the text that the scored tokens cover.
+    """A document as the model reads it: its place in the list, its token ids (T,), the first that is scored, and the
+    whitespace words and UTF-8 bytes of the text that the scored tokens cover.
     """
 
     index: int
@@ -103,9 +98,7 @@ class EncodedDocument:
 
 @dataclass(frozen=True)
 class Scored:
-    """One document under one condition: log_probs (T - 1,) float32 of tokens 1 … T - 1, bytes of state, and its share
-    of the seconds of the reading, which several conditions may share.
-    """
+    """A document under a condition: log p (T - 1,) of tokens 1 … T - 1, bytes of its state, its share of the time."""
 
     document: EncodedDocument
     condition: str
@@ -123,7 +116,7 @@ class Scored:
 def encode(
     tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
 ) -> EncodedDocument:
-    """Tokenises a document, with the start token in front where the tokenizer puts one there.
+    """Tokenises a document, with a start token where the tokenizer puts one.
 
     Raises:
         ConfigurationError: a tokenizer without offsets. TextError: see `hippoformer.text.encode`.
@@ -132,8 +125,7 @@ def encode(
     start = start_tokens(tokenizer)
     ids = [*start, *tokens][:limit_tokens]
     ends = [*(0 for _ in start), *(end for _, end in spans)]
-    first = max(1, skip_tokens)
-    text = ""
+    first, text = max(1, skip_tokens), ""
     if len(ids) > first:
         # A whole document is scored to its last character, also where the tokenizer drops trailing blanks.
         text = document.text[ends[first - 1] : ends[len(ids) - 1] if len(ids) < len(ends) else None]
@@ -149,17 +141,14 @@ def encode_all(
         TextError: none has. Others as `encode`.
     """
     encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(documents)]
-    if not (scored := [document for document in encoded if document.tokens_scored > 0]):
-        raise TextError(
-            f"none of {len(encoded)} documents has a token to score; expected more than {max(1, skip_tokens)} tokens. "
-            "Name a longer text, or skip fewer tokens."
-        )
-    return scored
+    if not (kept := [document for document in encoded if document.tokens_scored]):
+        raise TextError(f"none of {len(encoded)} documents has more than {max(1, skip_tokens)} tokens; name a longer")
+    return kept
 
 
 @contextmanager
 def reading(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of before comes back, also after an error."""
+    """Evaluation mode without gradients; the mode of before comes back."""
     training = model.training
     model.eval()
     try:
@@ -176,43 +165,42 @@ def score(
     batch_size: int = 4,
     others: Sequence[EncodedDocument] | None = None,
 ) -> Iterator[Scored]:
-    """Reads every document from an empty state under every condition.
+    """Reads every document from an empty state under every condition, those of similar length side by side.
 
     Args:
-        model: a HippoFormer. documents: each with a token to score. conditions: names from `CONDITIONS`.
-        batch_size: documents of similar length side by side, the longest first.
-        others: what `other-document` reads first: the documents after the scored one, then those before it.
-
-    Yields:
-        A score per condition and document.
+        model: a HippoFormer. documents: each with a token to score. conditions: of `CONDITIONS`.
+        others: what `other-document` reads first: of these the documents after the scored one, then those before it.
 
     Raises:
-        ConfigurationError: `other-document` without another document.
-        NonFiniteError: a scored token has probability zero or NaN; the message names the document.
+        ConfigurationError: no other document. NonFiniteError: a scored token has probability zero or NaN.
     """
     readings: dict[tuple[bool, bool], list[str]] = {}
     for name in conditions:
         readings.setdefault((CONDITIONS[name].frozen, CONDITIONS[name].other_document), []).append(name)
     ordered = sorted(documents, key=lambda document: (-len(document.input_ids), document.index))
-    for first in range(0, len(ordered), batch_size):
-        batch = ordered[first : first + batch_size]
+    for batch in (ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)):
         for (frozen, elsewhere), names in readings.items():
             with reading(model):
                 cache = model.new_cache(len(batch))
                 if elsewhere:
                     other = model.new_cache(len(batch))
-                    _read(model, [_other_row(document, others or documents) for document in batch], other, [])
+                    _read(model, [_other_tokens(document, others or documents) for document in batch], other, [])
                     cache.adopt_memory(other)
-                if frozen:
-                    cache.freeze_memory()
+                cache.freeze_memory(frozen)
                 began = time.perf_counter()
                 found = _read(model, [document.input_ids for document in batch], cache, names)
                 seconds = (time.perf_counter() - began) / len(batch)
             for name, log_probs in found.items():
                 kept = CONDITIONS[name].nbytes
-                nbytes = cache.window_nbytes // len(batch), getattr(cache, kept) // len(batch) if kept else 0
+                sizes = cache.window_nbytes // len(batch), getattr(cache, kept) // len(batch) if kept else 0
                 for document, row in zip(batch, log_probs, strict=True):
-                    yield _checked(Scored(document, name, row[: len(document.input_ids) - 1], *nbytes, seconds))
+                    scored = Scored(document, name, row[: len(document.input_ids) - 1], *sizes, seconds)
+                    if not math.isfinite(scored.nll):
+                        raise NonFiniteError(
+                            f"a token of {document.document.title!r} ({document.document.source}) has probability zero "
+                            f"or NaN under {name}; check the weights, and the precision they are loaded in"
+                        )
+                    yield scored
 
 
 def _read(model: Any, rows: Sequence[Tensor], cache: Any, conditions: Sequence[str]) -> dict[str, Tensor]:
@@ -226,86 +214,82 @@ def _read(model: Any, rows: Sequence[Tensor], cache: Any, conditions: Sequence[s
     return {name: log_probs[:, 1:].cpu() for name, log_probs in found.items()}
 
 
-def _other_row(document: EncodedDocument, pool: Sequence[EncodedDocument]) -> Tensor:
-    """As many tokens of other documents as the document has."""
-    others = [other for other in pool if other.index > document.index]
-    others += [other for other in pool if other.index < document.index]
-    if not others:
-        raise ConfigurationError(
-            "other-document needs a document beside the scored one; name a second text, or leave this condition out"
-        )
-    return torch.cat([other.input_ids for other in others])[: len(document.input_ids)]
-
-
-def _checked(scored: Scored) -> Scored:
-    if not math.isfinite(scored.nll):
-        document = scored.document.document
-        raise NonFiniteError(
-            f"A token of {document.title!r} ({document.source}) has probability zero or NaN under the condition "
-            f"{scored.condition}; check the weights, and the precision they are loaded in."
-        )
-    return scored
+def _other_tokens(document: EncodedDocument, pool: Sequence[EncodedDocument]) -> Tensor:
+    """As many tokens of other documents as the document has, or all that there are."""
+    after = [other.input_ids for other in pool if other.index > document.index]
+    before = [other.input_ids for other in pool if other.index < document.index]
+    if not after + before:
+        raise ConfigurationError("other-document needs a second document: name another text, or leave it out")
+    return torch.cat(after + before)[: len(document.input_ids)]
 
 
 def perplexity(nll: Any, tokens: Any, axis: int = -1) -> Any:
-    """exp of nats per token of all documents together: nll and tokens (..., D) → (...)."""
-    return np.exp(np.sum(nll, axis) / np.sum(tokens, axis))
+    """exp of nats per token over all documents together; nll and tokens are (D,)."""
+    return np.exp(nll.sum(axis) / tokens.sum(axis))
 
 
 def change(nll: Any, reference: Any, tokens: Any, axis: int = -1) -> Any:
-    """Perplexity against that of the reference on the same tokens, in percent; below 0 is better."""
-    return 100 * (np.exp((np.sum(nll, axis) - np.sum(reference, axis)) / np.sum(tokens, axis)) - 1)
+    """By how many percent the perplexity differs from that of the reference on the same tokens; below 0 is better."""
+    return 100 * np.expm1((nll.sum(axis) - reference.sum(axis)) / tokens.sum(axis))
 
 
-def compare(nll: dict[str, Sequence[float]], tokens: Sequence[int], reference: str, seed: int = 0) -> Iterator[Row]:
-    """Perplexity of each condition, and its change against the reference, document by document.
+def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference: str, seed: int = 0) -> Iterator[Row]:
+    """Perplexity of each condition, and where the reference is among them the change against it.
 
     Args:
-        nll: condition → nats of each document, (D,). tokens: (D,) scored tokens. reference: one of the conditions, or
-            of none of them: no comparison.
+        nll: condition → nats of each document, (D,). tokens: (D,) scored. seed: of the bootstrap.
     """
-    for name, of in nll.items():
-        yield Row(name, "perplexity", *bootstrap(perplexity, of, tokens, seed=seed), n=len(tokens))
-        if name != reference and reference in nll:
-            against = nll[reference]
-            found = bootstrap(change, of, against, tokens, seed=seed)
+    for name, own in nll.items():
+        yield Row(name, "perplexity", *bootstrap(perplexity, own, tokens, seed=seed), n=len(tokens))
+        if name != reference and (against := nll.get(reference)):
+            found = bootstrap(change, own, against, tokens, seed=seed)
             yield Row(name, f"against {reference}, %", *found, n=len(tokens))
-            better = sum(mine < other for mine, other in zip(of, against, strict=True))
-            yield Row(name, "documents better", better, n=len(tokens))
+            better = sum(mine < other for mine, other in zip(own, against, strict=True))
+            yield Row(name, f"better than {reference}, documents", better, n=len(tokens))
 
 
 def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
     """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it.
 
     Raises:
-        ConfigurationError: an option out of range, no other document. TextError: no token to score.
-        NonFiniteError: a token of probability zero or NaN.
+        TextError: no token to score. Others as `score`.
     """
-    options.check()
+    encoded, others = encode_for(tokenizer, documents, options)
+    scores = score(model, encoded, options.conditions, options.batch_size, others)
+    return summarise(encoded, {(scored.condition, scored.document.index): scored for scored in scores}, options)
+
+
+def encode_for(
+    tokenizer: Any, documents: Sequence[Document], options: Options
+) -> tuple[list[EncodedDocument], list[EncodedDocument] | None]:
+    """What is scored, and what `other-document` reads first."""
     encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
-    others = encoded
-    if "other-document" in options.conditions:
-        others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
-    scores = list(score(model, encoded, options.conditions, options.batch_size, others))
-    by = {(scored.condition, scored.document.index): scored for scored in scores}
-    tokens = [document.tokens_scored for document in encoded]
-    nll = {name: [by[name, document.index].nll for document in encoded] for name in options.conditions}
+    if "other-document" not in options.conditions:
+        return encoded, None
+    return encoded, [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
+
+
+def summarise(encoded: Sequence[EncodedDocument], scores: Mapping[tuple[str, int], Scored], options: Options) -> Result:
+    """The rows of `run`, of scores by condition and document."""
+    found = {name: [scores[name, document.index] for document in encoded] for name in options.conditions}
+    nll = {name: [scored.nll for scored in of] for name, of in found.items()}
+    n, tokens = len(encoded), [document.tokens_scored for document in encoded]
+    words, nbytes = (sum(getattr(document, unit) for document in encoded) for unit in ("words", "utf8_bytes"))
     rows = list(compare(nll, tokens, "off", options.seed))
-    n, nbytes = len(encoded), sum(document.utf8_bytes for document in encoded)
-    words = sum(document.words for document in encoded)
-    for name, of in nll.items():
-        mine = [by[name, document.index] for document in encoded]
-        nats = sum(of) / words if words else math.inf
+    for name, of in found.items():
+        nats = sum(nll[name])
+        a_word = nats / words if words else math.inf
+        read, seconds = sum(len(document.input_ids) for document in encoded), sum(scored.seconds for scored in of)
         rows += [
-            Row(name, "word perplexity", math.exp(nats) if nats < 700 else None, n=n),
-            Row(name, "bits/byte", sum(of) / math.log(2) / nbytes if nbytes else None, n=n),
-            Row(name, "window, bytes", max(scored.window_nbytes for scored in mine), n=n),
-            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in mine), n=n),
-            Row(name, "tokens/s", sum(len(d.input_ids) for d in encoded) / sum(scored.seconds for scored in mine), n=n),
+            Row(name, "word perplexity", math.exp(a_word) if a_word < 700 else None, n=n),
+            Row(name, "bits/byte", nats / math.log(2) / nbytes if nbytes else None, n=n),
+            Row(name, "window, bytes", max(scored.window_nbytes for scored in of), n=n),
+            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of), n=n),
+            Row(name, "tokens/s", read / seconds, n=n),
         ]
     told = [
-        {"title": d.document.title, "source": d.document.source, "tokens": d.tokens_scored, "bytes": d.utf8_bytes}
-        | {"nll": {name: of[place] for name, of in nll.items()}}
-        for place, d in enumerate(encoded)
+        {"title": d.document.title, "tokens": d.tokens_scored, "words": d.words, "bytes": d.utf8_bytes}
+        | {"nll": {name: of[i] for name, of in nll.items()}}
+        for i, d in enumerate(encoded)
     ]
     return Result(rows, {"documents": told})

@@ -1,168 +1,170 @@
-"""Exact recall: facts planted in long text, asked for thousands of tokens later.
+"""Exact recall: facts hidden in long streams, asked for thousands of tokens later.
 
-Each haystack is one stream: a document, continued by the next ones where it is too short. Facts are planted one after
-another from its beginning on, close together or all along the way (`spacing`), and each is asked for once it lies so
-many tokens back, for every distance in turn (see `examination`).
+Each stream is a document, continued by the next ones. A question is put to a copy of the state once its fact lies a
+distance back, for every distance in turn; the greedily decoded answer counts if every token is right. Conditions:
+`memory`; `off`, the same state with the memory off; `reread`, the base alone after reading N retrieved tokens again.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+import torch
 
-from hippoformer.data import Document
+from hippoformer.data.documents import Document
+from hippoformer.data.needles import KINDS, PIECE, Needle, haystack
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation.examination import Asked, ask, plan
-from hippoformer.evaluation.needles import ALL_KINDS, KINDS
-from hippoformer.evaluation.provenance import provenance
-from hippoformer.evaluation.report import Report, with_range
-from hippoformer.evaluation.scoring import describe, reading
-from hippoformer.evaluation.statistics import LEVEL, share
+from hippoformer.evaluation import Result, Row, share
+from hippoformer.evaluation.perplexity import reading
+from hippoformer.model.rereading import left_padded, reread
 
-SPACING = 384  # tokens of the document before the first fact and between two facts
+
+@dataclass
+class Options:
+    """What is hidden, and when it is asked for."""
+
+    distances: list[int] = field(
+        default_factory=lambda: [2_000, 8_000, 32_000], metadata={"help": "tokens from a fact to its question"}
+    )
+    facts: int = field(default=9, metadata={"help": "facts of each kind in each stream"})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS[:3]), metadata={"help": f"some of {', '.join(KINDS)}"})
+    streams: int | None = field(default=None, metadata={"help": "read side by side; as many as documents"})
+    spacing: int = field(default=384, metadata={"help": "tokens of text before each fact"})
+    reread_tokens: int = field(
+        default=0, metadata={"help": "also answer after re-reading N retrieved tokens (0 = off)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the facts"})
+
+    def __post_init__(self) -> None:
+        numbers = [self.facts, self.spacing, *self.distances, 1 if self.streams is None else self.streams]
+        if (
+            not self.kinds
+            or not self.distances
+            or {*self.kinds} - {*KINDS}
+            or min(*numbers, self.reread_tokens + 1) < 1
+        ):
+            raise ConfigurationError(f"{self}; expected kinds among {', '.join(KINDS)} and positive numbers")
 
 
 @dataclass(frozen=True)
-class RecallReport(Report):
-    """All questions, and where the numbers came from.
-
-    Attributes:
-        model: what was measured. settings: options. asked: every question.
-        state_nbytes: bytes of a row's state at the end of each stream.
+class Answer:
+    """One answer: to which question, whether every token was right, -log p of the right answer in nats, and how many of
+    its tokens are still remembered.
     """
 
-    FORMAT: ClassVar[str] = "hippoformer.recall/1"
+    row: int
+    kind: str
+    position: int
+    asked_distance: int
+    distance: int
+    condition: str
+    right: bool
+    nats: float
+    kept: int
+    answer_tokens: int
 
-    model: dict[str, Any]
-    settings: dict[str, Any]
-    asked: tuple[Asked, ...]
-    state_nbytes: int
-    provenance: dict[str, Any]
 
-    def cells(self) -> list[dict[str, Any]]:
-        """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept."""
-        return cells(self.asked)
+@torch.no_grad()
+def ask(model: Any, cache: Any, needles: Sequence[Needle]) -> list[tuple[bool, float]]:
+    """Of each row of the state, whether its question is answered rightly, and -log p of the right answer (nats)."""
+    together, mask = left_padded([[*needle.question, *needle.answer] for needle in needles], model.device)
+    log_probs = model.score(together, attention_mask=mask, past_key_values=cache.copy())
+    token, mask = left_padded([needle.question for needle in needles], model.device)
+    said = []
+    for _ in range(max(len(needle.answer) for needle in needles)):
+        token = model(token, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        mask = torch.ones_like(token)
+        said.append(token)
+    return [
+        (row[: len(needle.answer)] == needle.answer, -float(log_prob[-len(needle.answer) :].double().sum()))
+        for row, needle, log_prob in zip(torch.cat(said, 1).tolist(), needles, log_probs, strict=True)
+    ]
 
-    def content(self) -> dict[str, Any]:
-        """With the cells."""
-        return super().content() | {"cells": self.cells()}
 
-    def to_table(self) -> Table:
-        """One line a cell, for a terminal."""
-        caption = (
-            f"exact answers, greedy; [{LEVEL:.0%} Wilson intervals]; {self.state_nbytes / 1e6:.1f} MB of state a row"
-        )
-        table = Table(title=Text(f"Recall of {self.model['base_model_name']}"), caption=Text(caption))
-        table.add_column("fact")
-        reread = ["right, reread"] if self.settings["reread_tokens"] else []
-        for heading in (
-            "tokens ago",
-            "cases",
-            "right",
-            "right, memory off",
-            "answer kept",
-            "nats",
-            "nats off",
-            *reread,
-        ):
-            table.add_column(heading, justify="right")
-        for cell in self.cells():
-            again = [cell[f"{name}_reread"] for name in ("right", "low", "high")] if reread else []
-            table.add_row(
-                cell["kind"],
-                f"{cell['distance']:,}",
-                str(cell["cases"]),
-                Text(f"{cell['right']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}]"),
-                f"{cell['right_off']:.0%}",
-                f"{cell['kept']:.0%}",
-                f"{cell['nats']:.2f}",
-                f"{cell['nats_off']:.2f}",
-                *([Text(with_range("{:.0%}", *again))] if again else []),
+def answers(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> list[Answer]:
+    """Reads the streams and asks every question.
+
+    Raises:
+        TextError: no text.
+    """
+    streams, hidden = zip(
+        *(
+            haystack(
+                *(tokenizer, documents, row, options.facts, options.kinds, options.spacing),
+                *(max(options.distances), options.seed),
             )
-        return table
-
-
-def cells(asked: Sequence[Asked]) -> list[dict[str, Any]]:
-    """Per kind and distance: cases, share right with and without memory, its interval, answer tokens kept; and what was
-    right after rereading, where that was asked.
-    """
-    found: list[dict[str, Any]] = []
-    for kind, distance in sorted(
-        {(a.kind, a.asked_distance) for a in asked}, key=lambda c: (ALL_KINDS.index(c[0]), c[1])
-    ):
-        cases = [a for a in asked if (a.kind, a.asked_distance) == (kind, distance)]
-        right, low, high = share([a.right for a in cases])
-        found.append(
-            {
-                "kind": kind,
-                "distance": distance,
-                "cases": len(cases),
-                "right": right,
-                "low": low,
-                "high": high,
-                "right_off": sum(a.right_off for a in cases) / len(cases),
-                "kept": sum(a.kept for a in cases) / sum(a.answer_tokens for a in cases),
-                "nats": sum(a.nats for a in cases) / len(cases),
-                "nats_off": sum(a.nats_off for a in cases) / len(cases),
-            }
-        )
-        again = [(a.right_reread, a.nats_reread) for a in cases if a.right_reread is not None]
-        if again:
-            right, low, high = share([bool(one) for one, _ in again])
-            nats = sum(value for _, value in again if value is not None) / len(again)
-            found[-1] |= {"right_reread": right, "low_reread": low, "high_reread": high, "nats_reread": nats}
+            for row in range(options.streams or max(1, len(documents)))
+        ),
+        strict=True,
+    )
+    length = min(map(len, streams))
+    due = [
+        (needle.end + distance, distance, needle) for row in hidden for needle in row for distance in options.distances
+    ]
+    due.sort(key=lambda question: question[:2])
+    cache, read, found = model.new_cache(len(streams)), 0, list[Answer]()
+    with reading(model):
+        for piece in torch.tensor([ids[:length] for ids in streams], device=model.device).split(PIECE, dim=1):
+            model.score(piece, past_key_values=cache)
+            before, read = read, read + piece.shape[1]
+            if ready := [(distance, needle) for when, distance, needle in due if before < when <= read]:
+                found += _answers(model, cache, ready, read, options.reread_tokens)
     return found
 
 
-def evaluate_recall(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    distances: Sequence[int] = (2_000, 8_000, 32_000),
-    facts: int = 9,
-    kinds: Sequence[str] = KINDS,
-    haystacks: int | None = None,
-    spacing: int = SPACING,
-    reread_tokens: int = 0,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    command: str | None = None,
-) -> RecallReport:
-    """Plants facts in long streams and asks for them later.
+def _answers(
+    model: Any, cache: Any, ready: Sequence[tuple[int, Needle]], read: int, reread_tokens: int
+) -> list[Answer]:
+    needles = [needle for _, needle in ready]
+    rows = torch.tensor([needle.row for needle in needles])
+    found = {"memory": ask(model, cache.select_rows(rows), needles)}
+    with model.memory_off():
+        found["off"] = ask(model, cache.select_rows(rows), needles)
+        if reread_tokens:
+            cues = left_padded([needle.question for needle in needles], model.device)
+            found["reread"] = ask(model, reread(cache.select_rows(rows), *cues, n_tokens=reread_tokens), needles)
+    remembered = {row: {episode.position for episode in cache.episodes(row)} for row in {*rows.tolist()}}
+    return [
+        Answer(
+            row=needle.row,
+            kind=needle.kind,
+            position=needle.answer_positions.start,
+            asked_distance=distance,
+            distance=read - needle.end,
+            condition=condition,
+            right=right,
+            nats=nats,
+            kept=len(remembered[needle.row] & {*needle.answer_positions}),
+            answer_tokens=len(needle.answer),
+        )
+        for condition, of in found.items()
+        for (distance, needle), (right, nats) in zip(ready, of, strict=True)
+    ]
 
-    Args:
-        model: a HippoFormer. tokenizer: its tokenizer.
-        documents: haystack i begins with document i and goes on with those after it, round and round.
-        distances: tokens between the end of a fact and its question; met within 512 tokens.
-        facts: of each kind in each haystack. kinds: some of `needles.ALL_KINDS`.
-        haystacks: streams, read side by side; as many as documents where it is None.
-        spacing: tokens of the document before the first fact and between two facts.
-        reread_tokens: of what is remembered of a question, read again before it is asked once more; 0: it is not.
-        seed: of the facts.
-        progress: called with (tokens read, tokens in all).
-        command: recorded in the report.
+
+def rows(found: Sequence[Answer]) -> list[Row]:
+    """Per condition, kind and distance: exact answers with Wilson's interval, nats, and answer tokens still stored."""
+    cells: dict[tuple[str, str, int], list[Answer]] = {}
+    for answer in sorted(found, key=lambda answer: (KINDS.index(answer.kind), answer.asked_distance)):
+        cells.setdefault((answer.condition, answer.kind, answer.asked_distance), []).append(answer)
+    made = []
+    for (condition, kind, distance), of in cells.items():
+        name, n = f"{kind}, {distance:,} tokens ago", len(of)
+        made += [
+            Row(condition, f"{name}: right, %", *share([answer.right for answer in of]), n),
+            Row(condition, f"{name}: nats", sum(answer.nats for answer in of) / n, n=n),
+        ]
+        if condition == "memory":
+            kept = sum(answer.kept for answer in of) / sum(answer.answer_tokens for answer in of)
+            made.append(Row(condition, f"{name}: answer stored, %", 100 * kept, n=n))
+    return made
+
+
+def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
+    """Exact answers per kind and distance, with memory and without.
 
     Raises:
-        ConfigurationError: an unknown kind or a number out of range. TextError: no text.
+        TextError: no text.
     """
-    if reread_tokens < 0:
-        raise ConfigurationError(f"reread_tokens={reread_tokens}; expected 0 for none, or how many")
-    examination = plan(tokenizer, documents, distances, facts, kinds, haystacks, spacing, seed)
-    asked: list[Asked] = []
-    cache = model.new_cache(examination.rows)
-    with reading(model):
-        for piece, read, ready in examination.pieces(model.device):
-            model.score(piece, past_key_values=cache)
-            if ready:
-                asked += ask(model, cache, ready, read, reread_tokens=reread_tokens)
-            if progress is not None:
-                progress(read * examination.rows, examination.ids.numel())
-    return RecallReport(
-        model=describe(model),
-        settings=examination.settings | {"reread_tokens": reread_tokens},
-        asked=tuple(asked),
-        state_nbytes=cache.nbytes // examination.rows,
-        provenance=provenance(seed=seed, documents=list(documents), command=command),
-    )
+    found = answers(model, tokenizer, documents, options)
+    return Result(rows(found), {"answers": [asdict(answer) for answer in found]})

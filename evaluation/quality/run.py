@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.common.statistics import corrected, paired_test
-from evaluation.generation.metrics import CORPUS_METRICS, TEXT_METRICS, corpus_bleu, text_scores
+from evaluation.quality.metrics import CORPUS_METRICS, TEXT_METRICS, corpus_bleu, text_scores
 from evaluation.questions.asking import continued, read_texts
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, TextError
