@@ -6,16 +6,12 @@ file a group of commands; importing it registers them.
 
 from hippoformer.cli import (
     ask,
-    babilong,
     chat,
     comparison,
-    drift,
     evaluate,
     harness,
     mechanisms,
     memory,
-    original,
-    report,
     run,
     suite,
 )
@@ -24,17 +20,13 @@ from hippoformer.cli.app import app
 __all__ = [
     "app",
     "ask",
-    "babilong",
     "chat",
     "comparison",
-    "drift",
     "evaluate",
     "harness",
     "main",
     "mechanisms",
     "memory",
-    "original",
-    "report",
     "run",
     "suite",
 ]
