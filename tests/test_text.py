@@ -7,10 +7,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from evaluation.trace.run import token_texts
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.evaluation.scoring import encode as encode_document
-from evaluation.trace.run import token_texts
 from hippoformer.text import encode, start_tokens, token_ids, token_spans
 from hippoformer.train import _encode as encode_for_training
 from tiny_texts import SlowTokenizer, byte_tokenizer, metaspace_tokenizer
