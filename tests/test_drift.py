@@ -10,9 +10,9 @@ import hippoformer
 from evaluation.__main__ import main
 from evaluation.drift import run as drift
 from hippoformer import HippoFormer
-from hippoformer.errors import CheckpointError, ConfigurationError
+from hippoformer.errors import ConfigurationError
 from hippoformer.evaluation import Result
-from tiny import fresh, tiny_base
+from tiny import tiny_base
 from tiny_texts import documents, tiny_load
 
 FAST: dict[str, Any] = {"facts": 1, "spacing": 40, "distance": 100, "continuation": 64}
@@ -82,16 +82,6 @@ def test_rounded_weights_are_few_values_a_group_and_leave_the_head() -> None:
         drift.round_weights(base, 9)
 
 
-def test_a_hippocampus_over_another_base() -> None:
-    model, base = fresh(model_seed=0), tiny_base(seed=3)
-    other = drift.over_another_base(model, base)
-    assert other.base is base
-    for name, tensor in model.hippocampus.state_dict().items():
-        assert torch.equal(other.hippocampus.state_dict()[name], tensor)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        drift.over_another_base(model, tiny_load()[0].base)
-
-
 def test_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,8 +90,9 @@ def test_from_the_command_line(
     tiny_load()[0].base.save_pretrained(tmp_path / "base")
     words = ["drift", "--model", "any", "--text", str(tmp_path / "text.txt")]
     words += [f"--{name}={value}" for name, value in FAST.items()]
+    tiny_base().save_pretrained(tmp_path / "wider")
     for reader in (["--quantise_bits", "2"], ["--reader", str(tmp_path / "base")]):
         assert main([*words, *reader]) == 0
         assert "as written" in capsys.readouterr().out
-    for wrong in ([], ["--quantise_bits", "2", "--reader", "base"]):
+    for wrong in ([], ["--quantise_bits", "2", "--reader", "base"], ["--reader", str(tmp_path / "wider")]):
         assert main([*words, *wrong]) == 2

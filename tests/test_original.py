@@ -20,7 +20,7 @@ from tiny_texts import tiny_load
 # peft's own wrapper, with which the original made its files, asks transformers for an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-M, A, K = 24, 6, 3
+M = 24
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "v_proj"])
 SMALL: dict[str, Any] = {"window": 12, "segment_len": 6, "marginal_weight": 0.0}
 
@@ -28,23 +28,17 @@ SMALL: dict[str, Any] = {"window": 12, "segment_len": 6, "marginal_weight": 0.0}
 def modules(d: int) -> dict[str, Tensor]:
     """The tensors around the base."""
 
-    def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
-        return {f"{name}.weight": torch.randn(out, into), f"{name}.bias": torch.randn(out)}
-
-    gate = {"threshold": torch.tensor(0.1), "pathway_weight": torch.tensor(0.2)}
-    gate |= {"importance_lo": torch.tensor(2.5), "importance_hi": torch.tensor(4.0)}
-    gate |= linear("local_gate.0", d // 2, d) | linear("local_gate.3", d // 4, d // 2)
-    gate |= linear("local_gate.5", 1, d // 4) | linear("global_proj", 1, d)
-    gate |= linear("global_query", d, d) | linear("global_key", d, d) | linear("global_value", d, d)
-    gate |= {"temporal_smooth.weight": torch.randn(1, 1, K), "temporal_smooth.bias": torch.randn(1)}
-    memory = {"keys": torch.randn(M, d), "values": torch.randn(M, d), "priorities": torch.ones(M)}
-    memory |= {"ages": torch.zeros(M), "valid_mask": torch.ones(M, dtype=torch.bool)}
-    memory |= {"write_ptr": torch.tensor(3), "total_writes": torch.tensor(99)} | linear("key_proj", d, d)
-    drift = {"affine_A": torch.eye(d), "affine_b": torch.zeros(d), "anchors": torch.randn(A, d)}
-    fusion = {"cross_attn.in_proj_weight": torch.randn(3 * d, d), "norm.weight": torch.ones(d)}
-    fusion |= {"norm.bias": torch.zeros(d)} | linear("gate.0", d, 2 * d) | linear("gate.2", 1, d)
-    parts = {"salience_gate": gate, "memory_consolidator": memory, "drift_calibrator": drift, "output_fusion": fusion}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    gate = {"threshold": (), "importance_lo": (), "importance_hi": (), "global_query.weight": (d, d)}
+    memory = {"keys": (M, d), "values": (M, d), "priorities": (M,), "total_writes": ()}
+    fusion = {"gate.0.bias": (d,), "norm.bias": (d,), "cross_attn.in_proj_weight": (3 * d, d)}
+    parts = {
+        "salience_gate": gate,
+        "memory_consolidator": memory,
+        "drift_calibrator": {"affine_A": (d, d), "anchors": (6, d)},
+        "output_fusion": fusion,
+    }
+    made = {f"{part}.{name}": torch.randn(shape) for part, of in parts.items() for name, shape in of.items()}
+    return made | {f"salience_gate.importance_{end}": torch.tensor(of) for end, of in (("lo", 2.5), ("hi", 4.0))}
 
 
 def original_state(base: PreTrainedModel, lora: bool = False, d: int = 32) -> dict[str, Tensor]:
@@ -83,7 +77,7 @@ def test_a_checkpoint_with_lora(file: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=0.0, atol=1e-4)
     assert model.config.buffer_size == M and model.config.importance_weight_range == [2.5, 4.0]
     assert any("rank 5 on q_proj, v_proj; alpha 7" in line for line in lines)
-    assert any(line.startswith("memory_consolidator.*: 9 tensors not imported") for line in lines)
+    assert any(line.startswith("memory_consolidator.*: 4 tensors not imported") for line in lines)
     model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "base").exists()
     again = HippoFormer.from_pretrained(tmp_path / "out", base_model=tiny_base())
@@ -114,13 +108,6 @@ def test_a_trained_base_comes_along(file: Path, tmp_path: Path) -> None:
     assert "stored" in lines[0]
     model.save_pretrained(tmp_path / "out")
     torch.testing.assert_close(HippoFormer.from_pretrained(tmp_path / "out")(ids).logits, expected, rtol=0, atol=1e-5)
-
-
-def test_the_fresh_hippocampus_goes_by_the_seed(file: Path) -> None:
-    original = read_original(write(file, original_state(tiny_base())))
-    made = [import_original(original, tiny_base(), "tiny", seed=seed, **SMALL)[0] for seed in (0, 0, 1)]
-    one, two, other = (model.hippocampus.recall.key_proj.weight for model in made)
-    assert torch.equal(one, two) and not torch.equal(one, other)
 
 
 # ---------------------------------------------------------------- refusals

@@ -12,7 +12,7 @@ import hippoformer
 from evaluation.__main__ import main
 from evaluation.salience import run as salience
 from hippoformer.errors import TextError
-from hippoformer.training.credit import measure_credit, measure_credit_by_halves
+from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import HiddenStateCache
 from tiny_texts import documents, tiny_load
 
@@ -65,30 +65,3 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     words = ["salience", "--model", "tiny", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "o.json")]
     assert main(words) == 0
     assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["evaluation"] == "salience"
-
-
-def test_halves_of_credit_that_agree_set_no_limit_and_halves_that_do_not_forbid_everything() -> None:
-    draws = np.random.default_rng(0)
-    worth, chance = draws.normal(size=100_000), draws.normal(size=(2, 100_000))
-    assert salience.ceiling(np.stack([worth, worth])) == pytest.approx([1.0])
-    # Of each half's variance a third is worth: reliability of their sum 1/2, and no more than that can be predicted.
-    measured = worth + np.sqrt(2.0) * chance
-    (most,) = salience.ceiling(measured)
-    assert (
-        most
-        == pytest.approx(np.sqrt(0.5), abs=0.01)
-        == pytest.approx(np.corrcoef(worth, measured.sum(0))[0, 1], abs=0.01)
-    )
-    assert salience.ceiling(np.stack([worth, -worth])) == [0.0]
-    assert salience.ceiling(np.zeros((2, 5))) == salience.ceiling(np.ones((2, 1))) == []
-
-
-@torch.no_grad()
-def test_halves_of_credit_are_what_every_second_segment_owes(tmp_path: Path) -> None:
-    model, tokenizer = tiny_load(residual_readout=False)
-    ids = tokenizer(documents(400)[0].text, return_tensors="pt").input_ids
-    read = HiddenStateCache(model, [ids[0]], tmp_path)[0]
-    (credit,) = measure_credit(model.hippocampus, [read])
-    halves = measure_credit_by_halves(model.hippocampus, read)
-    assert torch.allclose(halves.sum(0), credit, atol=1e-4, equal_nan=True)
-    assert (halves[:, ~credit.isnan()] >= 0).all() and (halves.nansum(1) > 0).all()

@@ -138,24 +138,15 @@ def _reader(model: Any, options: Options) -> Any:
     assert options.reader is not None
     if saved_hippocampus(options.reader) is not None:
         return hippoformer.load(options.reader, dtype=model.dtype)[0].to(model.device)
-    return over_another_base(model, load_base_model(options.reader, dtype=model.dtype).to(model.device))
-
-
-def over_another_base(model: Any, base: Any) -> Any:
-    """A model's hippocampus over another base of the same shape.
-
-    Raises:
-        CheckpointError: a base of another shape.
-    """
     config = copy.deepcopy(model.config)
     config.use_lora = False
-    other = HippoFormer(config, base)
+    reader = HippoFormer(config, load_base_model(options.reader, dtype=model.dtype).to(model.device))
     try:
-        other.hippocampus.load_state_dict(model.hippocampus.state_dict())
+        reader.hippocampus.load_state_dict(model.hippocampus.state_dict())
     except RuntimeError as error:
-        raise CheckpointError(f"the hippocampus does not fit the other base: {error}") from error
-    other.spelling = model.spelling
-    return other
+        raise CheckpointError(f"the hippocampus does not fit {options.reader}: {error}") from error
+    reader.spelling = model.spelling
+    return reader
 
 
 def round_weights(base: Any, bits: int) -> None:

@@ -152,7 +152,7 @@ def main(words: list[str]) -> int:
     """Imports what the words of a command line say; 0 on success, 2 on an error that was explained."""
     if words and not words[0].startswith("-"):
         words = ["--file", *words]
-    (given,) = HfArgumentParser((Options,), description=__doc__).parse_args_into_dataclasses(words)
+    (given,) = HfArgumentParser(Options, description=__doc__).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
     try:
         options = {"lora_alpha": given.lora_alpha, "window": given.window, "seed": given.seed}
         base = load_base_model(given.base_model)

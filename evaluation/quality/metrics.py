@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from hippoformer.errors import InputError
 
 TEXT_METRICS = ("rouge_1", "rouge_2", "rouge_l", "f1", "exact_match", "distinct_2")  # of each text, in [0, 1]
-CORPUS_METRICS = ("bleu", "bleu_1", "bleu_2", "bleu_3", "bleu_4")  # of all texts together, 0 to 100
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The `CORPUS_METRICS`: `bleu_N` counts up to N-grams, `bleu` is `bleu_4`.
+    """BLEU of all texts together, 0 to 100: `bleu_N` counts up to N-grams, `bleu` is `bleu_4`.
 
     Raises:
         InputError: no text, or not one reference for each.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.common.statistics import corrected, paired_test
-from evaluation.quality.metrics import CORPUS_METRICS, TEXT_METRICS, corpus_bleu, text_scores
+from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, text_scores
 from evaluation.questions.asking import continued, read_texts
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, TextError
@@ -21,7 +21,6 @@ from hippoformer.evaluation import Result, Row, bootstrap
 from hippoformer.evaluation.perplexity import encode, reading
 
 CONDITIONS = ("memory", "off")
-_BLEU_RESAMPLES = 200  # each is a score of the whole corpus
 
 
 @dataclass
@@ -63,17 +62,7 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
         scores[condition] = np.array(
             [list(text_scores(text, [true]).values()) for text, true in zip(found, truth, strict=True)]
         )  # (prompts, metrics)
-        for metric in CORPUS_METRICS:
-
-            def bleu(numbers: Any, axis: int = -1, metric: str = metric, found: list[str] = found) -> Any:
-                def of(chosen: Any) -> float:
-                    places = chosen.astype(int)
-                    return corpus_bleu([found[i] for i in places], [truth[i] for i in places])[metric]
-
-                return np.apply_along_axis(of, axis, numbers)
-
-            interval = bootstrap(bleu, np.arange(len(pieces)), seed=options.seed, resamples=_BLEU_RESAMPLES)
-            rows.append(Row(condition, metric, *interval, n=len(pieces)))
+        rows += [Row(condition, metric, score, n=len(pieces)) for metric, score in corpus_bleu(found, truth).items()]
         rows += means(condition, scores[condition], options.seed)
         rows += [
             Row(condition, "reading, tokens/s", len(pieces) * (options.context_tokens - 1) / seconds[0]),

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from transformers import HfArgumentParser
 
 from evaluation.visualization.figures import FIGURES, STYLE
 from hippoformer.errors import HippoFormerError, ResultError
-from hippoformer.evaluation import FORMAT, needed
+from hippoformer.evaluation import FORMAT
 
 
 @dataclass
@@ -49,30 +50,29 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(options: Options) -> tuple[list[Path], dict[str, str]]:
-    """The files written; and the figures that were not drawn, with the evaluations that they need.
+def draw(options: Options) -> list[str]:
+    """Lines that name the files written, and the figures that lack results.
 
     Raises:
         ResultError: an unknown figure or format, or no results.
     """
-    if not {*options.names} <= {*FIGURES} or not {*options.formats} <= {"png", "pdf", "svg"} or not options.formats:
+    if not {*options.names} <= {*FIGURES} or not {*options.formats} <= {"png", "pdf", "svg"}:
         raise ResultError(f"{options}; expected names among {', '.join(FIGURES)}, formats among png, pdf, svg")
-    matplotlib, results = needed("matplotlib"), read_results(options.results)
-    written, missing = [], {}
+    results, lines = read_results(options.results), []
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.names:
         figure, needs = FIGURES[name]
         if needs and not any(evaluation in results for evaluation in needs):
-            missing[name] = " or ".join(needs)
+            lines.append(f"{name} not drawn: needs {' or '.join(needs)}")
             continue
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
             drawn = figure(results)
             for form in options.formats:
-                written.append(options.output / f"{name}.{form}")
                 # Without a date, so that the same results give the same bytes.
                 dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-                drawn.savefig(written[-1], metadata=dated.get(form))
-    return written, missing
+                drawn.savefig(options.output / f"{name}.{form}", metadata=dated.get(form))
+                lines.append(str(options.output / f"{name}.{form}"))
+    return lines
 
 
 def main(words: list[str]) -> int:
@@ -81,11 +81,10 @@ def main(words: list[str]) -> int:
         words = ["--results", *words]
     (options,) = HfArgumentParser((Options,), description=__doc__).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
     try:
-        written, missing = draw(options)
+        print("\n".join(draw(options)))
     except HippoFormerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*map(str, written), *(f"{name} not drawn: needs {needs}" for name, needs in missing.items())]))
     return 0
 
 

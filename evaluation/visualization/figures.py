@@ -20,26 +20,14 @@ Results = dict[str, dict[str, Any]]
 
 INK, MUTED, BLUE, ORANGE, GREEN = "#1f2430", "#6a7283", "#0072b2", "#e69f00", "#009e73"
 RED, PURPLE, GREY = "#d55e00", "#cc79a7", "#8d95a5"
+# fmt: off
 STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#d9dde4",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "savefig.dpi": 150,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hippoformer",
+    "font.size": 10, "text.color": INK, "text.parse_math": False, "legend.frameon": False, "legend.fontsize": 9,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.edgecolor": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#d9dde4", "savefig.dpi": 150, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "same",
 }
+# fmt: on
 _SHOWN = 6  # rows of a panel
 _COLUMNS = 110  # characters of a line in the figure of salience
 _CONDITIONS = {"memory": BLUE, "off": GREY, "window-only": GREEN, "unigram": ORANGE}
@@ -76,7 +64,7 @@ def summary(results: Results) -> Figure:
 def architecture(results: Results) -> Figure:
     """The parts of the model with the numbers of the shipped configuration."""
     folder = shipped_hippocampus("smollm2-135m")
-    config = HippoFormerConfig.from_pretrained(folder)
+    config = HippoFormerConfig.from_pretrained(str(folder))
     low, high = config.importance_weight_range
     numbers = {
         "Base model": (2, 2, GREY, f"window {config.window} tokens + {config.sink_tokens} sinks\nfrozen"),
