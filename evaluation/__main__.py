@@ -32,9 +32,9 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0 if not words or words[0] in ("-h", "--help") else 2
     module = importlib.import_module(EVALUATIONS[words[0]])
     arguments = (ModelArguments, TextArguments, OutputArguments, module.Options)
-    parser = HfArgumentParser(arguments, prog=f"python -m evaluation {words[0]}", description=module.__doc__)
-    model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
+    parser = HfArgumentParser(arguments, prog=f"python -m evaluation {words[0]}", description=module.__doc__)  # type: ignore[arg-type]
     try:
+        model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
         check_output(output.output)
         # Some evaluations bring texts of their own.
         documents = texts.read() if texts.text or texts.dataset else []

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dynamics": {"limit_tokens": 32_768},
     "variants": {"documents": 12, "limit_tokens": 4_096},
     "brain": {"documents": 12, "limit_tokens": 4_096},
-    "quality": {},
+    "generation": {},
     "recall": {"distances": [1_000, 4_000], "facts": 4, "streams": 2},
 }
 
@@ -52,8 +52,8 @@ class Arguments:
 
 def options_of(name: str, module: Any, arguments: Arguments) -> Any:
     """The options of an evaluation, within the limits of the arguments."""
-    options = dict(DEFAULTS.get(name, {}))
     known = {of.name for of in dataclasses.fields(module.Options)}
+    options = {option: value for option, value in DEFAULTS.get(name, {}).items() if option in known}
     limits = {"documents": arguments.samples, "prompts": arguments.samples, "limit_tokens": arguments.max_seq_length}
     for option, limit in limits.items():
         if limit is not None and option in known:
@@ -63,7 +63,7 @@ def options_of(name: str, module: Any, arguments: Arguments) -> Any:
 
 def main(words: Sequence[str] | None = None) -> int:
     """0 on success, 2 on an error that was explained."""
-    parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)
+    parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)  # type: ignore[arg-type]
     (arguments,) = parser.parse_args_into_dataclasses(None if words is None else list(words))
     try:
         check_output(arguments.output)

@@ -20,7 +20,7 @@ FAST: dict[str, Any] = {"facts": 1, "spacing": 40, "distance": 100, "continuatio
 
 def awake() -> HippoFormer:
     """A model that recalls by its keys, and loudly."""
-    model, _ = tiny_load(buffer_size=256, merge_threshold=2.0, priority_threshold=0.0, residual_readout=False)
+    model, _ = tiny_load(buffer_size=256, residual_readout=False)
     with torch.no_grad():
         model.hippocampus.recall.null_proj.bias.zero_()
         model.hippocampus.recall.log_scale.fill_(3.0)

@@ -58,8 +58,9 @@ def paired_test(values: ArrayLike, reference: ArrayLike, method: str = "auto") -
     first, second = _finite(values), _finite(reference)
     if first.shape != second.shape:
         raise InputError(f"{len(first)} values against {len(second)}; a paired test needs the same documents in both")
+    _check_method(method, "wilcoxon")
     difference = first - second
-    if _method(method, "wilcoxon") and (len(difference) < 2 or not difference.any()):
+    if len(difference) < 2 or not difference.any():
         return TestResult("none", None, None, len(difference))
     spread = difference.std(ddof=1)
     if spread > 0 and (method == "t" or (method == "auto" and _normal(difference))):
@@ -82,9 +83,9 @@ def unpaired_test(values: ArrayLike, reference: ArrayLike, method: str = "auto")
         InputError: a value that is not finite. ConfigurationError: an unknown method.
     """
     first, second = _finite(values), _finite(reference)
+    _check_method(method, "mann-whitney")
     n = len(first) + len(second)
-    few = min(len(first), len(second)) < 2
-    if _method(method, "mann-whitney") and (few or len(np.unique(np.concatenate((first, second)))) == 1):
+    if min(len(first), len(second)) < 2 or len(np.unique(np.concatenate((first, second)))) == 1:
         return TestResult("none", None, None, n)
     pooled = ((len(first) - 1) * first.var(ddof=1) + (len(second) - 1) * second.var(ddof=1)) / (n - 2)
     if pooled > 0 and (method == "t" or (method == "auto" and _normal(first) and _normal(second))):
@@ -144,10 +145,9 @@ def _finite(values: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _method(method: str, other: str) -> bool:
+def _check_method(method: str, other: str) -> None:
     if method not in ("auto", "t", other):
         raise ConfigurationError(f"method={method!r}; choose one of auto, t, {other}")
-    return True
 
 
 def _normal(values: NDArray[np.float64]) -> bool:

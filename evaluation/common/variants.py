@@ -24,7 +24,8 @@ def with_options(model: HippoFormer, **options: Any) -> HippoFormer:
     wrong = [name for name in options if name not in known or (name in _TRAINED_WITH and options[name] != known[name])]
     if wrong:
         raise ConfigurationError(f"{', '.join(wrong)} cannot differ from the model's own; expected options of memory")
-    as_it_is = {"use_lora": False, "freeze_base": False}  # adapters, where there are some, are in the base already
+    # Adapters, where there are some, are in the base already.
+    as_it_is = {"freeze_base": False} | ({"lora": None} if "lora" in known else {"use_lora": False})
     other = HippoFormer(HippoFormerConfig(**(known | options | as_it_is)), model.base)
     try:
         other.hippocampus.load_state_dict(model.hippocampus.state_dict())

@@ -139,7 +139,7 @@ def _reader(model: Any, options: Options) -> Any:
     if saved_hippocampus(options.reader) is not None:
         return hippoformer.load(options.reader, dtype=model.dtype)[0].to(model.device)
     config = copy.deepcopy(model.config)
-    config.use_lora = False
+    config.lora = None
     reader = HippoFormer(config, load_base_model(options.reader, dtype=model.dtype).to(model.device))
     try:
         reader.hippocampus.load_state_dict(model.hippocampus.state_dict())

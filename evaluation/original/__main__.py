@@ -132,7 +132,7 @@ def import_original(
         if others:
             raise CheckpointError(f"the LoRA has the ranks {[rank, *others]}; expected one rank for all layers")
         targets = sorted({n.split(".")[-3] for n in lora})
-        given |= {"use_lora": True, "lora_r": rank, "lora_alpha": alpha, "lora_target_modules": targets}
+        given["lora"] = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
         lines.append(f"LoRA: rank {rank} on {', '.join(targets)}; alpha {alpha} is not in the file")
     with torch.random.fork_rng():
         torch.manual_seed(options.get("seed", 0))

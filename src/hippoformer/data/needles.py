@@ -19,7 +19,12 @@ from hippoformer.text import token_ids
 
 PIECE = 512  # tokens read between two looks at which questions are due
 KINDS = ("pass key", "home", "one of three", "moved", "reworded")
-_SYLLABLES = tuple("al be cu dor eth fi gan hol iv ka lun mir on phi quor ska thu ur vel xan yl zor".split())
+# fmt: off
+_SYLLABLES = (
+    "al", "be", "cu", "dor", "eth", "fi", "gan", "hol", "iv", "ka", "lun", "mir", "on", "phi", "quor", "ska", "thu",
+    "ur", "vel", "xan", "yl", "zor",
+)
+# fmt: on
 _PERSON_ENDS = ("a", "an", "is", "o", "ra", "th")
 _PLACE_ENDS = ("bury", "dale", "ford", "gate", "haven", "mere")
 

@@ -9,8 +9,8 @@ Shapes: R rows (documents side by side), T tokens, D documents.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,11 @@ from hippoformer.text import start_tokens, token_spans
 
 @dataclass(frozen=True)
 class Condition:
-    """What memory a document is read with.
+    """What memory a document is read with; conditions that differ only in `log_prob` share one reading.
 
     Attributes:
-        log_prob: field of `Step` with the log-probabilities; conditions that differ only here share one reading.
-        nbytes: field of the cache with the bytes of memory. frozen: the memory is read only.
-        other_document: as many tokens of other documents as the document has are read first, and what was remembered
-            of them stands behind an empty window.
+        log_prob, nbytes: fields of `Step` and of the cache. frozen: the memory is read only.
+        other_document: first, as many tokens of others are read; their memory then stands behind an empty window.
     """
 
     log_prob: str = "target_log_prob"
@@ -80,9 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as the model reads it: its place in the list, its token ids (T,), the first that is scored, and the
-    whitespace words and UTF-8 bytes of the text that the scored tokens cover.
-    """
+    """A document as token ids (T,), with words and UTF-8 bytes of the text that the scored tokens cover."""
 
     index: int
     document: Document
@@ -116,11 +112,7 @@ class Scored:
 def encode(
     tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
 ) -> EncodedDocument:
-    """Tokenises a document, with a start token where the tokenizer puts one.
-
-    Raises:
-        ConfigurationError: a tokenizer without offsets. TextError: see `hippoformer.text.encode`.
-    """
+    """Tokenises a document, with a start token where the tokenizer puts one; raises as `text.token_spans`."""
     tokens, spans = token_spans(tokenizer, document.text)
     start = start_tokens(tokenizer)
     ids = [*start, *tokens][:limit_tokens]
@@ -135,11 +127,7 @@ def encode(
 def encode_all(
     tokenizer: Any, documents: Sequence[Document], limit_tokens: int | None = None, skip_tokens: int = 0
 ) -> list[EncodedDocument]:
-    """The documents that have a token to score.
-
-    Raises:
-        TextError: none has. Others as `encode`.
-    """
+    """The documents that have a token to score; TextError if none has."""
     encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(documents)]
     if not (kept := [document for document in encoded if document.tokens_scored]):
         raise TextError(f"none of {len(encoded)} documents has more than {max(1, skip_tokens)} tokens; name a longer")
@@ -180,7 +168,8 @@ def score(
     ordered = sorted(documents, key=lambda document: (-len(document.input_ids), document.index))
     for batch in (ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)):
         for (frozen, elsewhere), names in readings.items():
-            with reading(model):
+            alone = all(CONDITIONS[name].nbytes is None for name in names)  # nothing of a memory is asked for
+            with reading(model), model.memory_off() if alone else nullcontext():
                 cache = model.new_cache(len(batch))
                 if elsewhere:
                     other = model.new_cache(len(batch))
@@ -245,51 +234,49 @@ def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference
             found = bootstrap(change, own, against, tokens, seed=seed)
             yield Row(name, f"against {reference}, %", *found, n=len(tokens))
             better = sum(mine < other for mine, other in zip(own, against, strict=True))
-            yield Row(name, f"better than {reference}, documents", better, n=len(tokens))
+            yield Row(name, "documents better", better, n=len(tokens))
 
 
-def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
+def run(
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    options: Options,
+    on_score: Callable[[Scored], None] = lambda scored: None,
+) -> Result:
     """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it.
+
+    Args:
+        on_score: called with every score, for what is computed from the same reading.
 
     Raises:
         TextError: no token to score. Others as `score`.
     """
-    encoded, others = encode_for(tokenizer, documents, options)
-    scores = score(model, encoded, options.conditions, options.batch_size, others)
-    return summarise(encoded, {(scored.condition, scored.document.index): scored for scored in scores}, options)
-
-
-def encode_for(
-    tokenizer: Any, documents: Sequence[Document], options: Options
-) -> tuple[list[EncodedDocument], list[EncodedDocument] | None]:
-    """What is scored, and what `other-document` reads first."""
     encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
-    if "other-document" not in options.conditions:
-        return encoded, None
-    return encoded, [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
-
-
-def summarise(encoded: Sequence[EncodedDocument], scores: Mapping[tuple[str, int], Scored], options: Options) -> Result:
-    """The rows of `run`, of scores by condition and document."""
-    found = {name: [scores[name, document.index] for document in encoded] for name in options.conditions}
-    nll = {name: [scored.nll for scored in of] for name, of in found.items()}
+    others = None
+    if "other-document" in options.conditions:
+        others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
+    found: dict[str, dict[int, Scored]] = {name: {} for name in options.conditions}
+    for scored in score(model, encoded, options.conditions, options.batch_size, others):
+        found[scored.condition][scored.document.index] = scored
+        on_score(scored)
+    nll = {name: [of[document.index].nll for document in encoded] for name, of in found.items()}
     n, tokens = len(encoded), [document.tokens_scored for document in encoded]
     words, nbytes = (sum(getattr(document, unit) for document in encoded) for unit in ("words", "utf8_bytes"))
     rows = list(compare(nll, tokens, "off", options.seed))
     for name, of in found.items():
-        nats = sum(nll[name])
+        nats, read = sum(nll[name]), sum(len(document.input_ids) for document in encoded)
         a_word = nats / words if words else math.inf
-        read, seconds = sum(len(document.input_ids) for document in encoded), sum(scored.seconds for scored in of)
         rows += [
             Row(name, "word perplexity", math.exp(a_word) if a_word < 700 else None, n=n),
             Row(name, "bits/byte", nats / math.log(2) / nbytes if nbytes else None, n=n),
-            Row(name, "window, bytes", max(scored.window_nbytes for scored in of), n=n),
-            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of), n=n),
-            Row(name, "tokens/s", read / seconds, n=n),
+            Row(name, "window, bytes", max(scored.window_nbytes for scored in of.values()), n=n),
+            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of.values()), n=n),
+            Row(name, "tokens/s", read / sum(scored.seconds for scored in of.values()), n=n),
         ]
-    told = [
+    per_document = [
         {"title": d.document.title, "tokens": d.tokens_scored, "words": d.words, "bytes": d.utf8_bytes}
         | {"nll": {name: of[i] for name, of in nll.items()}}
         for i, d in enumerate(encoded)
     ]
-    return Result(rows, {"documents": told})
+    return Result(rows, {"documents": per_document})

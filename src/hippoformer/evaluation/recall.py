@@ -48,9 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer: to which question, whether every token was right, -log p of the right answer in nats, and how many of
-    its tokens are still remembered.
-    """
+    """Whether every token was right, -log p of the right answer (nats), and how many of its tokens are still stored."""
 
     row: int
     kind: str
@@ -87,20 +85,11 @@ def answers(model: Any, tokenizer: Any, documents: Sequence[Document], options: 
     Raises:
         TextError: no text.
     """
-    streams, hidden = zip(
-        *(
-            haystack(
-                *(tokenizer, documents, row, options.facts, options.kinds, options.spacing),
-                *(max(options.distances), options.seed),
-            )
-            for row in range(options.streams or max(1, len(documents)))
-        ),
-        strict=True,
-    )
-    length = min(map(len, streams))
-    due = [
-        (needle.end + distance, distance, needle) for row in hidden for needle in row for distance in options.distances
-    ]
+    planned = (options.facts, options.kinds, options.spacing, max(options.distances), options.seed)
+    rows = range(options.streams or max(1, len(documents)))
+    made = [haystack(tokenizer, documents, row, *planned) for row in rows]
+    streams, length = [ids for ids, _ in made], min(len(ids) for ids, _ in made)
+    due = [(needle.end + ago, ago, needle) for _, hidden in made for needle in hidden for ago in options.distances]
     due.sort(key=lambda question: question[:2])
     cache, read, found = model.new_cache(len(streams)), 0, list[Answer]()
     with reading(model):
@@ -124,22 +113,14 @@ def _answers(
             cues = left_padded([needle.question for needle in needles], model.device)
             found["reread"] = ask(model, reread(cache.select_rows(rows), *cues, n_tokens=reread_tokens), needles)
     remembered = {row: {episode.position for episode in cache.episodes(row)} for row in {*rows.tolist()}}
-    return [
-        Answer(
-            row=needle.row,
-            kind=needle.kind,
-            position=needle.answer_positions.start,
-            asked_distance=distance,
-            distance=read - needle.end,
-            condition=condition,
-            right=right,
-            nats=nats,
-            kept=len(remembered[needle.row] & {*needle.answer_positions}),
-            answer_tokens=len(needle.answer),
-        )
-        for condition, of in found.items()
-        for (distance, needle), (right, nats) in zip(ready, of, strict=True)
-    ]
+    answered = []
+    for condition, of in found.items():
+        for (distance, needle), (right, nats) in zip(ready, of, strict=True):
+            stands = needle.answer_positions
+            kept = len(remembered[needle.row] & {*stands})
+            where = (needle.row, needle.kind, stands.start, distance, read - needle.end)
+            answered.append(Answer(*where, condition, right, nats, kept, len(needle.answer)))
+    return answered
 
 
 def rows(found: Sequence[Answer]) -> list[Row]:
