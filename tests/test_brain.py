@@ -70,13 +70,6 @@ def test_figures_are_those_of_the_model_itself(loaded: tuple, result: Result) ->
     assert figure(result, TRAINED, brain.REPLAY) == pytest.approx(saved, abs=1e-4)
 
 
-def test_where_replay_is_off_its_worth_is_that_of_ten_rounds() -> None:
-    loaded = tiny_load(residual_readout=False, max_replay_rounds=0)
-    saved = figure(brain.run(*loaded, TEXTS[:1], brain.Options()), TRAINED, brain.REPLAY)
-    awake, asleep = (read(loaded, 0, max_replay_rounds=rounds)[1] for rounds in (10, 0))
-    assert abs(saved) > 1e-5 and saved == pytest.approx(asleep - awake, rel=0.1, abs=1e-6)
-
-
 def test_word_classes_are_counted_token_by_token(loaded: tuple, result: Result) -> None:
     tagged: dict[str, list[bool]] = {"content": [], "function": [], "other": []}
     for number in (0, 1):
