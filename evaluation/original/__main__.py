@@ -77,14 +77,11 @@ def read_original(file: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} holds no state dict: expected tensors by name under model_state_dict")
     sizes: dict[str, int] = {}
     for name, dims in _SHAPES.items():
-        shape = state[name].shape if name in state else None
-        if (
-            shape is None
-            or len(shape) != len(dims)
-            or any(sizes.setdefault(d, n) != n for d, n in zip(dims, shape, strict=True))
-        ):
-            what = "is missing" if shape is None else f"has shape {tuple(shape)}, which does not fit the others"
-            raise CheckpointError(f"{file} is no checkpoint of the original: {name} {what}")
+        if name not in state:
+            raise CheckpointError(f"{file} is no checkpoint of the original: {name} is missing")
+        shape = state[name].shape
+        if len(shape) != len(dims) or any(sizes.setdefault(d, n) != n for d, n in zip(dims, shape, strict=True)):
+            raise CheckpointError(f"{file}: {name} has shape {tuple(shape)}, which does not fit the others")
     return state
 
 
