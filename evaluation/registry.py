@@ -7,4 +7,11 @@ EVALUATIONS = {
     "recall_variants": "evaluation.recall_variants.run",
     "bytes": "evaluation.bytes.run",
     "dynamics": "evaluation.dynamics.run",
+    "brain": "evaluation.brain.run",
+    "salience": "evaluation.salience.run",
+    "drift": "evaluation.drift.run",
+    "quality": "evaluation.quality.run",
+    "questions": "evaluation.questions.run",
+    "babilong": "evaluation.babilong.run",
+    "trace": "evaluation.trace.run",
 }

@@ -3,7 +3,7 @@
     python runs/answers.py --data ../shared/data --novel validation/Lawrence_Peacock_1911 --tokens 8000 --facts 24
     python runs/answers.py --data ../shared/data --novel test/Galsworthy_Saints_1919 --tokens 8000
 
-Every fact of `hippoformer.data.facts` is planted in a text of `--tokens` tokens, which is read once; each question is
+Every fact of `facts.py` is planted in a text of `--tokens` tokens, which is read once; each question is
 asked of a copy of the state, greedily. Four conditions: passages as a `Conversation` retrieves them; plain BM25 over
 the same sentences, as many tokens, put before the question in the same way; the right passage alone (oracle); the
 window alone. An answer is right if it contains the fact's. Choose between designs on validation novels.
@@ -22,7 +22,7 @@ import torch
 
 import hippoformer
 from hippoformer.chat import CLEAR, REREAD_TOKENS, Conversation
-from hippoformer.data.facts import FACTS
+from facts import FACTS
 from hippoformer.hippocampus.passages import Passage
 from hippoformer.text import encode, token_ids
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hippoformer.data.facts import FACTS
+from facts import FACTS
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import retrieve
 from hippoformer.hippocampus.spelling import Spelling

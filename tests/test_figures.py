@@ -1,153 +1,90 @@
-"""Figures show the numbers of the files: changing one moves what is drawn, and without the file nothing is drawn."""
+"""Every figure is drawn from result files as the evaluations write them, and says what it lacks."""
 
-import math
-from collections.abc import Callable
-from functools import cache
+import json
+import re
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from typer.testing import CliRunner
 
-from hippoformer.cli import app
+from evaluation.visualization import __main__ as visualization
+from evaluation.visualization.figures import FIGURES
 from hippoformer.errors import ResultError
-from hippoformer.figures import FIGURES, Result, draw, draw_all, read_results
-from result_files import Content, results, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 
 
-def numbers(figure: Figure) -> list[float]:
-    """Every number that the axes hold: of lines, bars, points, fillings, intervals and coloured cells."""
-    found: list[Any] = []
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Figure]:
+    results = visualization.read_results(RESULTS)
+    return {name: draw(results) for name, (draw, _) in FIGURES.items()}
+
+
+def texts(figure: Figure) -> str:
+    found = [text.get_text() for axes in figure.axes for text in (axes.title, *axes.texts, axes.xaxis.label)]
     for axes in figure.axes:
-        for line in axes.lines:
-            found += [line.get_xdata(), line.get_ydata()]
-        for patch in axes.patches:
-            found.append(patch.get_path().transformed(patch.get_patch_transform()).vertices)
-        for collection in axes.collections:
-            found += [path.vertices for path in collection.get_paths()]
-            found += [collection.get_offsets(), [] if collection.get_array() is None else collection.get_array()]
-    return [float(value) for part in found for value in np.asarray(part, dtype=float).ravel()]
+        found += [label.get_text() for label in axes.get_yticklabels()] + [axes.get_title(loc="left")]
+    return "\n".join(found)
 
 
-@cache
-def numbers_unchanged(figure: str) -> list[float]:
-    return numbers(draw(figure, results()))
+def test_figures_hold_the_numbers_of_the_files(figures: dict[str, Figure]) -> None:
+    rows = json.loads((RESULTS / "brain_articles.json").read_text(encoding="utf-8"))["rows"]
+    (ratio,) = [r for r in rows if (r["condition"], r["metric"]) == ("trained gate", "tagged, content / function")]
+    points = [line.get_xdata() for axes in figures["brain"].axes for line in axes.lines]
+    assert any(list(point) == [ratio["value"]] for point in points)
+    assert "untrained gate" in texts(figures["brain"]) and "home, 32,000 tokens ago" in texts(figures["summary"])
+    assert "window 512 tokens + 4 sinks" in texts(figures["architecture"])
+    assert "2,048 a row" in texts(figures["architecture"])
+    assert len(figures["memory_dynamics"].axes) == len(figures["training"].axes) == 4
 
 
-def changed(name: str, change: Callable[[Content], None]) -> list[Result]:
-    """All results, one of them with something changed."""
-    made = results()
-    change(next(result.content for result in made if result.name == name))
-    return made
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_panel_has_more_than_six_rows_and_no_labels_meet(name: str, figures: dict[str, Figure]) -> None:
+    figure = figures[name]
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+        if axes.yaxis_inverted() and axes.axison:
+            assert len(boxes) <= 6
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    frames = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 for box in frames), "nothing is cut off"
 
 
-def put(*path: str | int) -> Callable[[float], Callable[[Content], None]]:
-    """Sets the value at a path of keys."""
-
-    def with_value(value: float) -> Callable[[Content], None]:
-        def change(content: Any) -> None:
-            for key in path[:-1]:
-                content = content[key]
-            content[path[-1]] = value
-
-        return change
-
-    return with_value
-
-
-# Figure, file, where a number stands in it, a new value, and what must be drawn then.
-ONE_OF_EACH: list[tuple[str, str, tuple[str | int, ...], float, float]] = [
-    ("summary", "wiki", ("conditions", "memory", "against_off", "ratio", "estimate"), 0.4321, -56.79),
-    ("summary", "wiki", ("conditions", "memory", "against_off", "ratio", "high"), 1.777, 77.7),
-    ("summary", "recall", ("cells", 0, "nats"), 3.21, 3.21),
-    ("summary", "speed", ("results", 0, "ratio"), 0.6543, 65.43),
-    ("salience", "trace", ("tokens", "salience", -3), 0.8765, 0.8765),
-    ("memory_dynamics", "dynamics", ("segments", 1, "utilisation"), 0.4567, 45.67),
-    ("memory_dynamics", "dynamics", ("segments", 1, "mean_priority"), 4.321, 4.321),
-    ("memory_dynamics", "dynamics", ("segments", 2, "mean_effective_priority"), 3.217, 3.217),
-    ("memory_dynamics", "dynamics", ("segments", 3, "mean_age"), 7.65, 7.65),
-    ("memory_dynamics", "dynamics", ("segments", 3, "reactivated"), 1234, 1234),
-    ("memory_dynamics", "dynamics", ("segments", 2, "forgotten"), 777, 777),
-    ("replay", "dynamics", ("retained", 4, "priority"), 4.567, 4.567),
-    ("replay", "variants_tiny", ("variants", 2, "against", "ratio", "estimate"), 1.2345, 23.45),
-    ("training", "training_log", ("history", 1, "perplexity"), 12.34, 12.34),
-    ("training", "training_log", ("history", 3, "eval_perplexity"), 23.45, 23.45),
-    ("training", "training_log", ("history", 1, "loss_credit"), 1.357, 1.357),
-    ("training", "training_log", ("history", 0, "tagged_share"), 0.987, 0.987),
-    ("training", "training_log", ("history", 0, "grad_norm"), 3.579, 3.579),
-    ("perplexity_by_position", "long_range", ("by_position", 0, "perplexity", "off"), 33.3, 33.3),
-    ("perplexity_by_position", "long_range", ("by_position", 1, "gain", "memory", "estimate"), 0.777, 0.777),
-    ("perplexity_by_position", "long_range", ("by_distance", "2", 1, "gain", "memory", "high"), 0.888, 0.888),
-    ("perplexity_over_bytes", "wiki", ("conditions", "memory", "token_perplexity", "estimate"), 123.4, 123.4),
-    ("perplexity_over_bytes", "wiki", ("conditions", "memory", "state_nbytes"), 7.7e6, 7.7),
-    ("perplexity_over_bytes", "bytes", ("contestants", 1, "bits_per_byte", "low"), 0.5432, 0.5432),
-    ("perplexity_over_bytes", "bytes", ("contestants", 1, "state_nbytes"), 44.4e6, 44.4),
-    ("recall", "recall", ("cells", 1, "right"), 0.4321, 43.21),
-    ("recall", "recall", ("cells", 1, "nats_off"), 99.25, 99.25),
-    ("recall", "recall", ("asked", 0, "position"), 4321, 4321),
-    ("ablations", "variants_tiny", ("variants", 1, "against_base", "ratio", "estimate"), 0.7654, -23.46),
-    ("ablations", "variants_tiny", ("variants", 1, "against", "ratio", "low"), 0.6789, -32.11),
-    ("brain", "brain", ("measures", 0, "values", "untrained gate", "estimate"), 1.1234, 1.1234),
-    ("brain", "brain", ("measures", 0, "values", "trained gate", "high"), 9.876, 9.876),
-    ("brain", "brain", ("measures", 0, "target"), 3.333, 3.333),
-    ("brain", "brain", ("measures", 0, "chance"), 0.777, 0.777),
-]
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "some").mkdir()
+    for name in ("brain_articles", "training_log"):
+        (tmp_path / "some" / f"{name}.json").write_bytes((RESULTS / f"{name}.json").read_bytes())
+    words = [str(tmp_path / "some"), "--output", str(tmp_path / "figures"), "--formats", "png", "pdf", "svg"]
+    assert visualization.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "salience not drawn: needs trace" in printed and "consolidation not drawn: needs salience" in printed
+    written = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    names = ("architecture", "training", "brain")
+    assert set(written) == {f"{name}.{form}" for name in names for form in ("png", "pdf", "svg")}
+    assert visualization.main(words) == 0
+    assert written == {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}, "the same bytes"
+    for wrong in (["--names", "brian"], ["--formats", "gif"]):
+        assert visualization.main([*words, *wrong]) == 2
 
 
-@pytest.mark.parametrize(("figure", "file", "path", "value", "drawn"), ONE_OF_EACH)
-def test_what_is_drawn_is_what_the_file_says(
-    figure: str, file: str, path: tuple[str | int, ...], value: float, drawn: float
-) -> None:
-    def close(found: list[float]) -> bool:
-        return any(math.isclose(number, drawn, rel_tol=1e-6) for number in found)
-
-    assert not close(numbers_unchanged(figure))
-    assert close(numbers(draw(figure, changed(file, put(*path)(value)))))
+def test_what_is_no_result_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="no result file"):
+        visualization.read_results(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ResultError, match=r"broken\.json cannot be read"):
+        visualization.read_results(tmp_path)
 
 
-# ---------------------------------------------------------------- without data
-
-
-def test_an_unknown_figure_and_an_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match="no figure 'pie'; choose among summary, architecture"):
-        draw("pie", results())
-    with pytest.raises(ResultError, match="format gif: choose among png, pdf, svg"):
-        draw_all(results(), tmp_path / "figures", ("svg", "gif"))
-    assert not (tmp_path / "figures").exists()
-
-
-# ---------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", "{", "cannot be read as JSON"),
-        ("a.json", b"\xff\xfe", "cannot be read as JSON"),
-        ("a.json", "[]", "holds no result file"),
-        ("a.txt", "{}", "holds no result file"),
-    ],
-)
-def test_a_folder_that_cannot_be_read(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(ResultError, match=message):
-        read_results(tmp_path)
-
-
-def test_the_command(tmp_path: Path) -> None:
-    folder, output = write_results(tmp_path / "results"), tmp_path / "figures"
-    (folder / "brain.json").unlink()
-
-    def run(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["figures", *arguments, "--output", str(output), "--format", "svg"])
-
-    result = run(str(folder))
-    assert result.exit_code == 0, result.output
-    assert {path.stem for path in output.iterdir()} == set(FIGURES) - {"brain"}
-    assert "brain not drawn: needs a report of `hippoformer eval brain --output`" in result.stdout
-    result = run(str(folder), "--name", "brain")
-    assert result.exit_code == 2 and result.stderr.startswith("Error: the figure brain cannot be drawn: it needs")
-    result = run(str(tmp_path / "nowhere"))
-    assert result.exit_code == 2 and "is not a folder" in result.stderr
+def test_pages_quote_files_that_are_there() -> None:
+    quoted: set[str] = set()
+    for page in ("docs/results.md", "docs/figures.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        quoted |= {
+            f"{name}.json"
+            for name in re.findall(r"`([a-z0-9_]+_(?:test|validation|articles|novels|recall|novel))`", text)
+        }
+        quoted |= set(re.findall(r"\(\.\./results/([^)]+)\)", text))
+    assert len(quoted) > 20 and [name for name in sorted(quoted) if not (RESULTS / name).exists()] == []

@@ -1,14 +1,16 @@
-"""Continuations: what `generate` would write, compared with the truth text by text."""
+"""Continuations: what `generate` would write, compared with the truth text by text; text metrics by their formulas."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation.generation import continued
-from hippoformer.evaluation.quality import QualityReport, evaluate_quality
-from hippoformer.evaluation.text_metrics import corpus_bleu, text_scores
+from evaluation.quality import run as quality
+from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, distinct, text_scores, token_f1
+from evaluation.questions.asking import continued, read_texts
+from hippoformer.errors import ConfigurationError, InputError, TextError
+from hippoformer.evaluation import Result
 from tiny_texts import documents, tiny_load
 
 TEXTS = documents(260, 90, 400)
@@ -21,60 +23,91 @@ def loaded() -> tuple:
 
 
 @pytest.fixture(scope="module")
-def report(loaded: tuple) -> QualityReport:
-    return evaluate_quality(*loaded, TEXTS, 3, CONTEXT, NEW, batch_size=2, resamples=20)
+def result(loaded: tuple) -> Result:
+    return quality.run(*loaded, TEXTS, quality.Options(3, CONTEXT, NEW, batch_size=2))
 
 
-def test_openings_come_first_then_later_pieces(report: QualityReport) -> None:
-    assert [(s["title"], s["position"]) for s in report.samples] == [("text 0", 120), ("text 2", 120), ("text 2", 252)]
-    first = report.samples[0]
-    assert first["truth"] == TEXTS[0].text[CONTEXT : CONTEXT + NEW]
-    assert TEXTS[0].text[:CONTEXT].endswith(first["prompt"])
-    assert report.samples[2]["truth"] == TEXTS[2].text[252 : 252 + NEW]
+def test_openings_come_first_then_later_pieces(result: Result) -> None:
+    samples = result.details["samples"]
+    assert [(s["title"], s["position"]) for s in samples] == [("text 0", 120), ("text 2", 120), ("text 2", 252)]
+    assert samples[0]["truth"] == TEXTS[0].text[CONTEXT : CONTEXT + NEW]
+    assert TEXTS[0].text[:CONTEXT].endswith(samples[0]["prompt"])
 
 
-def test_what_is_written_is_what_generate_writes(loaded: tuple, report: QualityReport) -> None:
+@torch.no_grad()
+def test_what_is_written_is_what_generate_writes(loaded: tuple, result: Result) -> None:
     model, tokenizer = loaded
-    ids = tokenizer(TEXTS[0].text, return_tensors="pt").input_ids[:, :CONTEXT]
-    for condition in ("memory", "off"):
-        with torch.no_grad():
-            if condition == "off":
-                with model.memory_off():
-                    made = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-            else:
-                made = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-        assert report.samples[0][condition] == tokenizer.decode(made[0, CONTEXT:])
+    ids, options = tokenizer(TEXTS[0].text, return_tensors="pt").input_ids[:, :CONTEXT], {"do_sample": False}
+    made = {"memory": model.generate(ids, max_new_tokens=NEW, eos_token_id=None, **options)}
+    with model.memory_off():
+        made["off"] = model.generate(ids, max_new_tokens=NEW, eos_token_id=None, **options)
+    for condition, of in made.items():
+        assert result.details["samples"][0][condition] == tokenizer.decode(of[0, CONTEXT:])
 
 
 def test_rows_of_other_lengths_do_not_meet(loaded: tuple) -> None:
     model, tokenizer = loaded
     rows = [tokenizer(text.text).input_ids[:n] for text, n in ((TEXTS[0], 100), (TEXTS[1], 37))]
-    together, speed = continued(model, rows, 5)
-    assert together == [continued(model, [row], 5)[0][0] for row in rows]
-    assert speed.seconds_to_first_token > 0 and speed.tokens_per_second == pytest.approx(2 / speed.seconds_per_token)
+
+    def written(rows: list[list[int]]) -> list[list[int]]:
+        return continued(model, read_texts(model, [row[:-1] for row in rows]), [row[-1:] for row in rows], 5)
+
+    assert written(rows) == [written([row])[0] for row in rows]
 
 
-def test_figures_follow_from_the_samples(report: QualityReport) -> None:
-    truth = [sample["truth"] for sample in report.samples]
+def test_figures_follow_from_the_samples(result: Result) -> None:
+    samples = result.details["samples"]
+    rows = {(row.condition, row.metric): row.value for row in result.rows}
+    truth = [sample["truth"] for sample in samples]
     for condition in ("memory", "off"):
-        texts = [sample[condition] for sample in report.samples]
-        found, bleu = report.conditions[condition], corpus_bleu(texts, truth)
-        assert {metric: found[metric].estimate for metric in bleu} == pytest.approx(bleu)
-        scores = [text_scores(*pair) for pair in zip(texts, truth, strict=True)]
-        for metric in ("rouge_l", "f1", "distinct_2"):
-            assert found[metric].estimate == pytest.approx(np.mean([s[metric] for s in scores]))
-    for metric, found in report.differences.items():
-        both = [report.conditions[condition][metric].estimate for condition in ("memory", "off")]
-        assert found.difference.estimate == pytest.approx(both[0] - both[1])
-        if found.test.p is not None:
-            ours, theirs = ([text_scores(s[c], s["truth"])[metric] for s in report.samples] for c in ("memory", "off"))
-            assert found.test.p == pytest.approx(stats.wilcoxon(ours, theirs).pvalue)
-    assert report.to_dict()["speed"]["memory"]["tokens_per_second"] > 0
-    assert report.to_table().row_count == 11
+        texts = [sample[condition] for sample in samples]
+        assert rows[condition, "bleu_2"] == pytest.approx(corpus_bleu(texts, truth)["bleu_2"])
+        scores = [text_scores(text, [true]) for text, true in zip(texts, truth, strict=True)]
+        for metric in TEXT_METRICS:
+            assert rows[condition, metric] == pytest.approx(np.mean([score[metric] for score in scores]))
+        assert rows[condition, "writing, tokens/s"] > 0
+    for metric in TEXT_METRICS:
+        difference = rows["memory", metric] - rows["off", metric]
+        assert rows["memory - off", metric] == pytest.approx(difference)
+        assert (rows["memory - off", f"{metric}, p"] is None) == all(
+            text_scores(s["memory"], [s["truth"]])[metric] == text_scores(s["off"], [s["truth"]])[metric]
+            for s in samples
+        )
 
 
 def test_nothing_to_continue(loaded: tuple) -> None:
     with pytest.raises(TextError, match="132 tokens"):
-        evaluate_quality(*loaded, documents(100), 2, CONTEXT, NEW)
-    with pytest.raises(ConfigurationError, match="at least 1"):
-        evaluate_quality(*loaded, TEXTS, 2, CONTEXT, 0)
+        quality.run(*loaded, documents(100), quality.Options(2, CONTEXT, NEW))
+    with pytest.raises(ConfigurationError, match="positive"):
+        quality.run(*loaded, TEXTS, quality.Options(2, CONTEXT, 0))
+
+
+# ---------------------------------------------------------------- metrics
+
+SAID = ["the cat sat on the mat today", "we saw a dog run home"]
+REFERENCES = ["the cat lay on the mat", "we saw a dog run home again and again"]
+
+
+def test_bleu_counts_words_of_the_whole_corpus() -> None:
+    found = corpus_bleu(SAID, REFERENCES)
+    brevity = math.exp(1 - 15 / 13)  # 13 words where 15 were wanted
+    assert found["bleu_1"] == pytest.approx(100 * 11 / 13 * brevity)
+    assert found["bleu_2"] == pytest.approx(100 * math.sqrt(11 / 13 * 8 / 11) * brevity)
+    assert found["bleu"] == found["bleu_4"] < found["bleu_3"]
+    with pytest.raises(InputError, match="one reference for each"):
+        corpus_bleu(SAID, REFERENCES[:1])
+
+
+def test_rouge_f1_and_the_rest_of_one_text() -> None:
+    found = text_scores(SAID[0], REFERENCES[:1])
+    assert found["rouge_1"] == pytest.approx(2 * 5 / (7 + 6))  # the cat on the mat
+    assert found["rouge_2"] == pytest.approx(2 * 3 / (6 + 5))  # the cat, on the, the mat
+    assert found["rouge_l"] == pytest.approx(2 * 5 / (7 + 6))
+    # Without the articles: cat sat on mat today / cat lay on mat.
+    assert found["f1"] == pytest.approx(2 * 3 / (5 + 4)) == pytest.approx(token_f1(SAID[0], REFERENCES[0]))
+    assert found["exact_match"] == 0.0 and text_scores("The  Cat!", ["a cat"])["exact_match"] == 1.0
+    assert distinct("a b a b a", 2) == pytest.approx(2 / 4) and distinct("a", 2) == 0.0
+    assert token_f1("", "the") == 1.0 and token_f1("", "cat") == 0.0
+    assert text_scores("in the garden", ["kitchen", "garden"])["f1"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="without a reference"):
+        text_scores("x", [])

@@ -6,12 +6,8 @@ file a group of commands; importing it registers them.
 
 from hippoformer.cli import (
     ask,
-    babilong,
     chat,
-    drift,
     memory,
-    original,
-    report,
     run,
 )
 from hippoformer.cli.app import app
@@ -19,13 +15,9 @@ from hippoformer.cli.app import app
 __all__ = [
     "app",
     "ask",
-    "babilong",
     "chat",
-    "drift",
     "main",
     "memory",
-    "original",
-    "report",
     "run",
 ]
 
