@@ -23,7 +23,7 @@ from hippoformer.evaluation.scoring import describe, encode, hidden_states, read
 from hippoformer.evaluation.significance import TestResult, corrected, paired_test
 from hippoformer.evaluation.statistics import RESAMPLES, Interval, PairedComparison, paired_ratio, token_perplexity
 from hippoformer.training.credit import reconfigured
-from hippoformer.training.readers import score_cached
+from hippoformer.training.readers import score_documents
 
 # Options that the cached states, or the shapes of the weights, are made with.
 _FIXED = (
@@ -188,7 +188,7 @@ def evaluate_variants(
             if progress is not None:
                 progress(name)
             with reconfigured(model.hippocampus, **options):
-                scores[name] = score_cached(model, cache, rows=batch_size)
+                scores[name] = score_documents(model, cache, rows=batch_size)
     first = next(iter(variants))
     tokens, base = [s.tokens for s in scores[first]], [s.base_nll for s in scores[first]]
     nll = {name: [s.nll for s in of] for name, of in scores.items()}
