@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.utils import compare_versions, is_torch_version
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_torch_version
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
-from hippoformer.training import checkpoint
+from hippoformer.training import checkpoint, processes
+from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.processes import own_rows
 from tiny_training import arguments, differing, history
 
@@ -213,3 +217,35 @@ def test_accelerate_launch(texts: Path) -> None:
     logged = losses(texts, "launched")
     assert len(logged) == 4 and all(math.isfinite(entry["loss_total"]) for entry in logged)
     assert len(list((checkpoint.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
+
+
+# ---------------------------------------------------------------- the files that accelerate launch reads
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_accelerate_reads_the_configurations(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config_from_file(str(file))
+    kinds = {"one_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == DistributedType(kinds[file.stem])
+    if file.stem == "fsdp2" and SHARDING:  # what accelerate launch makes of it for each process
+        launch = launch_command_parser().parse_args(["--config_file", str(file), "-m", "hippoformer.train"])
+        for name, value in prepare_multi_gpu_env(_validate_launch_command(launch)[0]).items():
+            if name.startswith(("FSDP", "ACCELERATE")):
+                monkeypatch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading and plugin.reshard_after_forward
+
+
+def test_another_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        mixed_precision, scaler, log_with, distributed_type = "no", None, (), DistributedType.FSDP
+
+        def __init__(self, **_: object) -> None:
+            self.state = self
+            self.fsdp_plugin = type("Plugin", (), {"fsdp_version": 1, "cpu_ram_efficient_loading": True})
+
+    monkeypatch.setattr(processes, "Accelerator", Engine)
+    with pytest.raises(ConfigurationError, match=r"fsdp2|torch 2.7"):
+        processes.new_accelerator(TrainArguments())

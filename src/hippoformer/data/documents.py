@@ -33,9 +33,10 @@ Split = Literal["auto", "wikitext", "headings", "file"]
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
+_HEADING = r"= (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?"
 _TITLES: dict[Literal["wikitext", "headings"], re.Pattern[str]] = {
-    "wikitext": re.compile(r" = (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?"),
-    "headings": re.compile(r"= (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?"),
+    "wikitext": re.compile(f" {_HEADING}"),
+    "headings": re.compile(_HEADING),
 }
 
 

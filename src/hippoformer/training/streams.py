@@ -6,7 +6,6 @@ are stored, each process with rows and a share of the stream of its own. The sta
 for a stream the tokens of the R documents in hand, so resuming is exact.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +55,7 @@ def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len:
         yield Piece(list(numbers), read, [min(segment_len, n - low) for low, n in zip(read, lengths, strict=True)])
 
 
-class Schedule(ABC):
+class _Schedule:
     """An endless schedule of pieces.
 
     Args:
@@ -64,46 +63,39 @@ class Schedule(ABC):
     """
 
     def __init__(self, rows: int, segment_len: int) -> None:
-        self.segment_len = segment_len
-        self.taken = 0
-        self.documents = [self._take() for _ in range(rows)]
-        self.read = [0] * rows
+        self.segment_len, self.taken = segment_len, 0
+        self.documents, self.length, self.read = ([0] * rows for _ in range(3))  # of each row
+        for row in range(rows):
+            self._begin(row)
 
     def next(self) -> Piece:
         """The next piece of every row."""
-        for row, document in enumerate(self.documents):
-            if self.read[row] >= self._length(document):
-                self._drop(document)
-                self.documents[row], self.read[row] = self._take(), 0
-        left = [self._length(document) - read for document, read in zip(self.documents, self.read, strict=True)]
+        for row in range(len(self.documents)):
+            if self.read[row] >= self.length[row]:
+                self._begin(row)
+        left = [length - read for length, read in zip(self.length, self.read, strict=True)]
         piece = Piece([*self.documents], [*self.read], [min(self.segment_len, n) for n in left])
         self.read = [span.stop for span in piece.spans]
         return piece
 
+    def _begin(self, row: int) -> None:
+        self.documents[row], self.length[row] = self._take(row)
+        self.read[row] = 0
+
+    def _take(self, row: int) -> tuple[int, int]:
+        """The document that a row reads next, and its tokens."""
+        raise NotImplementedError
+
     def state(self) -> dict[str, Any]:
         """Where the schedule stands, as JSON."""
-        return {"taken": self.taken, "documents": self.documents, "read": self.read}
+        return {name: getattr(self, name) for name in ("taken", "documents", "length", "read")}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""
-        self.taken, self.documents, self.read = state["taken"], [*state["documents"]], [*state["read"]]
-
-    @property
-    @abstractmethod
-    def epoch(self) -> float:
-        """Passes over all documents."""
-
-    @abstractmethod
-    def _take(self) -> int: ...
-
-    @abstractmethod
-    def _length(self, document: int) -> int: ...
-
-    def _drop(self, document: int) -> None:  # noqa: B027, a document that is kept need not be dropped
-        """Called when a document has been read."""
+        vars(self).update({name: state[name] for name in ("taken", "documents", "length", "read")})
 
 
-class TextStreams(Schedule):
+class TextStreams(_Schedule):
     """A schedule over documents of known lengths.
 
     Args:
@@ -114,7 +106,7 @@ class TextStreams(Schedule):
     """
 
     def __init__(self, lengths: Sequence[int], rows: int, segment_len: int, seed: int) -> None:
-        self._lengths, self._seed = list(lengths), seed
+        self._lengths, self._seed = lengths, seed
         self._usable = [document for document, n in enumerate(lengths) if n >= 2]
         if not self._usable:
             raise TextError("nothing to train on: no document has two tokens or more")
@@ -125,69 +117,54 @@ class TextStreams(Schedule):
         """Documents begun, in units of all documents."""
         return self.taken / len(self._usable)
 
-    def _length(self, document: int) -> int:
-        return self._lengths[document]
-
-    def _take(self) -> int:
+    def _take(self, row: int) -> tuple[int, int]:
         epoch, place = divmod(self.taken, len(self._usable))
         self.taken += 1
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        return self._usable[int(torch.randperm(len(self._usable), generator=generator)[place])]
+        document = self._usable[int(torch.randperm(len(self._usable), generator=generator)[place])]
+        return document, self._lengths[document]
 
 
-class StreamedTexts(Schedule):
-    """A schedule over a stream, and the documents in hand.
+class StreamedTexts(_Schedule):
+    """A schedule over a stream, and the documents that its rows read now.
 
     Args:
         stream: of documents. encode: a text -> its token ids (T,). rows: of this process.
-
-    Raises:
-        TextError: the stream has no document with two tokens.
     """
 
     def __init__(self, stream: DatasetStream, encode: Callable[[str], Tensor], rows: int, segment_len: int) -> None:
         self._stream, self._encode = stream, encode
-        self._held: dict[int, Tensor] = {}
+        self.texts = [torch.zeros(0, dtype=torch.int64)] * rows
         super().__init__(rows, segment_len)
 
     def __getitem__(self, document: int) -> Tensor:
         """Token ids of a document that some row reads now."""
-        return self._held[document]
-
-    @property
-    def in_hand(self) -> list[Tensor]:
-        """Token ids of each row's document."""
-        return [self._held[document] for document in self.documents]
+        return self.texts[self.documents.index(document)]
 
     @property
     def epoch(self) -> float:
         """Times the whole stream was read."""
         return float(self._stream.epoch)
 
-    def _length(self, document: int) -> int:
-        return len(self._held[document])
+    def _take(self, row: int) -> tuple[int, int]:
+        """See above.
 
-    def _drop(self, document: int) -> None:
-        del self._held[document]
-
-    def _take(self) -> int:
+        Raises:
+            TextError: the stream has no document with two tokens.
+        """
         for _ in range(_MOST_TOO_SHORT):
-            ids = self._encode(self._stream.next().text)
-            if len(ids) >= 2:
-                self._held[self.taken] = ids
+            self.texts[row] = self._encode(self._stream.next().text)
+            if len(self.texts[row]) >= 2:
                 self.taken += 1
-                return self.taken - 1
-        raise TextError(
-            f"{_MOST_TOO_SHORT} documents of {self._stream.source} in a row have fewer than two tokens; choose another "
-            "split or dataset"
-        )
+                return self.taken, len(self.texts[row])
+        raise TextError(f"{_MOST_TOO_SHORT} documents of {self._stream.source} in a row have fewer than two tokens")
 
     def state(self) -> dict[str, Any]:
         """Where the schedule stands, with the documents in hand, as JSON."""
-        return super().state() | {"stream": self._stream.state(), "texts": [ids.tolist() for ids in self.in_hand]}
+        return super().state() | {"stream": self._stream.state(), "texts": [ids.tolist() for ids in self.texts]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""
         super().restore(state)
         self._stream.restore(state["stream"])
-        self._held = dict(zip(self.documents, map(torch.tensor, state["texts"]), strict=True))
+        self.texts = [torch.tensor(ids) for ids in state["texts"]]

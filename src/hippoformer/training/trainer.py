@@ -38,7 +38,7 @@ from hippoformer.training.gate import parameter_groups, teach_gate
 from hippoformer.training.hidden_states import HiddenStateCache, of_like_length
 from hippoformer.training.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.training.readers import Reading, new_reader, score_documents
-from hippoformer.training.streams import Piece, Schedule, StreamedTexts, TextStreams
+from hippoformer.training.streams import Piece, StreamedTexts, TextStreams
 
 _BASE_RATE = 0.1
 _OPTIMIZER, _USEFUL = "optimizer.", "useful."
@@ -84,8 +84,8 @@ class Trainer:
         answers: document number -> where its answer begins, for those of which the answer alone is to be learned.
 
     Raises:
-        ConfigurationError: cached hidden states with a base that itself trains, or whose layers recall changes; rows
-            that the processes cannot divide; memory off over a frozen base.
+        ConfigurationError: cached hidden states with a base that itself trains; rows that the processes cannot divide;
+            memory off over a frozen base; gradients over a part of a segment.
     """
 
     def __init__(
@@ -98,14 +98,8 @@ class Trainer:
         answers: Mapping[int, int] | None = None,
     ) -> None:
         config, trains_base = model.config, any(p.requires_grad for p in model.base.parameters())
-        if isinstance(documents, HiddenStateCache):
-            if trains_base:
-                raise ConfigurationError("cached hidden states need a frozen base: give token ids for one that trains")
-            if config.residual_readout and config.memory_layers != (-1,):
-                raise ConfigurationError(
-                    f"what a residual at layer {config.memory_layer} does to the layers above it cannot be cached: set "
-                    "residual_readout=False, or memory_layer=-1"
-                )
+        if isinstance(documents, HiddenStateCache) and trains_base:
+            raise ConfigurationError("cached hidden states need a frozen base: give token ids for one that trains")
         if arguments.memory_off and not trains_base:
             raise ConfigurationError("with the memory off a frozen base leaves nothing to train: add LoRA")
         if arguments.max_seq_length % config.segment_len:
@@ -117,7 +111,7 @@ class Trainer:
         self.trains_base, self.answers = trains_base, answers or {}
         self.accelerator = accelerator or processes.new_accelerator(arguments)
         self.rows = processes.own_rows(arguments.batch_size, self.accelerator)
-        self.schedule: Schedule
+        self.schedule: TextStreams | StreamedTexts
         if isinstance(documents, StreamedTexts):
             self.schedule, self.rows, segments = documents, range(len(self.rows)), 0
         else:
@@ -307,9 +301,7 @@ class Trainer:
         """Drift anchors from the training text itself, spread over the documents."""
         calibrator, texts = self.model.hippocampus.drift_calibrator, self.documents
         count, length = calibrator.anchor_ids.shape
-        if isinstance(texts, StreamedTexts):
-            texts = texts.in_hand
-        elif isinstance(texts, HiddenStateCache):
+        if isinstance(texts, StreamedTexts | HiddenStateCache):
             texts = texts.texts
         if long := [ids for ids in texts if len(ids) >= 4 * length]:  # else the pseudo-random ones stay
             chosen = [long[number % len(long)] for number in range(count)]
@@ -344,9 +336,8 @@ class Trainer:
         counters, own, streamed = state.counters, state.own, isinstance(self.schedule, StreamedTexts)
         if counters["streamed"] != streamed or (streamed and counters["processes"] != accelerator.num_processes):
             raise CheckpointError(
-                f"{path} is of a run over {'streamed' if counters['streamed'] else 'kept'} texts with "
-                f"{counters['processes']} processes: resume it with the same data, and a streamed run on as many "
-                "processes"
+                f"{path} has streamed={counters['streamed']}, processes={counters['processes']}: resume it with the "
+                "same data, and a streamed run on as many processes"
             )
         self.reader.restore({name: tensor.to(device) for name, tensor in _named(own, checkpoint.ROWS).items()})
         self.schedule.restore(state.order)
