@@ -41,10 +41,7 @@ class TrainArguments:
     max_samples: int | None = _option(None, "documents to use")
     max_document_tokens: int = _option(12288, "tokens read of each document")
     obey_control_tokens: bool = _option(False, "read control tokens written in the texts as such, not as text")
-    planted_documents: int | None = _option(
-        None,
-        "of the N longest documents, also read a further part with made-up facts; default 30 (not while streaming)",
-    )
+    planted_documents: int | None = _option(None, "read a further part of the N longest with made-up facts; default 30")
     planted_facts: int = _option(32, "facts in each of those, each stated once and asked for once")
     max_seq_length: int = _option(512, "tokens over which gradients flow, a multiple of segment_len")
     batch_size: int = _option(4, "documents read side by side, of all processes together")
@@ -68,13 +65,10 @@ class TrainArguments:
     lora_target_modules: list[str] = _option(["q_proj", "v_proj"], "layers of the base that get LoRA")
     train_base: bool = _option(False, "train the base's own weights")
     memory_off: bool = _option(False, "train LoRA or the base alone; --hippocampus stays unchanged")
-    set: list[str] = _option(
-        [], "options of the config: --set name=value name=value; or each by its name, --name value"
-    )
+    set: list[str] = _option([], "options of the model's config as name=value; each can also be given as --name value")
     dtype: str | None = _option(None, "of the base's weights: bfloat16, float16, float32; see docs/training.md")
     mixed_precision: str | None = _option(None, "bf16, fp16 (scaled) or no; default: as accelerate launch says")
     gradient_checkpointing: bool = _option(False, "recompute a training base's layers in the backward pass")
-    torch_compile: str | None = _option(None, "compile a live base's layers with this backend, for example inductor")
     output_dir: str = _option("runs/hippoformer", "folder of checkpoints and of the trained model")
     cache_dir: str | None = _option(None, "folder of hidden states; default: output_dir/hidden_states")
     save_steps: int = _option(100, "steps between checkpoints; 0 for none")
@@ -98,8 +92,8 @@ class TrainArguments:
             "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": not (
                 self.reads_stream and (self.num_epochs is not None or self.planted_documents or self.questions)
             ),
-            "--gradient_checkpointing and --torch_compile with a base that runs in training (--lora_r, --train_base or "
-            "--streaming), not a frozen one": self.runs_base or not (self.gradient_checkpointing or self.torch_compile),
+            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.trains_base
+            or not self.gradient_checkpointing,
         }
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ConfigurationError(f"expected {'; '.join(broken)}")

@@ -1,4 +1,4 @@
-"""Decoder layers of a live base that keep less for the backward pass, or are compiled.
+"""Gradient checkpointing: decoder layers of a live base that keep less for the backward pass.
 
 transformers' own gradient checkpointing takes the key/value cache away, and the window is one. Here a layer's slots are
 part of its input and output: it runs on a cache of its own that holds the slots as they were, so it can run once more
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hippoformer.errors import ConfigurationError
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.window import WindowCache
 
@@ -23,20 +22,6 @@ def checkpoint_layers(model: HippoFormer) -> None:
     for number in range(model.window.n_layers):
         layer = model.window.layer(number + 1)
         layer.forward = _checkpointed(layer.forward, number)
-
-
-def compile_layers(model: HippoFormer, backend: str) -> None:
-    """Compiles each of the base's layers, for lengths that vary.
-
-    Raises:
-        ConfigurationError: a backend that torch does not have.
-    """
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if backend not in known:
-        raise ConfigurationError(f"--torch_compile {backend} is unknown; choose one of {', '.join(known)}")
-    for number in range(model.window.n_layers):
-        layer = model.window.layer(number + 1)
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
 
 
 def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -31,11 +31,12 @@ from transformers import get_linear_schedule_with_warmup
 
 from hippoformer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training import checkpoint, layers, processes
+from hippoformer.training import checkpoint, processes
 from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.credit import measure_credit, reconfigured
 from hippoformer.training.gate import parameter_groups, teach_gate
 from hippoformer.training.hidden_states import HiddenStateCache, of_like_length
+from hippoformer.training.layers import checkpoint_layers
 from hippoformer.training.losses import ConsolidationRScore, HippoFormerLoss
 from hippoformer.training.readers import Reading, new_reader, score_documents
 from hippoformer.training.streams import Piece, StreamedTexts, TextStreams
@@ -125,10 +126,8 @@ class Trainer:
         else:
             model.hippocampus.fusion.open()
             self._choose_anchors()
-        if arguments.torch_compile:
-            layers.compile_layers(model, arguments.torch_compile)
         if arguments.gradient_checkpointing:
-            layers.checkpoint_layers(model)
+            checkpoint_layers(model)
         self.reader = new_reader(model, documents, len(self.rows))
         self.loss = HippoFormerLoss(
             arguments.lm_loss_weight,
@@ -390,19 +389,17 @@ class Trainer:
         stored = self.reader.memory.episodes.slots(0, self.model.config.buffer_size).valid
         filled, slots = processes.summed([float(stored.sum()), float(stored.numel())], self.accelerator)
         r_score, self.r_score = self.r_score.compute(), ConsolidationRScore()
-        return (
-            numbers
-            | ({} if math.isnan(r_score) else {"consolidation_r": r_score})
-            | {
-                "perplexity": math.exp(total["nll"] / learned),
-                "base_perplexity": math.exp(total["base_nll"] / learned),
-                "buffer_use": filled / max(slots, 1.0),
-                "grad_norm": total["grad_norm"] / max(len(window) - total["skipped"], 1.0),
-                "skipped_steps": total["skipped"],
-                "learning_rate": self.scheduler.get_last_lr()[0],
-                "epoch": self.schedule.epoch,
-            }
-        )
+        if not math.isnan(r_score):
+            numbers["consolidation_r"] = r_score
+        return numbers | {
+            "perplexity": math.exp(total["nll"] / learned),
+            "base_perplexity": math.exp(total["base_nll"] / learned),
+            "buffer_use": filled / max(slots, 1.0),
+            "grad_norm": total["grad_norm"] / max(len(window) - total["skipped"], 1.0),
+            "skipped_steps": total["skipped"],
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "epoch": self.schedule.epoch,
+        }
 
     def _record(self, numbers: dict[str, float]) -> None:
         self.history.append({"step": float(self.step)} | numbers)
@@ -418,10 +415,8 @@ class Trainer:
     def _start_trackers(self) -> None:
         options = self.model.config.to_dict() | vars(self.arguments)
         # Trackers keep tables of scalars; what is a list or nothing goes in as its JSON.
-        table = {
-            name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
-            for name, value in options.items()
-        }
+        scalar = bool | int | float | str
+        table = {n: v if isinstance(v, scalar) else json.dumps(v, default=str) for n, v in options.items()}
         name, project = self.arguments.wandb_run_name, self.arguments.wandb_project or "hippoformer"
         named = {"wandb": {"name": name}, "trackio": {"name": name}} if name else {}
         try:
