@@ -2,8 +2,8 @@
 
 `datasets` fetches, caches, streams, and knows where a stream stands. This file adds three facts about the data:
 
-- which repository a short name stands for today. `datasets` no longer runs the loading scripts of several classic ones,
-  so the names point at copies that hold plain files (pg19, pile) or at the raw files (RedPajama);
+- which repository a short name stands for: `datasets` no longer runs loading scripts, so names of classic ones point at
+  copies with plain files (pg19, pile) or at the raw files (RedPajama);
 - the rows of WikiText are lines, which are put together into articles again;
 - rows without text are no documents.
 """
@@ -64,8 +64,7 @@ def dataset_documents(
     Args:
         name: wikitext, wikitext-2, wikitext-103, openwebtext, RedPajama-Data-1T-Sample, pile, fineweb, pg19; or any
             repository or local folder that `datasets.load_dataset` opens and whose rows have a `text`.
-        config: the dataset's configuration; wikitext-2-raw-v1 is wikitext's default.
-        split: as `datasets` spells it ("train", "test", without streaming also "train[:10%]").
+        config, split: of the dataset, as `datasets` spells them.
         streaming: read while downloading instead of preparing the whole dataset first.
         max_samples: stop after this many documents (for WikiText: articles, not lines); None reads all.
 
@@ -195,11 +194,8 @@ class DatasetStream(_Dataset):
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON."""
-        return {
-            "epoch": self.epoch,
-            "taken": self.taken,
-            "position": self.rows.state_dict() if self._seekable else None,
-        }
+        position = self.rows.state_dict() if self._seekable else None
+        return {"epoch": self.epoch, "taken": self.taken, "position": position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""

@@ -8,12 +8,10 @@ A memory is empty at the start of every document, so a reader must know where do
     headings   a line `= Title =` at column 0, one `=` a side, opens an article (`== Section ==` does not).
     file       the whole file is one document.
 
-`split="auto"` takes the layout of the first line that is not blank. A document begins at its title line; text before
-the first title belongs to the first document if it is blank, and is a document of its own otherwise. Each line of a
-`.jsonl` file is a record whose `text` is one document, with an optional `title`; "wikitext" and "headings" are applied
-inside each record.
-
-Joined together, the documents of a file are the file (or the texts of its records), but for a byte order mark.
+`split="auto"` takes the layout of the first line that is not blank. Blank text before the first title belongs to the
+first document, other text is a document of its own. Each line of a `.jsonl` file is a record whose `text` is one
+document, with an optional `title`; "wikitext" and "headings" are applied inside each record. Joined together, the
+documents of a file are the file (or the texts of its records), but for a byte order mark.
 """
 
 import codecs
@@ -60,11 +58,10 @@ def read_documents(
 ) -> list[Document]:
     """Reads the documents of files and folders, in the order given.
 
-    A folder is read with its subfolders, in the order of the relative paths: files that end in .txt, .raw, .md or
-    .jsonl and are not hidden. A file that is named itself is read whatever its suffix.
-
     Args:
-        paths: one path or several. split: where documents begin; see the head of this module.
+        paths: one or several. A folder is read with its subfolders, in the order of the relative paths: files that end
+            in .txt, .raw, .md or .jsonl and are not hidden. A file that is named itself may have any suffix.
+        split: where documents begin; see the head of this module.
 
     Raises:
         TextError: a path that is missing or unreadable, a file without text or not UTF-8 (with the byte offset), a
