@@ -16,7 +16,6 @@ from hippoformer.data.planted import plant_facts
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, HippoFormerError
 from hippoformer.evaluation import provenance, write_json
-from hippoformer.hippocampus.words import words_of_tokens
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.loading import shipped_hippocampus
@@ -54,7 +53,8 @@ def run(arguments: TrainArguments) -> HippoFormer:
     model, tokenizer = _model(arguments), load_tokenizer(arguments.base_model)
     model.to(accelerator.device)
     tokenizer.obey_control_tokens = arguments.obey_control_tokens
-    model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
+    model.set_tokenizer(tokenizer)
+    model.spelling = None  # no passages are kept in training
     encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
     output = Path(arguments.output_dir)
 
