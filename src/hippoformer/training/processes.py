@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, gather_object, is_torch_version
+from accelerate.utils import GradientAccumulationPlugin, is_torch_version
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -59,8 +59,8 @@ def new_accelerator(arguments: TrainArguments) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigurationError("DeepSpeed does not work here; configs/fsdp2.yaml shards a base over several GPUs")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigurationError("DeepSpeed and Megatron do not work here; configs/fsdp2.yaml shards a base over GPUs")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigurationError(f"fp16 needs float16 arithmetic, not {accelerator.device.type}: use bf16 or no")
     if missing := sorted(set(arguments.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}):
@@ -135,12 +135,6 @@ def of_all_rows(fields: dict[str, Tensor], accelerator: Accelerator, width: int)
     first = accelerator.process_index * own.shape[0]
     parts = torch.cat((everyone[:first], own, everyone[first + own.shape[0] :])).unbind(-1)
     return {name: part.to(field.dtype) for (name, field), part in zip(fields.items(), parts, strict=True)}
-
-
-def collected(results: dict[int, Tensor], accelerator: Accelerator) -> dict[int, Tensor]:
-    """Results by number, of all processes; tensors on the CPU."""
-    parts = gather_object([results]) if accelerator.num_processes > 1 else [results]
-    return {number: result for part in parts for number, result in part.items()}
 
 
 def summed(numbers: list[float], accelerator: Accelerator) -> list[float]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -129,12 +129,8 @@ class Trainer:
         if arguments.gradient_checkpointing:
             checkpoint_layers(model)
         self.reader = new_reader(model, documents, len(self.rows))
-        self.loss = HippoFormerLoss(
-            arguments.lm_loss_weight,
-            arguments.credit_loss_weight,
-            arguments.sparsity_loss_weight,
-            arguments.target_tagged_share,
-        )
+        weights = (arguments.lm_loss_weight, arguments.credit_loss_weight, arguments.sparsity_loss_weight)
+        self.loss = HippoFormerLoss(*weights, target_tagged_share=arguments.target_tagged_share)
         base = {"params": [p for p in model.base.parameters() if p.requires_grad], "lr": _BASE_RATE * arguments.rate}
         groups = parameter_groups(model.hippocampus, arguments.rate, arguments.weight_decay)
         groups.append(base | {"weight_decay": arguments.weight_decay})
@@ -288,12 +284,14 @@ class Trainer:
                 found |= {number: credit.clamp(0.0, 1.0) for number, credit in zip(group, credits, strict=True)}
             return found
 
-        self.useful = processes.collected(self.work(measure), self.accelerator)
+        found = self.work(measure)
+        parts = gather_object([found]) if self.accelerator.num_processes > 1 else [found]
+        self.useful = {document: target for part in parts for document, target in part.items()}
         self._train_mode()
         learning = copy.deepcopy(hippocampus)  # an engine would look at the gradients of its own weights
         loss = teach_gate(learning, documents, self.useful, arguments)
         hippocampus.load_state_dict(learning.state_dict())
-        self._say(f"the gate alone, {arguments.foresight_passes} passes: loss_credit {loss:.4f}")
+        self.accelerator.print(f"the gate alone: loss_credit {loss:.4f}", file=sys.stderr)
 
     @torch.no_grad()
     def _choose_anchors(self) -> None:
@@ -323,9 +321,8 @@ class Trainer:
             "history": self.history,
         }
         own = {f"{checkpoint.ROWS}{name}": tensor for name, tensor in self.reader.state().items()}
-        own["random.cpu"] = torch.get_rng_state()
-        if device.type == "cuda":
-            own["random.cuda"] = torch.cuda.get_rng_state(device)
+        own |= {"random.cpu": torch.get_rng_state()}
+        own |= {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
         state = checkpoint.RunState(shared, counters, own, self.schedule.state())
         checkpoint.save(Path(self.arguments.output_dir), self.step, self.model, state, self.accelerator.state)
 
@@ -374,7 +371,7 @@ class Trainer:
         return {"eval_base_perplexity": base, "eval_perplexity": fused, "eval_gain": 1 - fused / base}
 
     def _due(self, every: int) -> bool:
-        return bool(every) and self.step % every == 0
+        return every > 0 and self.step % every == 0
 
     def _means(self, window: Sequence[dict[str, float]]) -> dict[str, float]:
         """The numbers of several optimizer steps in one: means over their tokens, losses over their pieces.
@@ -404,27 +401,23 @@ class Trainer:
     def _record(self, numbers: dict[str, float]) -> None:
         self.history.append({"step": float(self.step)} | numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self._say(f"step {self.step}/{self.steps}  {shown}")
+        self.accelerator.print(f"step {self.step}/{self.steps}  {shown}", file=sys.stderr)
         if self.arguments.trackers:
             self.accelerator.log(numbers, step=self.step)
 
-    def _say(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            print(line, file=sys.stderr)
-
     def _start_trackers(self) -> None:
-        options = self.model.config.to_dict() | vars(self.arguments)
+        arguments, options = self.arguments, self.model.config.to_dict() | vars(self.arguments)
         # Trackers keep tables of scalars; what is a list or nothing goes in as its JSON.
         scalar = bool | int | float | str
         table = {n: v if isinstance(v, scalar) else json.dumps(v, default=str) for n, v in options.items()}
-        name, project = self.arguments.wandb_run_name, self.arguments.wandb_project or "hippoformer"
-        named = {"wandb": {"name": name}, "trackio": {"name": name}} if name else {}
+        named = {tracker: {"name": arguments.wandb_run_name} for tracker in ("wandb", "trackio")}
         try:
-            self.accelerator.init_trackers(project, table, init_kwargs=named)
+            self.accelerator.init_trackers(
+                arguments.wandb_project or "hippoformer", table, init_kwargs=named if arguments.wandb_run_name else {}
+            )
         except Exception as error:  # the trackers' own errors share no base class
             raise ConfigurationError(
-                f"a tracker of --report_to did not start ({error}): log in to it, use its offline mode "
-                "(WANDB_MODE=offline), or leave it out"
+                f"a tracker of --report_to did not start ({error}): log in to it, or set WANDB_MODE=offline"
             ) from error
 
 
