@@ -90,7 +90,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     trainer.save_model(output)
     if accelerator.is_main_process:
         told = [Document(q.name, f"{q.context}{q.prompt} {q.answers[0]}", q.name) for q in questions]
-        facts = provenance(seed=arguments.seed, documents=[*documents, *told] or None)
+        facts = provenance(documents=[*documents, *told] or None)
         write_json(output / "training_log.json", {"arguments": asdict(arguments), "history": history, "run": facts})
     accelerator.end_training()
     return model
