@@ -88,7 +88,8 @@ class HiddenStateCache(Sequence[ReadDocument]):
             mine = range(processes.process_index, len(documents), processes.num_processes)
             self._fill(model, documents, batch_size, mine)
             processes.wait_for_everyone()
-        self._fill(model, documents, batch_size, range(len(documents)))  # all, unless another machine has its own disk
+        # All of them: what another machine has read may lie on a disk of its own.
+        self._fill(model, documents, batch_size, range(len(documents)))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -107,11 +108,10 @@ class HiddenStateCache(Sequence[ReadDocument]):
         with tqdm(total=total, desc="reading with the base", unit="token", disable=None) as progress:
             for chosen in of_like_length(missing, self.lengths, batch_size):
                 parts: list[list[ReadDocument]] = [[] for _ in chosen]
+                lengths, cache = [self.lengths[number] for number in chosen], model.new_cache(len(chosen))
                 ids = pad_sequence([documents[number].long() for number in chosen], batch_first=True).to(model.device)
                 with model.episodes_off():
-                    for step in model.stream(
-                        ids, [self.lengths[number] for number in chosen], model.new_cache(len(chosen))
-                    ):
+                    for step in model.stream(ids, lengths, cache):
                         for row, (low, n) in enumerate(zip(step.start, step.new, strict=True)):
                             read = (step.hidden, step.base_log_prob, step.target_log_prob)
                             tokens = ids[row, low : low + n].int().cpu()
