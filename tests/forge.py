@@ -4,7 +4,6 @@
 runs, so that a test does not pay for imports. It answers with the exit codes, negative for a signal.
 """
 
-import importlib.util
 import json
 import os
 import signal
@@ -21,14 +20,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401, loaded lazily oth
 
 import hippoformer.model.checkpoint
 import hippoformer.train
-import hippoformer.training.checkpoints
-import hippoformer.training.processes
-
-if importlib.util.find_spec("deepspeed"):
-    import deepspeed
-
-    # Of no use in training, and compiled in a minute where it is first met.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # Where a run can be killed: the function it is about to call.
 DEATHS: dict[str, tuple[Any, str]] = {
@@ -58,7 +49,7 @@ def shard_on_cpu() -> None:
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
 
-    real = hippoformer.training.processes.new_accelerator
+    real = hippoformer.train.new_accelerator
 
     def sharding(*args: Any) -> Accelerator:
         accelerator = real(*args)
@@ -71,7 +62,7 @@ def shard_on_cpu() -> None:
         assert accelerator.is_fsdp2
         return accelerator
 
-    hippoformer.training.processes.new_accelerator = sharding
+    hippoformer.train.new_accelerator = sharding
 
 
 def run(job: dict[str, Any]) -> int:

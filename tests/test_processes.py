@@ -1,8 +1,7 @@
 """Training in several processes, and in processes that are killed: the same losses, the same weights.
 
 The processes talk through gloo on the CPU. FSDP2 shards and gathers for real; accelerate only has to be told that it
-may, since it offers sharding on accelerators alone (`forge.shard_on_cpu`). DeepSpeed is started as `accelerate launch`
-starts it, and takes the CPU where there is nothing else.
+may, since it offers sharding on accelerators alone (`forge.shard_on_cpu`).
 """
 
 import json
@@ -13,32 +12,31 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.utils import compare_versions, is_torch_version
-from safetensors.torch import load_file
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_torch_version
+from accelerate.utils.launch import prepare_multi_gpu_env
 
-import hippoformer.training.checkpoints as checkpoints
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
+from hippoformer.training import checkpoint, processes
+from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.processes import own_rows
-from tiny_training import arguments
+from tiny_training import arguments, differing, history
 
 Jobs = list[dict[str, Any]]
 Forge = Callable[[Jobs], list[int]]
-
-NO_DROPOUT = ["fusion_dropout=0.0", "lora_dropout=0.0"]  # draws differ between processes
 
 
 @pytest.fixture(scope="module")
 def forge() -> Iterator[Forge]:
     """Runs jobs side by side in processes of their own; see forge.py."""
     environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forge.py"))],
         stdin=subprocess.PIPE,
@@ -74,7 +72,7 @@ def texts(folder: Path) -> Path:
 
 
 def alone(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
-    argv = arguments(texts, output, "--recall_share", "0", "--logging_steps", "1", *more) + NO_DROPOUT
+    argv = arguments(texts, output, "--recall_share", "0", "--logging_steps", "1", *more)
     argv[argv.index(str(texts / "text.txt"))] = str(texts / "texts")
     return [{"argv": argv, "log": str(texts / f"{output}.log"), **job}]
 
@@ -88,8 +86,7 @@ def free_port() -> str:
 def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
     """Two processes as `accelerate launch` starts them."""
     (one,) = alone(texts, output, *more, **job)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= job.get("env", {"ACCELERATE_USE_CPU": "true"})
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     return [
         one | {"log": str(texts / f"{output}.{rank}.log"), "env": shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}}
         for rank in range(2)
@@ -97,19 +94,8 @@ def pair(texts: Path, output: str, *more: str, **job: Any) -> Jobs:
 
 
 def losses(texts: Path, output: str) -> list[dict[str, float]]:
-    history = json.loads((texts / output / "training_log.json").read_text())["history"]
     varying = ("tokens_per_second", "consolidation_r", "grad_norm")
-    return [{name: value for name, value in entry.items() if name not in varying} for entry in history]
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Names of the weights in which two saved models differ in a bit."""
-    names = []
-    for file in ("model.safetensors", "base/model.safetensors"):
-        if (one / file).exists() or (other / file).exists():
-            a, b = load_file(one / file), load_file(other / file)
-            names += [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
-    return names
+    return [{n: value for n, value in entry.items() if n not in varying} for entry in history(texts / output)]
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -120,24 +106,16 @@ def largest_difference(one: Path, other: Path) -> float:
 
 # What each engine needs: FSDP2 is newer than the lowest versions supported.
 SHARDING = is_torch_version(">=", "2.7.0") and compare_versions("accelerate", ">=", "1.6.0")
-DEEPSPEED = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "configs/deepspeed_zero2.json",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-}
-ENGINES: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": {"fsdp": True}, "DeepSpeed": {"env": DEEPSPEED}}
-needs_deepspeed = pytest.mark.skipif(
-    not find_spec("deepspeed"), reason="DeepSpeed is not installed: make test-deepspeed"
-)
+ENGINES: dict[str, dict[str, Any]] = {"DDP": {}, "FSDP2": {"fsdp": True}}
 AVAILABLE = [
     "DDP",
     pytest.param(
         "FSDP2",
         marks=(pytest.mark.slow, pytest.mark.skipif(not SHARDING, reason="torch or accelerate without FSDP2")),
     ),
-    pytest.param("DeepSpeed", marks=needs_deepspeed),
 ]
-MODES = {"frozen": [], "lora": ["--lora_r", "2"], "base": ["--train_base", "--gradient_accumulation_steps", "2"]}
+LORA = ["--lora_r", "2", "--lora_dropout", "0.0"]  # draws differ between processes
+MODES = {"frozen": [], "lora": LORA, "base": ["--train_base", "--gradient_accumulation_steps", "2"]}
 
 
 @pytest.mark.supports(trainer="{mode}", architecture="llama", mode="two processes, {engine}")
@@ -161,8 +139,8 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     assert forge(pair(texts, "two")) == [0, 0]
     main, other = ((texts / f"two.{rank}.log").read_text() for rank in range(2))
     assert "step 8/8" in main and "step" not in other
-    checkpoint = checkpoints.whole(texts / "two")[-1]
-    assert sorted(file.name for file in checkpoint.iterdir()) == [
+    newest = checkpoint.complete(texts / "two")[-1]
+    assert sorted(file.name for file in newest.iterdir()) == [
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -178,13 +156,12 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
 @pytest.mark.parametrize("engine", AVAILABLE)
 def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine: str) -> None:
     """On two to the same bits, and on one to the same numbers."""
-    more, job = ["--lora_r", "2"], ENGINES[engine]
+    more, job = LORA, ENGINES[engine]
     assert forge(pair(texts, "whole", *more, **job)) == [0, 0]
-    sixth_step = 17 if engine == "DeepSpeed" else 6  # it steps each of the three groups of weights for itself
-    killed = [{**one, "die": ["step", sixth_step]} for one in pair(texts, "parts", *more, **job)]
+    killed = [{**one, "die": ["step", 6]} for one in pair(texts, "parts", *more, **job)]
     codes = forge(killed)
     assert -signal.SIGKILL in codes and 0 not in codes
-    assert [path.name for path in checkpoints.whole(texts / "parts")] == ["checkpoint-00000003"]
+    assert [path.name for path in checkpoint.complete(texts / "parts")] == ["checkpoint-00000003"]
     resumed = [*more, "--resume_from_checkpoint", str(texts / "parts" / "checkpoint-00000003")]
     assert forge(alone(texts, "alone", *resumed)) == [0]
     assert forge(pair(texts, "parts", *resumed, **job)) == [0, 0]
@@ -204,7 +181,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forg
     runs = [f"{where}-{count}" for where, count in deaths]
     jobs = [alone(texts, f"{where}-{count}", *automatic, die=[where, count])[0] for where, count in deaths]
     assert forge(jobs) == [-signal.SIGKILL] * len(deaths)
-    assert [len(checkpoints.whole(texts / run)) for run in runs] == list(deaths.values())
+    assert [len(checkpoint.complete(texts / run)) for run in runs] == list(deaths.values())
     assert forge([alone(texts, run, *automatic)[0] for run in runs]) == [0] * len(deaths)
     for run in runs:
         assert differing(texts / "whole", texts / run) == [], run
@@ -237,6 +214,38 @@ def test_accelerate_launch(texts: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    history = losses(texts, "launched")
-    assert len(history) == 4 and all(math.isfinite(entry["loss_total"]) for entry in history)
-    assert len(list((checkpoints.whole(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
+    logged = losses(texts, "launched")
+    assert len(logged) == 4 and all(math.isfinite(entry["loss_total"]) for entry in logged)
+    assert len(list((checkpoint.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
+
+
+# ---------------------------------------------------------------- the files that accelerate launch reads
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_accelerate_reads_the_configurations(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config_from_file(str(file))
+    kinds = {"one_gpu": "NO", "multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}
+    assert config.distributed_type == DistributedType(kinds[file.stem])
+    if file.stem == "fsdp2" and SHARDING:  # what accelerate launch makes of it for each process
+        launch = launch_command_parser().parse_args(["--config_file", str(file), "-m", "hippoformer.train"])
+        for name, value in prepare_multi_gpu_env(_validate_launch_command(launch)[0]).items():
+            if name.startswith(("FSDP", "ACCELERATE")):
+                monkeypatch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading and plugin.reshard_after_forward
+
+
+def test_another_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        mixed_precision, scaler, log_with, distributed_type = "no", None, (), DistributedType.FSDP
+
+        def __init__(self, **_: object) -> None:
+            self.state = self
+            self.fsdp_plugin = type("Plugin", (), {"fsdp_version": 1, "cpu_ram_efficient_loading": True})
+
+    monkeypatch.setattr(processes, "Accelerator", Engine)
+    with pytest.raises(ConfigurationError, match=r"fsdp2|torch 2.7"):
+        processes.new_accelerator(TrainArguments())

@@ -1,224 +1,20 @@
-"""Training: what is read in which order, what enters a loss, and that a run is a function of its arguments."""
+"""Whole training runs: they learn what they should, and continue after any interruption as if there had been none."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import hippoformer.training.checkpoints as checkpoints
-from hippoformer import HippoFormer
+from hippoformer import HippoFormer, HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError, TextError
-from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.weights import base_fingerprint
 from hippoformer.train import main
-from hippoformer.training.arguments import config_options, parse
-from hippoformer.training.credit import measure_credit, reconfigured, useful
-from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.learning_rates import model_parameter_groups
-from hippoformer.training.readers import CachedReader, LiveReader
-from hippoformer.training.streams import Piece, TextStreams
-from hippoformer.training.trainer import Trainer, TrainingOptions
-from tiny import fresh, small_config
-from tiny_training import arguments, small_base, texts
-
-SEGMENT = 6  # of the small models
-
-
-def model(**options: object) -> HippoFormer:
-    return fresh("llama", **options)
-
-
-# ---------------------------------------------------------------- the order of reading
-
-
-def test_every_document_is_read_whole_and_from_its_beginning() -> None:
-    lengths = [13, 5, 1, 20]  # the third has no prediction to learn from
-    streams = TextStreams(lengths, rows=2, segment_len=6, seed=1)
-    read: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 3: []}
-    for _ in range(40):
-        piece = streams.next()
-        for row, (document, start, n) in enumerate(zip(piece.documents, piece.start, piece.length, strict=True)):
-            assert (start == 0) == (row in piece.fresh)
-            assert 1 <= n <= 6 and start % 6 == 0
-            read[document].append((start, n))
-    for document, spans in read.items():
-        whole = [(s, min(6, lengths[document] - s)) for s in range(0, lengths[document], 6)]
-        assert len(spans) >= len(whole)
-        # Up to the piece a row is in just now, what was read is whole passes in order.
-        finished = [span for span in spans if span[0] == whole[-1][0]]
-        assert len(finished) >= len(spans) // len(whole) - 2
-
-
-def test_an_epoch_takes_every_document_once() -> None:
-    streams = TextStreams([6] * 7, rows=1, segment_len=6, seed=5)
-    taken = [streams.next().documents[0] for _ in range(14)]
-    assert sorted(taken[:7]) == sorted(taken[7:]) == list(range(7))
-    assert taken[:7] != taken[7:]
-
-
-def test_schedule_resumes_exactly() -> None:
-    streams = TextStreams([13, 40, 7, 22], rows=3, segment_len=6, seed=2)
-    for _ in range(5):
-        streams.next()
-    state = json.loads(json.dumps(streams.state()))
-    expected = [streams.next() for _ in range(20)]
-    again = TextStreams([13, 40, 7, 22], rows=3, segment_len=6, seed=2)
-    again.restore(state)
-    assert [again.next() for _ in range(20)] == expected
-
-
-def test_nothing_to_train_on_is_said() -> None:
-    with pytest.raises(TextError, match="two tokens"):
-        TextStreams([1, 0], rows=1, segment_len=6, seed=0)
-
-
-# ---------------------------------------------------------------- reading
-
-
-def test_cached_and_live_reading_agree_and_match_scoring(tmp_path: Path) -> None:
-    m = model()
-    m.hippocampus.fusion.open()
-    m.hippocampus.recall.null_proj.bias.data.fill_(1.0)
-    documents = texts(40, 29)
-    cached = CachedReader(m, HiddenStateCache(m, documents, tmp_path), 2)
-    live = LiveReader(m, documents, 2)
-    expected = [m.score(ids.unsqueeze(0))[0] for ids in documents]
-    got: list[list[torch.Tensor]] = [[], []]
-    with torch.no_grad():
-        for start in range(0, 29, SEGMENT):
-            lengths = [min(SEGMENT, len(d) - start) for d in documents]
-            piece = Piece([0, 1], [start, start], lengths, [0, 1] if start == 0 else [])
-            one, other = cached.read(piece), live.read(piece)
-            torch.testing.assert_close(one.target_log_prob, other.target_log_prob, rtol=1e-4, atol=1e-5)
-            for row, n in enumerate(lengths):
-                got[row].append(one.target_log_prob[row, :n])
-    for row, n in ((0, 30), (1, 29)):
-        torch.testing.assert_close(torch.cat(got[row])[1:n], expected[row][: n - 1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_fresh_row_knows_nothing_of_the_document_before(tmp_path: Path) -> None:
-    m = model()
-    m.hippocampus.fusion.open()
-    documents = HiddenStateCache(m, texts(24, 12), tmp_path)
-    used, new = CachedReader(m, documents, 1), CachedReader(m, documents, 1)
-    with torch.no_grad():
-        for start in range(0, 24, SEGMENT):
-            used.read(Piece([0], [start], [SEGMENT], [0] if start == 0 else []))
-        after = used.read(Piece([1], [0], [SEGMENT], [0]))
-        alone = new.read(Piece([1], [0], [SEGMENT], [0]))
-    assert torch.equal(after.target_log_prob, alone.target_log_prob)
-    assert torch.equal(after.found.forecast, alone.found.forecast)
-
-
-def test_padding_is_not_counted(tmp_path: Path) -> None:
-    m = model()
-    reader = CachedReader(m, HiddenStateCache(m, texts(24, 3), tmp_path), 2)
-    reading = reader.read(Piece([0, 1], [0, 0], [SEGMENT, 3], [0, 1]))
-    assert reading.counted.tolist() == [[False] + [True] * 5, [False, True, True, False, False, False]]
-    assert (reading.target_log_prob[~reading.counted] == 0).all()
-
-
-def test_hidden_states_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    m, documents = model(), texts(20, 31)
-    first = HiddenStateCache(m, documents, tmp_path)
-    monkeypatch.setattr(m, "stream", None)  # a second computation would call it
-    again = HiddenStateCache(m, documents, tmp_path)
-    assert torch.equal(first[1].hidden, again[1].hidden) and torch.equal(again[1].tokens, documents[1])
-    with m.memory_off():
-        monkeypatch.undo()
-        torch.testing.assert_close(again[1].log_prob[1:], m.score(documents[1].unsqueeze(0))[0])
-
-
-def test_hidden_states_of_several_layers_serve_each_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents, options = texts(20, 31), {"residual_readout": False}
-    both = HiddenStateCache(model(memory_layer=[1, -1], **options), documents, tmp_path / "both")
-    for layer, place in ((1, 0), (-1, 1)):
-        m = model(memory_layer=layer, **options)
-        computed = HiddenStateCache(m, documents, tmp_path / "alone")
-        monkeypatch.setattr(m, "stream", None)  # a computation would call it
-        found = HiddenStateCache(m, documents, tmp_path / "both")
-        for number, ids in enumerate(documents):
-            assert torch.equal(found[number].hidden, computed[number].hidden)
-            assert torch.equal(found[number].hidden, both[number].hidden.chunk(2, dim=-1)[place])
-            assert torch.equal(found[number].tokens, ids)
-
-
-# ---------------------------------------------------------------- credit
-
-
-def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
-    """In a text that repeats itself beyond the window, the first copy earns credit and noise does not."""
-    m = model(window=6)
-    m.hippocampus.fusion.open()
-    m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
-    m.hippocampus.recall.log_scale.data.fill_(3.0)
-    phrase, noise = torch.arange(8), torch.arange(20, 50)
-    text = torch.cat((phrase, noise, phrase, torch.arange(50, 56)))
-    (credit,) = measure_credit(m.hippocampus, [HiddenStateCache(m, [text], tmp_path)[0]])
-    assert math.isnan(credit[0]) and credit[-1].isnan()
-    assert credit[1:8].sum() > 5 * credit[8:38].sum()
-    assert useful(torch.tensor([0.0, 0.3, 1.0, 2.5])).tolist() == pytest.approx([0.0, 0.3, 1.0, 1.0])
-    assert torch.equal(useful(credit).isnan(), credit.isnan())
-
-
-def test_credit_measured_side_by_side_is_that_of_each_alone(tmp_path: Path) -> None:
-    """Of a text that ends within a segment, one that ends with one, and the longest."""
-    m = model(window=6)
-    m.hippocampus.fusion.open()
-    m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
-    draws = torch.Generator().manual_seed(3)
-    texts = [torch.randint(0, 12, (length,), generator=draws) for length in (45, 24, 64, 3)]
-    states = HiddenStateCache(m, texts, tmp_path)
-    together = measure_credit(m.hippocampus, [states[number] for number in range(len(texts))])
-    assert sum(float(credit.nansum()) for credit in together) > 0.1
-    for number, credit in enumerate(together):
-        (alone,) = measure_credit(m.hippocampus, [states[number]])
-        torch.testing.assert_close(credit, alone, rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
-def test_a_row_that_is_done_waits_as_it_is(tmp_path: Path) -> None:
-    """It ends with a segment, and must not sleep again while the other row reads on."""
-    m = model(window=6)
-    draws = torch.Generator().manual_seed(5)
-    segment = m.config.segment_len
-    texts = [torch.randint(0, 60, (length,), generator=draws) for length in (5 * segment, 9 * segment + 1)]
-    states = HiddenStateCache(m, texts, tmp_path)
-    together, alone = CachedReader(m, states, 2), CachedReader(m, states, 1)
-    with torch.no_grad():
-        for reader, numbers in ((together, [0, 1]), (alone, [0])):
-            assert all(reading.counted.any() for reading in reader.through(numbers))
-    for name, tensor in alone.memory.episodes.tensors().items():
-        torch.testing.assert_close(together.memory.episodes.tensors()[name][0], tensor[0], rtol=1e-4, atol=1e-5)
-
-
-def test_reconfigured_puts_the_options_back() -> None:
-    m = model()
-    before = m.hippocampus.config
-    with pytest.raises(RuntimeError), reconfigured(m.hippocampus, selection="fifo") as config:
-        assert m.hippocampus.config is config and config.selection == "fifo"
-        raise RuntimeError
-    assert m.hippocampus.config is before
-
-
-# ---------------------------------------------------------------- what learns how fast
-
-
-def test_the_base_learns_at_a_tenth_of_the_rate_and_adapters_are_float32(folder: Path) -> None:
-    """Steps of a tenth of 1e-4 would be lost in bfloat16's three digits."""
-    half = load_base_model(str(folder / "base"), dtype=torch.bfloat16)
-    m = HippoFormer(small_config(use_lora=True, lora_r=2, learning_rate=1e-3), half)
-    rates = {id(p): group["lr"] for group in model_parameter_groups(m) for p in group["params"]}
-    adapters = [p for p in m.base.parameters() if p.requires_grad]
-    assert {p.dtype for p in adapters} == {torch.float32} and m.dtype == torch.bfloat16
-    assert {rates[id(p)] for p in adapters} == {1e-4}
-    assert {rates[id(p)] for p in m.hippocampus.parameters() if p.dim() > 1} == {1e-3}
-    assert len(rates) == sum(p.requires_grad for p in m.parameters())
-
-
-# ---------------------------------------------------------------- whole runs
-
+from hippoformer.training import checkpoint
+from hippoformer.training.arguments import TrainArguments, config_options, parse
+from hippoformer.training.trainer import Trainer, phases
+from tiny_training import SEGMENT, arguments, differing, history, small_base, texts
 
 # How a run may train: the hippocampus on hidden states of a frozen base, with adapters, with the base's own weights.
 WAYS = [
@@ -229,113 +25,167 @@ WAYS = [
 ]
 
 
-@pytest.mark.supports(precision="float32", mode="killed and resumed", architecture="llama")
-@pytest.mark.parametrize("mode", WAYS)
-def test_a_killed_run_resumes_to_the_same_weights(
-    folder: Path, mode: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(arguments(folder, "whole", *mode)) == 0
+def interrupted(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+    """A run that ends right after its first checkpoint."""
     save = Trainer._save
 
     def killed(self: Trainer) -> None:
         save(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments(folder, "parts", *mode))
-    monkeypatch.undo()
-    assert main(arguments(folder, "parts", *mode, "--resume_from_checkpoint", str(folder / "parts"))) == 0
-    files = ["model.safetensors"] + (["base/model.safetensors"] if mode == ["--train_base"] else [])
-    for file in files:
-        whole, parts = load_file(folder / "whole" / file), load_file(folder / "parts" / file)
-        assert whole.keys() == parts.keys()
-        assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_save", killed)
+        main(argv)
+
+
+@pytest.mark.supports(precision="float32", mode="killed and resumed", architecture="llama")
+@pytest.mark.parametrize("mode", WAYS)
+def test_a_killed_run_resumes_to_the_same_weights(
+    folder: Path, mode: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments(folder, "whole", *mode)) == 0
+    interrupted(monkeypatch, arguments(folder, "parts", *mode))
+    assert main(arguments(folder, "parts", *mode, "--resume_from_checkpoint", "auto")) == 0
+    assert differing(folder / "whole", folder / "parts") == []
+    for file in (folder / "parts").rglob("*"):
+        assert file.is_dir() or file.suffix in {".safetensors", ".json", ".md"}, "a pickle could run code"
 
 
 def test_training_lowers_the_loss_and_leaves_a_frozen_base_alone(folder: Path) -> None:
-    from hippoformer.model.weights import base_fingerprint
-
     assert main(arguments(folder, "run", "--eval_text", str(folder / "text.txt"), "--eval_steps", "8")) == 0
-    log = json.loads((folder / "run" / "training_log.json").read_text())
-    evaluation = [entry for entry in log["history"] if "eval_perplexity" in entry]
+    evaluation = [entry for entry in history(folder / "run") if "eval_perplexity" in entry]
     assert evaluation[-1]["eval_perplexity"] < evaluation[-1]["eval_base_perplexity"]
     model = HippoFormer.from_pretrained(folder / "run")
     assert base_fingerprint(model.base) == base_fingerprint(small_base())
     assert (folder / "run" / "README.md").is_file(), "a trained model has its card"
-    assert log["run"]["seed"] == 42 and log["arguments"]["max_steps"] == 8
+    assert json.loads((folder / "run" / "training_log.json").read_text())["arguments"]["max_steps"] == 8
 
 
-def test_a_run_can_go_on_from_a_saved_hippocampus(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_adapters_learn_at_a_tenth_of_the_rate_in_float32(folder: Path) -> None:
+    """Steps of a tenth of 1e-4 would be lost in bfloat16's three digits."""
+    argv = arguments(
+        folder, "run", "--lora_r", "2", "--learning_rate", "1e-3", "--max_steps", "1", "--warmup_ratio", "0"
+    )
+    argv[argv.index("--dtype") + 1] = "bfloat16"
+    assert main(argv) == 0
+    saved = load_file(folder / "run" / "model.safetensors")
+    adapters = {name: tensor for name, tensor in saved.items() if "lora_B" in name}  # zero before the first step
+    assert all(tensor.dtype == torch.float32 for tensor in adapters.values())
+    assert max(float(tensor.abs().max()) for tensor in adapters.values()) == pytest.approx(1e-4, rel=0.05)
+
+
+def test_a_run_can_continue_from_a_saved_hippocampus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run that learns nothing ends with the weights of the first; another shape is refused."""
     first, short = folder / "first", ["--recall_share", "1.0", "--max_steps"]
     assert main(arguments(folder, "first", *short, "2")) == 0
     monkeypatch.setattr("hippoformer.train.shipped_hippocampus", {"the-short-name": first}.get)
-    shipped = ["--hippocampus", "the-short-name", *short, "1"]
-    assert main(arguments(folder, "second", *shipped, "--learning_rate", "1e-12")) == 0
-    more = ["--hippocampus", str(first), *short, "1"]
+    more = ["--hippocampus", "the-short-name", *short, "1", "--learning_rate", "1e-12"]
+    assert main(arguments(folder, "second", *more)) == 0
     saved = [load_file(path / "model.safetensors") for path in (first, folder / "second")]
     for name, tensor in saved[0].items():
         if "anchor" not in name:
             torch.testing.assert_close(saved[1][name], tensor, rtol=0.0, atol=1e-6)
-    assert main([*arguments(folder, "third", *more), "--set", "segment_len=6", "recall_n_heads=8"]) == 2
-    assert "does not fit" in capsys.readouterr().err
-    words = arguments(folder, "fourth", *more, "--learning_rate", "1e-12", "--seed", "5")
-    assert main([*words[: words.index("--set")], "--set", "decay_rate=0.7"]) == 0, (
-        "shapes and segments are those of the first"
-    )
-    went_on, before = (json.loads((path / "config.json").read_text()) for path in (folder / "fourth", first))
-    assert {name for name in before if went_on[name] != before[name]} == {"decay_rate", "seed", "learning_rate"}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        main([*arguments(folder, "third", *more), "recall_n_heads=8"])
+    words = arguments(folder, "fourth", *more, "--seed", "5", "--decay_rate", "0.7")
+    assert main(words[: words.index("--set")]) == 0, "shapes and segments are those of the first"
+    continued, before = (json.loads((path / "config.json").read_text()) for path in (folder / "fourth", first))
+    assert {name for name in before if continued[name] != before[name]} == {"decay_rate", "seed"}
 
 
 def test_with_the_memory_off_the_base_learns_alone(folder: Path) -> None:
-    """Its loss is the base's own; the hippocampus, its anchors and its options are carried along to the last bit."""
-    assert main([*arguments(folder, "first", "--max_steps", "4"), "decay_rate=0.7"]) == 0
+    """Its loss is the base's own; the hippocampus and its options are carried along to the last bit."""
+    assert main(arguments(folder, "first", "--max_steps", "4", "--decay_rate", "0.7")) == 0
     short = ["--max_steps", "30", "--lora_r", "4", "--learning_rate", "0.05", "--logging_steps", "1"]
-    sizes = ["--window", "12", "--buffer_size", "16"]  # what was given stays given
-    words = arguments(folder, "alone", "--hippocampus", str(folder / "first"), "--memory_off", *short, *sizes)
+    words = arguments(folder, "alone", "--hippocampus", str(folder / "first"), "--memory_off", *short)
     assert main(words[: words.index("--set")]) == 0
     first, alone = (load_file(folder / name / "model.safetensors") for name in ("first", "alone"))
     assert [name for name in first if not torch.equal(first[name], alone[name])] == []
     assert any(tensor.any() for name, tensor in alone.items() if "lora_B" in name)
-    trained = HippoFormer.from_pretrained(folder / "alone")
-    assert trained.config.use_lora and trained.config.decay_rate == 0.7 and trained.config.segment_len == SEGMENT
-    history = json.loads((folder / "alone" / "training_log.json").read_text())["history"]
-    assert all(entry["perplexity"] == pytest.approx(entry["base_perplexity"]) for entry in history)
-    assert history[-1]["perplexity"] < 0.9 * history[0]["perplexity"]
-    assert history[-1]["drift"] > 0 and "salience_mean" not in history[0]
-    ids = torch.tensor(load_tokenizer(str(folder / "base"))((folder / "text.txt").read_text()).input_ids)
-    with trained.memory_off():
-        after = trained.score(ids.unsqueeze(0)).mean()
-    untrained = HippoFormer(small_config(), small_base())
-    with untrained.memory_off():
-        assert after > untrained.score(ids.unsqueeze(0)).mean() + 0.1
+    config = HippoFormerConfig.from_pretrained(folder / "alone")
+    assert config.decay_rate == 0.7 and config.segment_len == SEGMENT
+    entries = history(folder / "alone")
+    assert all(entry["perplexity"] == pytest.approx(entry["base_perplexity"]) for entry in entries)
+    assert entries[-1]["perplexity"] < 0.9 * entries[0]["perplexity"] and "salience_mean" not in entries[0]
 
 
-def test_memory_off_over_a_frozen_base_has_nothing_to_train(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="nothing to train"):
-        Trainer(model(), TrainingOptions(tmp_path, rows=1, memory_off=True), texts(20))
+def test_the_phases_of_a_run() -> None:
+    recall, joint = phases(TrainArguments(recall_share=0.25), 8)
+    assert (recall.until, recall.options["selection"], recall.loss) == (2, "fifo", "lm")
+    assert (joint.until, joint.loss, joint.credit) == (8, "total", True)
+    (base,) = phases(TrainArguments(memory_off=True, lora_r=2), 8)
+    assert (base.until, base.memory, base.credit) == (8, False, False)
 
 
-def test_a_disk_that_fills_up_during_a_checkpoint_leaves_the_one_before(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(arguments(folder, "run")) == 0
-    output = folder / "run"
-    before = checkpoints.whole(output)
-    m = HippoFormer.from_pretrained(output)
+# ---------------------------------------------------------------- questions
+
+
+def run_on_answers(tmp_path: Path, documents: list[torch.Tensor], answers: dict[int, int], **more: object) -> Trainer:
+    torch.manual_seed(0)
+    sizes = {"window": 12, "segment_len": SEGMENT, "buffer_size": 16, "recall_head_dim": 8, "recall_value_dim": 8}
+    config = HippoFormerConfig(**sizes, memory_layer=-1, marginal_weight=0.0, freeze_base=False)
+    given = TrainArguments(
+        output_dir=str(tmp_path), batch_size=len(documents), max_seq_length=SEGMENT, train_base=True, **more
+    )
+    return Trainer(HippoFormer(config, small_base()), given, documents, answers=answers)
+
+
+def test_what_comes_before_an_answer_is_read_and_not_learned(tmp_path: Path) -> None:
+    documents = texts(10, 10)
+    trainer = run_on_answers(tmp_path, documents, {0: 8, 1: 8})
+    order, (phase, _) = trainer.schedule.documents, phases(trainer.arguments, 8)
+    first, second = (trainer._read(phase)[1] for _ in range(2))
+    assert (first["tokens"], first["learned"], first["nll"], first["loss_lm"]) == (10, 0, 0.0, 0.0)
+    assert (second["tokens"], second["learned"]) == (8, 4)
+    scored = trainer.model.eval().score(torch.stack([documents[number] for number in order]))
+    assert second["nll"] == pytest.approx(-float(scored[:, 7:].sum()), rel=1e-4)
+    assert second["loss_lm"] == pytest.approx(second["nll"] / 4, rel=1e-4)
+
+
+def test_no_gradient_comes_from_before_the_answer(tmp_path: Path) -> None:
+    documents = texts(6)
+    trainer = run_on_answers(tmp_path, documents, {0: 4}, memory_off=True)
+    (phase,) = phases(trainer.arguments, 8)
+    with trainer._during(phase):
+        trainer._read(phase)[0].backward()
+    embedding = trainer.model.base.model.embed_tokens.weight
+    found, embedding.grad = embedding.grad, None
+    trainer.model.zero_grad()
+    log_prob = trainer.model.base(documents[0].unsqueeze(0)).logits[0].log_softmax(-1)
+    (-(log_prob[3, documents[0][4]] + log_prob[4, documents[0][5]]) / 2).backward()
+    assert torch.allclose(found, embedding.grad, atol=1e-5) and found.any()
+
+
+def test_a_run_learns_the_answer(folder: Path) -> None:
+    row = {"context": "the cat sat on the mat. " * 3, "question": "who sat", "answers": ["the cat", "cat"]}
+    (folder / "asked.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    alone = ["--questions", str(folder / "asked.jsonl"), "--train_base", "--memory_off", "--learning_rate", "3e-2"]
+    given = arguments(folder, "run", *alone, "--num_epochs", "8")
+    for option in ("--text", "--max_steps"):
+        del given[(where := given.index(option)) : where + 2]
+    assert main(given) == 0
+    with_answers = [entry["loss_lm"] for entry in history(folder / "run") if entry["perplexity"] != 1.0]
+    assert with_answers[-1] < with_answers[0]
+    with pytest.raises(ConfigurationError, match="no room"):
+        main([*given[: given.index("--set")], "--max_document_tokens", "8", "--segment_len", "6"])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, argv = folder / "run", arguments(folder, "run")
+    interrupted(monkeypatch, argv)
+    before = checkpoint.complete(output)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hippoformer.model.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        checkpoints.save(output, 99, m, {"x": torch.zeros(1)}, {}, keep=2)
-    assert checkpoints.whole(output) == before
-    assert checkpoints.load(output)[2]["step"] == 8
-    assert not list(output.glob("*99*")) and not list(output.glob(".*99*"))
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="No space left"):
+        patched.setattr("hippoformer.model.checkpoint.save_file", full)
+        main([*argv, "--resume_from_checkpoint", "auto"])
+    assert checkpoint.complete(output) == before and checkpoint.load(output).counters["step"] == 3
+    assert not list(output.glob(".*6*")), "half a checkpoint was left behind"
 
 
 def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
@@ -343,50 +193,52 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
     broken = folder / "run" / "checkpoint-00000099"
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"\x00" * 10)
-    assert checkpoints.load(folder / "run")[2]["step"] == 8
+    assert checkpoint.load(folder / "run").counters["step"] == 8
+    assert len(checkpoint.complete(folder / "run")) == 2, "more than the two newest were kept"
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpoints.load(broken)
-
-
-def test_checkpoints_hold_no_pickle(folder: Path) -> None:
-    assert main(arguments(folder, "run")) == 0
-    for file in (folder / "run").rglob("*"):
-        assert file.is_dir() or file.suffix in {".safetensors", ".json", ".md"}, file
+        checkpoint.load(broken)
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def test_flags_are_accepted_with_either_dash() -> None:
-    one = parse(["--text", "a", "--max_seq_length", "512", "--lora_r", "4", "--no_wandb"])
-    other = parse(["--text", "a", "--max-seq-length", "512", "--lora-r", "4", "--no-wandb"])
+def test_options_of_training_and_of_the_config() -> None:
+    one = parse(["--text", "a", "--max_seq_length", "512", "--no_wandb", "--window", "64", "--memory_layer", "1", "-1"])
+    other = parse(
+        ["--text", "a", "--max-seq-length", "512", "--no-wandb", "--set", "window=64", "memory_layer=[1, -1]"]
+    )
     assert one == other and one.max_seq_length == 512 and one.no_wandb
+    assert config_options(one.set) == {"window": 64, "memory_layer": [1, -1]}
+    assert config_options(["selection=fifo"]) == {"selection": "fifo"}
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "--text"),
-        (["--text", "a", "--dataset", "wikitext"], "either"),
-        (["--text", "a", "--max_steps", "3", "--num_epochs", "1"], "one of them"),
-        (["--text", "a", "--lora_r", "4", "--train_base"], "choose"),
+        (["--text", "a", "--dataset", "wikitext"], "--dataset"),
+        (["--text", "a", "--max_steps", "3", "--num_epochs", "1"], "not both"),
+        (["--text", "a", "--lora_r", "4", "--train_base"], "not both"),
         (["--text", "a", "--gradient_checkpointing"], "frozen"),
         (["--text", "a", "--memory_off"], "only the base"),
+        (["--text", "a", "--set", "a=1"], "'a=1'"),
+        (["--text", "a", "--windw", "3"], "--windw 3"),
+        (["--text", "a", "--streaming"], "--streaming"),
+        (["--dataset", "pile", "--streaming", "--num_epochs", "1"], "--streaming"),
+        (["--dataset", "pile", "--streaming", "--planted_documents", "3"], "--streaming"),
+        (["--dataset", "pile", "--streaming", "--questions", "babi-qa1"], "--streaming"),
     ],
 )
-def test_contradicting_flags_are_refused(argv: list[str], message: str) -> None:
+def test_contradicting_options_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parse(argv)
 
 
-def test_config_options_are_json_or_text() -> None:
-    assert config_options(["a=1", "b=[1, 2]", "c=fifo"]) == {"a": 1, "b": [1, 2], "c": "fifo"}
-    with pytest.raises(ConfigurationError, match="name=value"):
-        config_options(["a"])
-
-
-def test_errors_are_explained_not_raised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--base_model", str(folder / "base"), "--text", str(folder / "missing.txt")]) == 2
-    assert "missing.txt" in capsys.readouterr().err
-    assert main(arguments(folder, "run", "--max-seq-length", "7")) == 2
-    assert "multiple of segment_len" in capsys.readouterr().err
+def test_what_cannot_be_trained_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"missing\.txt"):
+        main(["--base_model", str(folder / "base"), "--text", str(folder / "missing.txt")])
+    with pytest.raises(ConfigurationError, match="multiple of segment_len"):
+        main(arguments(folder, "run", "--max-seq-length", "7"))
+    frozen = HippoFormer(HippoFormerConfig(window=12, segment_len=SEGMENT, memory_layer=-1), small_base())
+    with pytest.raises(ConfigurationError, match="nothing to train"):
+        Trainer(frozen, TrainArguments(output_dir=str(tmp_path), memory_off=True, lora_r=2), texts(20))

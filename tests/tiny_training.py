@@ -1,5 +1,6 @@
 """What a training test needs: token ids, a base model on disk with texts beside it, and arguments that fit it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_texts import LETTERS, byte_tokenizer
+
+SEGMENT = 6  # of the small models
 
 
 def texts(*lengths: int) -> list[torch.Tensor]:
@@ -29,8 +32,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
-    sizes = ["segment_len=6", "recall_n_heads=4", "recall_head_dim=8", "recall_value_dim=8", "salience_n_heads=2"]
     fixed = ["--base_model", str(folder / "base"), "--text", str(folder / "text.txt"), "--dtype", "float32"]
     fixed += ["--window", "12", "--buffer-size", "16", "--max-seq-length", "12", "--batch_size", "2"]
     fixed += ["--max_steps", "8", "--save_steps", "3", "--logging_steps", "2", "--output_dir", str(folder / output)]
-    return [*fixed, *more, "--set", *sizes, "replay_batch=4", "anchor_len=4", "n_anchors=8"]
+    return [*fixed, *more, "--set", "segment_len=6", "recall_n_heads=4", "recall_head_dim=8", "recall_value_dim=8"]
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    return json.loads((run / "training_log.json").read_text())["history"]
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the weights in which two saved models differ in a bit."""
+    from safetensors.torch import load_file
+
+    names = []
+    for file in ("model.safetensors", "base/model.safetensors"):
+        if (one / file).exists() or (other / file).exists():
+            a, b = load_file(one / file), load_file(other / file)
+            names += [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
+    return names

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from hippoformer.hippocampus.drift import EmbeddingDriftCalibrator
     from hippoformer.hippocampus.episodes import Episodes
     from hippoformer.hippocampus.episodes import Episodes as DifferentiablePriorityBuffer
-    from hippoformer.hippocampus.losses import ConsolidationRScore, HippoFormerLoss
     from hippoformer.hippocampus.salience import SalienceGate
     from hippoformer.model.cache import Episode, HippoCache
     from hippoformer.model.loading import load
     from hippoformer.model.modeling import HippoFormer
     from hippoformer.model.outputs import HippoFormerOutput
+    from hippoformer.training.losses import ConsolidationRScore, HippoFormerLoss
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ConsolidationRScore": "hippocampus.losses",
+    "ConsolidationRScore": "training.losses",
     "Conversation": "chat",
     "EmbeddingDriftCalibrator": "hippocampus.drift",
     "Episode": "model.cache",
@@ -37,7 +37,7 @@ _MODULES = {
     "HippoCache": "model.cache",
     "HippoFormer": "model.modeling",
     "HippoFormerConfig": "configuration",
-    "HippoFormerLoss": "hippocampus.losses",
+    "HippoFormerLoss": "training.losses",
     "HippoFormerOutput": "model.outputs",
     "SalienceGate": "hippocampus.salience",
     "load": "model.loading",

@@ -1,7 +1,7 @@
 """`python -m hippoformer.train` and `hippoformer train`: from texts to a trained hippocampus in `output_dir`."""
 
-import math
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,167 +11,130 @@ from transformers import PreTrainedTokenizerBase
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.data import Document, dataset_documents, read_documents
+from hippoformer.data.datasets import DatasetStream
 from hippoformer.data.planted import plant_facts
 from hippoformer.data.questions import Question, read_questions
-from hippoformer.data.streaming import DatasetStream
 from hippoformer.errors import ConfigurationError, HippoFormerError
-from hippoformer.files import provenance, write_json
-from hippoformer.hippocampus.words import words_of_tokens
+from hippoformer.evaluation import provenance, write_json
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.text import start_tokens, token_ids
-from hippoformer.training import checkpoints
+from hippoformer.training import checkpoint
 from hippoformer.training.arguments import TrainArguments, config_options, parse
 from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.processes import own_rows
-from hippoformer.training.streaming import StreamedTexts
-from hippoformer.training.trainer import Trainer, TrainingOptions
+from hippoformer.training.processes import new_accelerator, own_rows
+from hippoformer.training.streams import StreamedTexts
+from hippoformer.training.trainer import Trainer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHARACTERS_PER_TOKEN = 4
 _READ_TOGETHER = 8  # documents, at least, while a frozen base reads: without gradients there is room
 _PLANTED_DOCUMENTS = 30
-_FACT_GAP = (2500, 30000)  # characters between the tellings: from just beyond a window to several thousand tokens
+_FACT_GAP = (2500, 30000)  # characters between statement and question: from just beyond a window to thousands of tokens
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the command line says; 0 on success, 2 on an error that was explained."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except HippoFormerError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    """Trains as the command line says.
+
+    Raises:
+        HippoFormerError: of any kind; on the command line it becomes one line and exit code 2.
+    """
+    run(parse(sys.argv[1:] if argv is None else argv))
     return 0
 
 
 def run(arguments: TrainArguments) -> HippoFormer:
     """One training run; the trained model is also saved in `output_dir`."""
-    # First of all: it knows this process among the others, and its device.
-    options = _options(arguments)
-    accelerator = options.accelerator()
-    documents = [] if arguments.read_on_the_way else _documents(arguments)
-    documents += _with_facts(documents, arguments)
+    accelerator = new_accelerator(arguments)  # first: it knows this process among the others, and its device
+    documents = [] if arguments.reads_stream else _documents(arguments)
     questions = _questions(arguments)
-    model = _model(arguments)
+    model, tokenizer = _model(arguments), load_tokenizer(arguments.base_model)
     model.to(accelerator.device)
-    tokenizer = load_tokenizer(arguments.base_model)
     tokenizer.obey_control_tokens = arguments.obey_control_tokens
-    model.hippocampus.recall.set_words(*words_of_tokens(tokenizer, model.config.vocab_size))
-    frozen = model.config.freeze_base and not model.config.use_lora
-    _check_segments(arguments, model.config)
-    options.segments_per_step = arguments.max_seq_length // model.config.segment_len
-
-    def encoded(documents: list[Document]) -> list[Tensor]:
-        return [ids for d in documents if len(ids := _encode(d.text, tokenizer, arguments.max_document_tokens)) >= 2]
+    model.set_tokenizer(tokenizer)
+    model.spelling = None  # no passages are kept in training
+    encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
+    output = Path(arguments.output_dir)
 
     def ready(texts: list[Tensor]) -> list[Tensor] | HiddenStateCache:
-        if not frozen or arguments.read_on_the_way:
+        if arguments.runs_base:
             return texts
-        folder = Path(arguments.cache_dir) if arguments.cache_dir else options.output_dir / "hidden_states"
-        side_by_side = max(_READ_TOGETHER, arguments.batch_size)
-        return HiddenStateCache(model, texts, folder, side_by_side, processes=accelerator.state)
+        folder = Path(arguments.cache_dir) if arguments.cache_dir else output / "hidden_states"
+        rows = max(_READ_TOGETHER, arguments.batch_size)
+        return HiddenStateCache(model, texts, folder, rows, processes=accelerator.state)
 
     answers: dict[int, int] = {}
     texts: list[Tensor] | HiddenStateCache | StreamedTexts
-    if arguments.read_on_the_way:
+    if arguments.reads_stream:
         assert arguments.dataset is not None
         place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
         stream = DatasetStream(arguments.dataset, arguments.dataset_config, **place)
-        rows = len(own_rows(options.rows, accelerator))
-        encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
-        texts = StreamedTexts(stream, encode, rows, model.config.segment_len)
+        texts = StreamedTexts(
+            stream, encode, len(own_rows(arguments.batch_size, accelerator)), model.config.segment_len
+        )
     else:
-        read = encoded(documents)
+        read = [ids for document in documents if len(ids := encode(document.text)) >= 2]
         asked = [_encode_question(question, tokenizer, arguments.max_document_tokens) for question in questions]
         answers = {number: answer for number, (_, answer) in enumerate(asked, start=len(read))}
         texts = ready([*read, *(ids for ids, _ in asked)])
-        if arguments.num_epochs is not None:
-            lengths = texts.lengths if isinstance(texts, HiddenStateCache) else [len(ids) for ids in texts]
-            options.max_steps = _steps(arguments, options, lengths, model.config.segment_len)
-    held_out = ready(encoded(read_documents(arguments.eval_text))) if arguments.eval_text else None
-    trainer = Trainer(model, options, texts, held_out, accelerator, answers)
-    history = trainer.train(_resume_from(arguments))
-    trainer.save_model(options.output_dir)
+    held_out = None
+    if arguments.eval_text:
+        held_out = ready([ids for d in read_documents(arguments.eval_text) if len(ids := encode(d.text)) >= 2])
+    trainer = Trainer(model, arguments, texts, held_out, accelerator, answers)
+    resume = arguments.resume_from_checkpoint
+    if resume == "auto":
+        resume = arguments.output_dir if checkpoint.complete(output) else None
+    history = trainer.train(Path(resume) if resume else None)
+    trainer.save_model(output)
     if accelerator.is_main_process:
         told = [Document(q.name, f"{q.context}{q.prompt} {q.answers[0]}", q.name) for q in questions]
-        facts = provenance(seed=arguments.seed, documents=[*documents, *told] or None)
-        write_json(
-            options.output_dir / "training_log.json", {"arguments": vars(arguments), "history": history, "run": facts}
-        )
-    trainer.close()
+        facts = provenance(documents=[*documents, *told] or None)
+        write_json(output / "training_log.json", {"arguments": asdict(arguments), "history": history, "run": facts})
+    accelerator.end_training()
     return model
 
 
-def _resume_from(arguments: TrainArguments) -> Path | None:
-    if arguments.resume_from_checkpoint != "auto":
-        return Path(arguments.resume_from_checkpoint) if arguments.resume_from_checkpoint else None
-    output = Path(arguments.output_dir)
-    return output if checkpoints.whole(output) else None
-
-
 def _model(arguments: TrainArguments) -> HippoFormer:
-    lora = arguments.lora_r > 0
-    rate = arguments.learning_rate or (1e-4 if lora or arguments.train_base else 2e-3)
-    options: dict[str, object] = {
-        "base_model_name": arguments.base_model,
-        "freeze_base": not arguments.train_base,
-        "use_lora": lora,
-        "lora_alpha": arguments.lora_alpha,
-        "learning_rate": rate,
-    }
+    options: dict[str, object] = {"base_model_name": arguments.base_model, "freeze_base": not arguments.train_base}
+    lora = arguments.lora
+    options |= {"use_lora": lora is not None}
+    if lora is not None:
+        options |= {name if name.startswith("lora_") else f"lora_{name}": value for name, value in lora.items()}
     given = arguments.hippocampus and (shipped_hippocampus(arguments.hippocampus) or arguments.hippocampus)
     if not (given and arguments.memory_off):  # one that is only carried along stays as it is
         options["seed"] = arguments.seed
-    sizes = {"window": arguments.window, "buffer_size": arguments.buffer_size}
-    options |= {name: value for name, value in sizes.items() if value is not None}
-    if lora:
-        options["lora_r"] = arguments.lora_r
-    torch.manual_seed(arguments.seed)  # the hippocampus' initial weights
+    options |= config_options(arguments.set)
     if arguments.dtype is not None and arguments.dtype not in _DTYPES:
         raise ConfigurationError(f"--dtype {arguments.dtype} is unknown; choose one of {', '.join(_DTYPES)}")
-    known = HippoFormerConfig().to_dict()
-    extra = config_options(arguments.set)
-    if unknown := sorted(set(extra) - set(known)):
-        raise ConfigurationError(f"--set: HippoFormerConfig has no option {', '.join(unknown)}")
+    torch.manual_seed(arguments.seed)  # the hippocampus' initial weights
     dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
     base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
     if arguments.dtype is None:
         base = in_computing_dtype(base)
-    if given:
-        config = HippoFormerConfig.from_pretrained(given, **(options | extra))  # type: ignore[arg-type]
-    else:
-        config = HippoFormerConfig(**(options | extra))  # type: ignore[arg-type]
-    model = HippoFormer(config, base)
-    if given:
-        load_hippocampus(model, given)
+    if not given:
+        return HippoFormer(HippoFormerConfig(**options), base)  # type: ignore[arg-type]
+    model = HippoFormer(HippoFormerConfig.from_pretrained(given, **options), base)  # type: ignore[arg-type]
+    load_hippocampus(model, given)
     return model
 
 
 def _questions(arguments: TrainArguments) -> list[Question]:
-    sets = (
-        read_questions(name, arguments.questions_split, arguments.data_dir, arguments.max_samples)
+    return [
+        question
         for name in arguments.questions
-    )
-    return [question for questions in sets for question in questions]
+        for question in read_questions(name, arguments.questions_split, arguments.data_dir, arguments.max_samples)
+    ]
 
 
 def _documents(arguments: TrainArguments) -> list[Document]:
-    if arguments.dataset is None:
-        return read_documents(arguments.text)[: arguments.max_samples] if arguments.text else []
-    return list(
-        dataset_documents(
-            arguments.dataset,
-            arguments.dataset_config,
-            streaming=arguments.streaming,
-            max_samples=arguments.max_samples,
-        )
-    )
-
-
-def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Document]:
-    """Further parts of the longest documents, with facts planted: what follows the part that is read as it is."""
+    """The documents, and further parts of the longest with facts planted: the text after what is read as it is."""
+    if arguments.dataset is not None:
+        more = {"streaming": arguments.streaming, "max_samples": arguments.max_samples}
+        documents = list(dataset_documents(arguments.dataset, arguments.dataset_config, **more))  # type: ignore[arg-type]
+    else:
+        documents = read_documents(arguments.text)[: arguments.max_samples] if arguments.text else []
     wanted = arguments.planted_documents
     if wanted is None:
         wanted = 0 if arguments.memory_off else _PLANTED_DOCUMENTS
@@ -179,7 +142,7 @@ def _with_facts(documents: list[Document], arguments: TrainArguments) -> list[Do
     longest = sorted(documents, key=lambda document: -len(document.text))[:wanted]
     parts = [Document(d.title, d.text[size : 2 * size] or d.text[:size], d.source) for d in longest]
     parts = [part for part in parts if len(part.text) >= 2 * _FACT_GAP[0]]  # no room for facts in the others
-    return plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
+    return documents + plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
@@ -200,46 +163,9 @@ def _encode_question(question: Question, tokenizer: PreTrainedTokenizerBase, lim
     return torch.tensor([*told, *answer], dtype=torch.int64), len(told)
 
 
-def _check_segments(arguments: TrainArguments, config: HippoFormerConfig) -> None:
-    if arguments.max_seq_length % config.segment_len:
-        raise ConfigurationError(
-            f"--max_seq_length={arguments.max_seq_length} must be a multiple of segment_len={config.segment_len}"
-        )
-
-
-def _steps(arguments: TrainArguments, options: TrainingOptions, lengths: list[int], segment_len: int) -> int:
-    """Optimizer steps of so many passes over the documents."""
-    assert arguments.num_epochs is not None
-    per_step = options.rows * options.segments_per_step * options.gradient_accumulation_steps
-    return math.ceil(arguments.num_epochs * sum(math.ceil(n / segment_len) for n in lengths) / per_step)
-
-
-def _options(arguments: TrainArguments) -> TrainingOptions:
-    trackers = list(arguments.report_to)
-    if arguments.wandb_project and not arguments.no_wandb and "wandb" not in trackers:
-        trackers.append("wandb")
-    return TrainingOptions(
-        output_dir=Path(arguments.output_dir),
-        max_steps=arguments.max_steps or TrainingOptions.max_steps,
-        recall_share=arguments.recall_share,
-        rows=arguments.batch_size,
-        memory_off=arguments.memory_off,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        warmup_ratio=arguments.warmup_ratio,
-        credit_documents=arguments.credit_documents,
-        foresight_passes=arguments.foresight_passes,
-        save_steps=arguments.save_steps,
-        logging_steps=arguments.logging_steps,
-        eval_steps=arguments.eval_steps,
-        seed=arguments.seed,
-        mixed_precision=arguments.mixed_precision,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        torch_compile=arguments.torch_compile,
-        report_to=[tracker for tracker in trackers if not (arguments.no_wandb and tracker == "wandb")],
-        run_name=arguments.wandb_run_name,
-        project=arguments.wandb_project or "hippoformer",
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except HippoFormerError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

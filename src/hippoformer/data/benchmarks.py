@@ -1,9 +1,4 @@
-"""Evaluation texts by the names papers use: a local copy where there is one, the hub otherwise.
-
-`wikitext-2`, `wikitext-103`, `pg19` and whatever else `dataset_documents` knows are read from a folder of that name in
-the data folder first, so that an evaluation needs no network. What is nowhere to be found is an error that says where
-it was looked for: an average over nothing helps nobody.
-"""
+"""Evaluation texts by the names that papers use: a local copy in the data folder, else the hub."""
 
 from itertools import islice
 from pathlib import Path
@@ -12,19 +7,12 @@ from hippoformer.data.datasets import dataset_documents
 from hippoformer.data.documents import Document, read_documents
 from hippoformer.errors import ConfigurationError, TextError
 
-# Name -> split -> files or folders that hold it, within the data folder.
-_LOCAL: dict[str, dict[str, tuple[str, ...]]] = {
-    "wikitext-2": {
-        "test": ("wikitext-2-raw/wiki.test.raw", "wikitext-2/wiki.test.raw"),
-        "validation": ("wikitext-2-raw/wiki.valid.raw", "wikitext-2/wiki.valid.raw"),
-    },
-    "wikitext-103": {
-        "test": ("wikitext-103-raw/wiki.test.raw", "wikitext-103/wiki.test.raw"),
-        "validation": ("wikitext-103-raw/wiki.valid.raw", "wikitext-103/wiki.valid.raw"),
-    },
-}
+_RAW_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
 # WikiText-103 has the validation and test sets of WikiText-2, to the byte.
-_LOCAL["wikitext-103"] = {split: files + _LOCAL["wikitext-2"][split] for split, files in _LOCAL["wikitext-103"].items()}
+_FOLDERS = {
+    "wikitext-2": ("wikitext-2-raw", "wikitext-2"),
+    "wikitext-103": ("wikitext-103-raw", "wikitext-103", "wikitext-2-raw", "wikitext-2"),
+}
 
 
 def benchmark_documents(
@@ -33,11 +21,9 @@ def benchmark_documents(
     """The documents of an evaluation set.
 
     Args:
-        name: of a local folder in `data_dir` (with a subfolder or file for the split, or without), or any name that
-            `dataset_documents` knows.
+        name: a folder in `data_dir` (with a subfolder or file for the split), or a name for `dataset_documents`.
         split: "test", "validation", or what the data set calls it.
-        data_dir: where local copies lie.
-        max_samples: only the first so many.
+        data_dir: folder of local copies. max_samples: only the first N documents.
 
     Raises:
         TextError: neither a local copy nor the hub has it; the message names both.
@@ -58,5 +44,5 @@ def benchmark_documents(
 
 def local_places(name: str, split: str, data_dir: Path) -> list[Path]:
     """Where a local copy of a split would lie, the likeliest first."""
-    known = [data_dir / file for file in _LOCAL.get(name, {}).get(split, ())]
+    known = [data_dir / folder / _RAW_FILES[split] for folder in _FOLDERS.get(name, ()) if split in _RAW_FILES]
     return [*known, data_dir / name / split, data_dir / name / f"{split}.txt", data_dir / name / f"{split}.jsonl"]

@@ -1,57 +1,53 @@
-"""Documents from Hugging Face `datasets`, under the names that training has always used.
+"""Documents of Hugging Face `datasets`: the hub or local files, as a whole or as a stream.
 
-`datasets` does the fetching, caching and streaming; this file knows three things about the data it brings:
+`datasets` fetches, caches, streams, and knows where a stream stands. This file adds three facts about the data:
 
-- which repository a short name means today. Several of the classic ones were Python loading scripts, which `datasets`
-  no longer runs, so the names point at copies that hold plain files (pg19, pile) or at the raw files (RedPajama);
-- that the rows of WikiText are lines: they are put together again into articles, as in the files they were cut from;
-- that rows without text are no documents.
+- which repository a short name stands for: `datasets` no longer runs loading scripts, so names of classic ones point at
+  copies with plain files (pg19, pile) or at the raw files (RedPajama);
+- the rows of WikiText are lines, which are put together into articles again;
+- rows without text are no documents.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from hippoformer.data.documents import Document, parse_record, split_lines
 from hippoformer.errors import ConfigurationError, TextError
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How to load one dataset: arguments of `load_dataset`, and what a row of it is."""
+class _Recipe(NamedTuple):
+    """Arguments of `load_dataset`, and what a row is: "document", "line" of WikiText, or "record", a line of JSON."""
 
     path: str
     config: str | None = None
+    rows: str = "document"
     data_files: str | None = None
-    rows: str = "document"  # "document", "line" of WikiText, or "record": a line of JSON
 
 
-# RedPajama: the fields beside `text` differ from file to file, which no table has a type for; hence lines of JSON.
-_RECIPES: dict[str, _Recipe] = {
-    "wikitext": _Recipe("Salesforce/wikitext", "wikitext-2-raw-v1", rows="line"),
-    "wikitext-2": _Recipe("Salesforce/wikitext", "wikitext-2-raw-v1", rows="line"),
-    "wikitext-103": _Recipe("Salesforce/wikitext", "wikitext-103-raw-v1", rows="line"),
+_WIKITEXT = "Salesforce/wikitext"
+_REDPAJAMA = "togethercomputer/RedPajama-Data-1T-Sample"
+# The fields beside `text` differ between RedPajama's files, which no table has a type for; hence lines of JSON.
+_RECIPES = {
+    "wikitext": _Recipe(_WIKITEXT, "wikitext-2-raw-v1", "line"),
+    "wikitext-2": _Recipe(_WIKITEXT, "wikitext-2-raw-v1", "line"),
+    "wikitext-103": _Recipe(_WIKITEXT, "wikitext-103-raw-v1", "line"),
     "openwebtext": _Recipe("Skylion007/openwebtext"),
-    "RedPajama-Data-1T-Sample": _Recipe(
-        "text", data_files="hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/*.jsonl", rows="record"
-    ),
+    "RedPajama-Data-1T-Sample": _Recipe("text", None, "record", f"hf://datasets/{_REDPAJAMA}/*.jsonl"),
     "pile": _Recipe("monology/pile-uncopyrighted"),
     "fineweb": _Recipe("HuggingFaceFW/fineweb", "sample-10BT"),
     "pg19": _Recipe("emozilla/pg19"),
 }
 _ALIASES = {
-    "Salesforce/wikitext": "wikitext",
+    _WIKITEXT: "wikitext",
     "wikitext-2-raw-v1": "wikitext-2",
     "wikitext-103-raw-v1": "wikitext-103",
     "redpajama": "RedPajama-Data-1T-Sample",
-    "togethercomputer/RedPajama-Data-1T-Sample": "RedPajama-Data-1T-Sample",
+    _REDPAJAMA: "RedPajama-Data-1T-Sample",
     "EleutherAI/pile": "pile",
     "deepmind/pg19": "pg19",
     "HuggingFaceFW/fineweb": "fineweb",
 }
-
-_MISSING = object()
 
 
 def dataset_documents(
@@ -63,14 +59,12 @@ def dataset_documents(
 ) -> Iterator[Document]:
     """Documents of a dataset, one after the other.
 
-    The dataset is opened at once, so that a wrong name fails here; its rows are read as the iterator advances, which
-    with `streaming` is also when they are downloaded.
+    The dataset is opened at once, so that a wrong name fails here; rows are read as the iterator advances.
 
     Args:
         name: wikitext, wikitext-2, wikitext-103, openwebtext, RedPajama-Data-1T-Sample, pile, fineweb, pg19; or any
-            repository or local folder that `datasets.load_dataset` can open and whose rows have a `text`.
-        config: the dataset's configuration; wikitext-2-raw-v1 is wikitext's default.
-        split: the part to read, as `datasets` spells it ("train", "test", without streaming also "train[:10%]").
+            repository or local folder that `datasets.load_dataset` opens and whose rows have a `text`.
+        config, split: of the dataset, as `datasets` spells them.
         streaming: read while downloading instead of preparing the whole dataset first.
         max_samples: stop after this many documents (for WikiText: articles, not lines); None reads all.
 
@@ -79,100 +73,133 @@ def dataset_documents(
         ConfigurationError: `max_samples` below 1.
     """
     if max_samples is not None and max_samples < 1:
-        raise ConfigurationError(
-            f"max_samples={max_samples}, but at least one document must be read; leave it out for all."
+        raise ConfigurationError(f"max_samples={max_samples}; expected at least 1, or none for all")
+    dataset = _Dataset(name, config, split, streaming)
+
+    def documents() -> Iterator[Document]:
+        found = 0
+        for found, document in enumerate(islice(dataset.documents(), max_samples), start=1):  # noqa: B007
+            yield document
+        if not found:
+            raise dataset.without_text()
+
+    return documents()
+
+
+class _Dataset:
+    """An open dataset; `source` is its name in errors and documents."""
+
+    def __init__(self, name: str, config: str | None, split: str, streaming: bool) -> None:
+        import datasets
+
+        self.recipe = _RECIPES.get(_ALIASES.get(name, name), _Recipe(name))
+        config = config or self.recipe.config
+        self.source = ":".join(part for part in (name, config, split) if part)
+        more = {"data_files": self.recipe.data_files, "name": None if self.recipe.data_files else config}
+        given = {key: value for key, value in more.items() if value is not None}
+        try:
+            self.rows: Any = datasets.load_dataset(self.recipe.path, split=split, streaming=streaming, **given)
+        except Exception as error:  # the hub, HTTP, archive and table libraries underneath share no base class
+            raise self._unreachable(error) from error
+
+    def documents(self) -> Iterator[Document]:
+        """All documents; it takes no more rows than the next document needs, but for WikiText's lines."""
+        if self.recipe.rows == "line":
+            # A blank line is " \n" in the raw file and an empty row here.
+            lines = (text if text.endswith("\n") else f"{text}\n" for row in self._rows() for text in [row[1] or " \n"])
+            for title, text in split_lines(lines, "wikitext"):
+                if text.strip():
+                    yield Document(title or self.source, text, self.source)
+            return
+        for number, (title, text) in enumerate(self._rows()):
+            if self.recipe.rows == "record" and text.strip():
+                title, text = parse_record(text, f"Row {number} of the dataset {self.source}")
+            if text.strip():
+                yield Document(title or f"{self.source} {number}", text, self.source)
+
+    def _rows(self) -> Iterator[tuple[str | None, str]]:
+        """(title, text) of each row; what breaks while streaming is a `TextError` too."""
+        rows: Iterator[Mapping[str, Any]] = iter(self.rows)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # as above
+                raise self._unreachable(error) from error
+            if row is None:
+                return
+            text, title = row.get("text", 0), row.get("title") or row.get("short_book_title")
+            if not isinstance(text, str | None):
+                raise TextError(
+                    f"The dataset {self.source} has no `text` column of strings; its columns are "
+                    f"{', '.join(map(str, row))}. Choose another configuration, or export its text to files."
+                )
+            yield (title if isinstance(title, str) else None), text or ""
+
+    def without_text(self) -> TextError:
+        """The error of a dataset without documents."""
+        return TextError(f"The dataset {self.source} holds no text; choose another split or configuration.")
+
+    def _unreachable(self, error: Exception) -> TextError:
+        cause = " ".join(str(error).split())[:300]
+        return TextError(
+            f"The dataset {self.source} could not be read ({type(error).__name__}: {cause}). Check the name, "
+            "configuration, split and network; without a network, name a file or folder with the text instead."
         )
-    recipe, rows, source = opened(name, config, split, streaming)
-    return _limited(row_documents(rows, recipe, source), max_samples, source)
 
 
-def opened(name: str, config: str | None, split: str, streaming: bool) -> tuple[_Recipe, Any, str]:
-    """A dataset by its short or full name: what its rows are, its rows, and what errors call it.
+class DatasetStream(_Dataset):
+    """An endless stream of the documents of a dataset, in the order they are stored, that can go back to a position.
+
+    The lines of WikiText are seekable by articles alone: going back reads the articles before again.
+
+    Args:
+        name, config, split: as for `dataset_documents`.
+        process, processes: which share of all documents to read.
 
     Raises:
-        TextError: it cannot be reached or opened. The cause is chained.
+        TextError: the dataset cannot be opened. The cause is chained.
     """
-    recipe = _RECIPES.get(_ALIASES.get(name, name), _Recipe(name))
-    config = config or recipe.config
-    source = ":".join(part for part in (name, config, split) if part)
-    return recipe, _open(recipe, config, split, streaming, source), source
 
+    def __init__(
+        self, name: str, config: str | None = None, split: str = "train", process: int = 0, processes: int = 1
+    ) -> None:
+        from datasets.distributed import split_dataset_by_node
 
-def row_documents(rows: Iterable[Mapping[str, Any]], recipe: _Recipe, source: str) -> Iterator[Document]:
-    """The documents in the rows; it takes no more rows than it needs for the next one, but for WikiText's lines."""
-    return _documents(_guarded(rows, source), recipe, source)
+        super().__init__(name, config, split, streaming=True)
+        self._process, self._processes = process, processes
+        self._seekable = self.recipe.rows != "line"
+        if self._seekable and processes > 1:
+            self.rows = split_dataset_by_node(self.rows, rank=process, world_size=processes)
+        self._documents: Iterator[Document] | None = None
+        self.epoch = self.taken = 0
 
+    def next(self) -> Document:
+        """The next document.
 
-def _open(recipe: _Recipe, config: str | None, split: str, streaming: bool, source: str) -> Iterable[Mapping[str, Any]]:
-    import datasets  # takes a second to import, and only those who ask for a dataset need it
+        Raises:
+            TextError: the stream broke, or has no text for this process.
+        """
+        while True:
+            if self._documents is None:
+                skipped = 0 if self._seekable else self._process + self.taken * self._processes
+                self._documents = islice(self.documents(), skipped, None, 1 if self._seekable else self._processes)
+            if (document := next(self._documents, None)) is not None:
+                self.taken += 1
+                return document
+            if self.taken == 0:
+                raise self.without_text()
+            self._documents = None
+            self.epoch, self.taken = self.epoch + 1, 0
+            self.rows.set_epoch(self.epoch)  # a position that was restored holds for its own pass alone
 
-    arguments: dict[str, Any] = {"split": split, "streaming": streaming}
-    if recipe.data_files is not None:
-        arguments["data_files"] = recipe.data_files
-    elif config is not None:
-        arguments["name"] = config
-    try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(recipe.path, **arguments)
-        return rows
-    except Exception as error:  # the hub, HTTP, archive and table libraries underneath share no base class
-        raise _unreachable(source, error) from error
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        position = self.rows.state_dict() if self._seekable else None
+        return {"epoch": self.epoch, "taken": self.taken, "position": position}
 
-
-def _guarded(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Mapping[str, Any]]:
-    """The same rows; what breaks while streaming is told as a `TextError` too."""
-    iterator = iter(rows)
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:  # as above
-            raise _unreachable(source, error) from error
-        yield row
-
-
-def _unreachable(source: str, error: Exception) -> TextError:
-    cause = " ".join(str(error).split())
-    return TextError(
-        f"The dataset {source} could not be read ({type(error).__name__}: {cause[:300]}). "
-        "Check the name, configuration, split and network; without a network, download the text elsewhere and name "
-        "the file or folder instead."
-    )
-
-
-def _documents(rows: Iterator[Mapping[str, Any]], recipe: _Recipe, source: str) -> Iterator[Document]:
-    if recipe.rows == "line":
-        # The rows are the raw file's lines, in which a blank line is written " \n" and became the empty row.
-        lines = (_text(row, source) or " \n" for row in rows)
-        for title, text in split_lines((line if line.endswith("\n") else line + "\n" for line in lines), "wikitext"):
-            if text.strip():
-                yield Document(title=title or source, text=text, source=source)
-        return
-    for number, row in enumerate(rows):
-        text = _text(row, source)
-        title = row.get("title") or row.get("short_book_title")
-        if recipe.rows == "record" and text.strip():
-            title, text = parse_record(text, f"Row {number} of the dataset {source}")
-        if text.strip():
-            yield Document(title=title if isinstance(title, str) else f"{source} {number}", text=text, source=source)
-
-
-def _text(row: Mapping[str, Any], source: str) -> str:
-    text = row.get("text", _MISSING)
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise TextError(
-            f"The dataset {source} has no `text` column of strings; its columns are {', '.join(map(str, row))}. "
-            "Choose another configuration, or export its text to files."
-        )
-    return text
-
-
-def _limited(documents: Iterator[Document], max_samples: int | None, source: str) -> Iterator[Document]:
-    found = False
-    for document in islice(documents, max_samples):
-        found = True
-        yield document
-    if not found:
-        raise TextError(f"The dataset {source} holds no text; choose another split or configuration.")
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state` was taken."""
+        self.epoch, self.taken, self._documents = state["epoch"], state["taken"], None
+        self.rows.set_epoch(self.epoch)
+        if self._seekable:
+            self.rows.load_state_dict(state["position"])

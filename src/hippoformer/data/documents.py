@@ -1,25 +1,17 @@
-"""From files to documents, without changing a character on the way.
+"""From files to documents, without changing a character.
 
-A memory must be empty at the start of every document, so the first thing to know of a text is where its documents
-begin. Three layouts are understood:
+A memory is empty at the start of every document, so a reader must know where documents begin. Three layouts:
 
     wikitext   a line ` = Title = `, blank in front and one `=` a side, opens an article (the WikiText raw files).
-               The official files keep a blank line before and after each title; sentences such as
-               ` = 1 henry and capacitance C = ` have the same shape and no blank lines around them. So if the first
-               title of a text is followed by a blank line, every title must stand between blank lines; if it is not
-               (copies from which the blank lines were removed), the shape alone decides.
+               If a blank line follows the first title of a text, every title must stand between blank lines: sentences
+               such as ` = 1 henry and capacitance C = ` have the shape of a title. Otherwise the shape decides.
     headings   a line `= Title =` at column 0, one `=` a side, opens an article (`== Section ==` does not).
     file       the whole file is one document.
 
-`split="auto"` looks at the first line that is not blank: a wikitext title there means wikitext, a heading there means
-headings, anything else means that the file is one document. A document begins at its title line. Text before the first
-title belongs to the first document if it is blank, and is a document of its own otherwise.
-
-Each line of a `.jsonl` file is a record whose `text` is one document (`title` names it, if there is one); a `split`
-other than "auto" and "file" is applied inside each record.
-
-Joined together, the documents of a file are the file (or the texts of its records) again. Only a byte order mark at the
-very front is not text, and is dropped.
+`split="auto"` takes the layout of the first line that is not blank. Blank text before the first title belongs to the
+first document, other text is a document of its own. Each line of a `.jsonl` file is a record whose `text` is one
+document, with an optional `title`; "wikitext" and "headings" are applied inside each record. Joined together, the
+documents of a file are the file (or the texts of its records), but for a byte order mark.
 """
 
 import codecs
@@ -29,6 +21,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,8 +31,11 @@ Split = Literal["auto", "wikitext", "headings", "file"]
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
-_WIKITEXT_TITLE = re.compile(r" = (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?")
-_HEADING_TITLE = re.compile(r"= (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?")
+_HEADING = r"= (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?"
+_TITLES: dict[Literal["wikitext", "headings"], re.Pattern[str]] = {
+    "wikitext": re.compile(f" {_HEADING}"),
+    "headings": re.compile(_HEADING),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ class Document:
     """One text that is read with a memory of its own.
 
     Attributes:
-        title: the article's title, the record's, or the file's name without its suffix.
+        title: of the article or record, or the file's name without its suffix.
         text: the text, title line included.
-        source: where it came from: `path`, `path:line` for a record, or the name of a dataset.
+        source: `path`, `path:line` of a record, or the name of a dataset.
     """
 
     title: str
@@ -60,13 +56,11 @@ class Document:
 def read_documents(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: Split = "auto"
 ) -> list[Document]:
-    """Reads the documents of a file, of a folder, or of a list of both, in that order.
-
-    A folder is read with its subfolders, in the order of the relative paths: all files whose name ends in .txt, .raw,
-    .md or .jsonl, except hidden ones. A file named directly is read whatever its suffix.
+    """Reads the documents of files and folders, in the order given.
 
     Args:
-        paths: one path or several.
+        paths: one or several. A folder is read with its subfolders, in the order of the relative paths: files that end
+            in .txt, .raw, .md or .jsonl and are not hidden. A file that is named itself may have any suffix.
         split: where documents begin; see the head of this module.
 
     Raises:
@@ -80,134 +74,37 @@ def read_documents(
         paths = [paths]
     if not paths:
         raise ConfigurationError("No text was named; give at least one file or folder.")
-    documents: list[Document] = []
-    for path in paths:
-        for file in _text_files(Path(path)):
-            documents.extend(_file_documents(file, split))
-    return documents
+    files = [file for path in paths for file in _text_files(Path(path))]
+    return [document for file in files for document in _file_documents(file, split)]
 
 
 def split_lines(lines: Iterable[str], split: Literal["wikitext", "headings"]) -> Iterator[tuple[str | None, str]]:
-    """Groups lines (with their line ends) into articles, one line of look-ahead at a time, so a stream will do.
+    """Groups lines (with their line ends) into articles, with one line of look-ahead, so `lines` may be a stream.
 
     Yields:
-        (title, text) of each article; the title is None for text that stands before the first title.
+        (title, text) of each article; the title is None for text before the first title.
     """
-    pattern = _WIKITEXT_TITLE if split == "wikitext" else _HEADING_TITLE
     between_blanks: bool | None = False if split == "headings" else None  # None: not known before the first title
     title: str | None = None
     collected: list[str] = []
     after_blank = True
-    for line, before_blank in _with_next_blank(lines):
-        match = pattern.fullmatch(line)
+    for line, following in pairwise(chain(lines, [""])):  # the end of the text counts as a blank line
+        match, before_blank = _TITLES[split].fullmatch(line), not following.strip()
         if match and between_blanks is None:
             between_blanks = before_blank
         if match and (not between_blanks or (after_blank and before_blank)):
-            if title is not None or any(not _blank(earlier) for earlier in collected):
+            if title is not None or any(earlier.strip() for earlier in collected):
                 yield title, "".join(collected)
                 collected = []
             title = match["title"].strip()
         collected.append(line)
-        after_blank = _blank(line)
+        after_blank = not line.strip()
     if collected:
         yield title, "".join(collected)
 
 
-def _with_next_blank(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Pairs each line with whether the next one is blank; the end of the text counts as blank."""
-    previous: str | None = None
-    for line in lines:
-        if previous is not None:
-            yield previous, _blank(line)
-        previous = line
-    if previous is not None:
-        yield previous, True
-
-
-def _blank(line: str) -> bool:
-    return not line.strip()
-
-
-def _lines(text: str) -> io.StringIO:
-    # Only "\n" ends a line here: str.splitlines would also break at form feeds and Unicode separators inside a text.
-    return io.StringIO(text, newline="\n")
-
-
-def _detect(text: str) -> Literal["wikitext", "headings", "file"]:
-    first = next((line for line in _lines(text) if not _blank(line)), "")
-    if _WIKITEXT_TITLE.fullmatch(first):
-        return "wikitext"
-    if _HEADING_TITLE.fullmatch(first):
-        return "headings"
-    return "file"
-
-
-def _text_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = [
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        if not files:
-            raise TextError(f"The folder {path} holds no text; expected files ending in {', '.join(SUFFIXES)}.")
-        return sorted(files, key=lambda file: file.relative_to(path).as_posix())
-    if not path.exists():
-        raise TextError(f"{path} does not exist; expected a text file or a folder of text files.")
-    return [path]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TextError(
-            f"{path} cannot be read ({error.strerror or error}); check the file and its permissions."
-        ) from error
-    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    try:
-        text = data[start:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = start + error.start
-        raise TextError(
-            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} ({error.reason}). "
-            "Convert the file to UTF-8 first, for example with iconv."
-        ) from error
-    if not text.strip():
-        raise TextError(f"{path} holds no text; expected at least one character that is not blank.")
-    return text
-
-
-def _file_documents(path: Path, split: Split) -> Iterator[Document]:
-    text = _read_text(path)
-    if path.suffix.lower() != ".jsonl":
-        yield from _text_documents(text, path.stem, str(path), split)
-        return
-    for number, line in enumerate(_lines(text), start=1):
-        if _blank(line):
-            continue
-        source = f"{path}:{number}"
-        title, record = parse_record(line, source)
-        if _blank(record):
-            raise TextError(f"{source} has an empty `text`; remove the record or give it a text.")
-        yield from _text_documents(
-            record, title or f"{path.stem} {number}", source, "file" if split == "auto" else split
-        )
-
-
-def _text_documents(text: str, name: str, source: str, split: Split) -> Iterator[Document]:
-    kind = _detect(text) if split == "auto" else split
-    if kind == "file":
-        yield Document(title=name, text=text, source=source)
-        return
-    for title, article in split_lines(_lines(text), kind):
-        yield Document(title=name if title is None else title, text=article, source=source)
-
-
 def parse_record(line: str, source: str) -> tuple[str | None, str]:
-    """(title or None, text) of one line of JSON lines, as in a `.jsonl` file.
+    """(title or None, text) of one line of a `.jsonl` file.
 
     Raises:
         TextError: not a JSON object, no `text` in it, or a `text` that UTF-8 cannot write; it names `source`.
@@ -227,3 +124,65 @@ def parse_record(line: str, source: str) -> tuple[str | None, str]:
         ) from error
     title = record.get("title")
     return (title if isinstance(title, str) and title else None), text
+
+
+def _text_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise TextError(f"{path} does not exist; expected a text file or a folder of text files.")
+    if not path.is_dir():
+        return [path]
+    found = {file.relative_to(path): file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
+    names = [name for name, file in found.items() if file.is_file() and not any(p.startswith(".") for p in name.parts)]
+    if not names:
+        raise TextError(f"The folder {path} holds no text; expected files ending in {', '.join(SUFFIXES)}.")
+    return [found[name] for name in sorted(names, key=Path.as_posix)]
+
+
+def _file_documents(path: Path, split: Split) -> Iterator[Document]:
+    text = _read_text(path)
+    if path.suffix.lower() != ".jsonl":
+        yield from _text_documents(text, path.stem, str(path), split)
+        return
+    for number, line in enumerate(_lines(text), start=1):
+        if line.strip():
+            source = f"{path}:{number}"
+            title, record = parse_record(line, source)
+            if not record.strip():
+                raise TextError(f"{source} has an empty `text`; remove the record or give it a text.")
+            inside: Split = "file" if split == "auto" else split
+            yield from _text_documents(record, title or f"{path.stem} {number}", source, inside)
+
+
+def _text_documents(text: str, name: str, source: str, split: Split) -> Iterator[Document]:
+    if split == "auto":
+        first = next((line for line in _lines(text) if line.strip()), "")
+        split = next((kind for kind, title in _TITLES.items() if title.fullmatch(first)), "file")
+    if split == "auto" or split == "file":
+        yield Document(name, text, source)
+        return
+    for title, article in split_lines(_lines(text), split):
+        yield Document(name if title is None else title, article, source)
+
+
+def _lines(text: str) -> io.StringIO:
+    # Only "\n" ends a line here: str.splitlines also breaks at form feeds and Unicode separators inside a text.
+    return io.StringIO(text, newline="\n")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextError(f"{path} cannot be read ({error.strerror or error}); check its permissions.") from error
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = data[start:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = start + error.start
+        raise TextError(
+            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} ({error.reason}). "
+            "Convert the file to UTF-8 first, for example with iconv."
+        ) from error
+    if not text.strip():
+        raise TextError(f"{path} holds no text; expected at least one character that is not blank.")
+    return text

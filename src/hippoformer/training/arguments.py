@@ -1,171 +1,191 @@
-"""Command-line arguments of training: the original's names, with `_` or `-`, and what this project adds."""
+"""Arguments of a training run, from a command line or from Python: the original's names, and what is added here."""
 
+# ruff: noqa: RUF009, `_option` makes fields
+
+import inspect
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import HfArgumentParser
 
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
+
+_DEFAULT_STEPS = 800
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class TrainArguments:
-    """`hippoformer train`; options of the model's config are given as `--set name=value name=value ...`.
+    """What to train on, what to train, and how; options of the model's config go into `set`.
 
     The defaults are the recipe of the shipped hippocampus, in one run.
     """
 
-    base_model: str = field(default="smollm2-135m", metadata={"help": "folder, hub repository, or smollm2-135m"})
-    hippocampus: str | None = field(
-        default=None, metadata={"help": "a saved hippocampus to go on from, or smollm2-135m for the shipped one"}
-    )
-    text: list[str] = field(default_factory=list, metadata={"help": "files or folders of text to train on"})
-    eval_text: list[str] = field(default_factory=list, metadata={"help": "held-out files or folders"})
-    questions: list[str] = field(
-        default_factory=list,
-        metadata={"help": ".jsonl files, or names as babi-qa1: texts with a question, of which the answer is learned"},
-    )
-    questions_split: str = field(default="train", metadata={"help": "which part of --questions that have parts"})
-    data_dir: str = field(default="data", metadata={"help": "where local copies of --questions lie"})
-    dataset: str | None = field(default=None, metadata={"help": "a Hugging Face dataset instead of --text"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "read the dataset while training goes on; with --max_samples, download only so many documents"
-        },
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "documents to use"})
-    max_document_tokens: int = field(default=12288, metadata={"help": "tokens read of each document"})
-    obey_control_tokens: bool = field(
-        default=False, metadata={"help": "control tokens written in the texts are control tokens, not text"}
-    )
-    planted_documents: int | None = field(
-        default=None,
-        metadata={
-            "help": "of the N longest documents a further part is read, with made-up facts in it, where it is long "
-            "enough; default 30, or 0 with --memory_off and --streaming"
-        },
-    )
-    planted_facts: int = field(
-        default=32, metadata={"help": "facts in each of those, each stated once and asked for once"}
-    )
-    max_seq_length: int = field(
-        default=512, metadata={"help": "tokens over which gradients flow, a multiple of a segment"}
-    )
-    batch_size: int = field(default=4, metadata={"help": "documents side by side, of all processes together"})
-    gradient_accumulation_steps: int = 1
-    num_epochs: float | None = field(
-        default=None, metadata={"help": "passes over the documents, instead of --max_steps"}
-    )
-    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps; 800 if neither is given"})
-    recall_share: float = field(
-        default=0.65, metadata={"help": "part of the steps before the gate takes over selection"}
-    )
-    credit_documents: int = field(default=128, metadata={"help": "documents whose credit is measured; 0 for none"})
-    foresight_passes: int = field(
-        default=6, metadata={"help": "passes over those in which the gate alone learns to foresee credit"}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "default: 2e-3 over a frozen base, 1e-4 where LoRA or the base trains"}
-    )
-    warmup_ratio: float = 0.05
-    lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the base; 0 keeps it frozen"})
-    lora_alpha: int = 32
-    train_base: bool = field(default=False, metadata={"help": "train the base's own weights"})
-    memory_off: bool = field(
-        default=False,
-        metadata={"help": "train LoRA or the base alone, by its own loss; --hippocampus is carried along untouched"},
-    )
-    window: int | None = field(default=None, metadata={"help": "default 512, or what --hippocampus has"})
-    buffer_size: int | None = field(default=None, metadata={"help": "default 2048, or what --hippocampus has"})
-    set: list[str] = field(
-        default_factory=list, metadata={"help": "other options of the config: --set name=value name=value"}
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "of the base: bfloat16, float16 or float32; default bfloat16; float32 if its weights train, or "
-            "on a processor that is slow in bfloat16"
-        },
-    )
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "bf16, fp16 (scaled) or no; default: as accelerate launch says"}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute a training base's layers twice instead of keeping them"}
-    )
-    torch_compile: str | None = field(
-        default=None, metadata={"help": "compile a live base's layers with this backend, for example inductor"}
-    )
-    output_dir: str = "runs/hippoformer"
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "of hidden states; default: output_dir/hidden_states"}
-    )
-    save_steps: int = 100
-    logging_steps: int = 10
-    eval_steps: int = 0
-    seed: int = 42
-    wandb_project: str | None = None
-    wandb_run_name: str | None = None
-    no_wandb: bool = field(default=False, metadata={"help": "never report to wandb"})
-    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, trackio, wandb"})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "a checkpoint, an output folder, or auto: output_dir's newest, if it has one"}
-    )
+    base_model: str = _option("smollm2-135m", "folder, hub repository, or smollm2-135m")
+    hippocampus: str | None = _option(None, "a saved hippocampus to continue from, or smollm2-135m: the shipped one")
+    text: list[str] = _option([], "files or folders of text to train on")
+    eval_text: list[str] = _option([], "held-out files or folders")
+    questions: list[str] = _option([], ".jsonl files, or names as babi-qa1: texts with a question; answers are learned")
+    questions_split: str = _option("train", "split of --questions")
+    data_dir: str = _option("data", "folder of local copies of --questions")
+    dataset: str | None = _option(None, "a Hugging Face dataset instead of --text")
+    dataset_config: str | None = _option(None, "its configuration")
+    streaming: bool = _option(False, "read the dataset during training; with --max_samples, download only N documents")
+    max_samples: int | None = _option(None, "documents to use")
+    max_document_tokens: int = _option(12288, "tokens read of each document")
+    obey_control_tokens: bool = _option(False, "read control tokens written in the texts as such, not as text")
+    planted_documents: int | None = _option(None, "read a further part of the N longest with made-up facts; default 30")
+    planted_facts: int = _option(32, "facts in each of those, each stated once and asked for once")
+    max_seq_length: int = _option(512, "tokens over which gradients flow, a multiple of segment_len")
+    batch_size: int = _option(4, "documents read side by side, of all processes together")
+    gradient_accumulation_steps: int = _option(1, "backward passes for each optimizer step")
+    num_epochs: float | None = _option(None, "passes over the documents, instead of --max_steps")
+    max_steps: int | None = _option(None, f"optimizer steps; {_DEFAULT_STEPS} if neither is given")
+    recall_share: float = _option(0.65, "share of the steps before the gate takes over selection")
+    credit_documents: int = _option(128, "documents whose credit is measured; 0 for none")
+    foresight_passes: int = _option(6, "passes over those in which the gate alone learns to predict credit")
+    learning_rate: float | None = _option(None, "default: 2e-3 over a frozen base, 1e-4 where LoRA or the base trains")
+    warmup_ratio: float = _option(0.05, "share of the steps with a rising learning rate; it then falls linearly to 0")
+    weight_decay: float = _option(0.01, "of AdamW, on matrices")
+    max_grad_norm: float = _option(1.0, "norm to which gradients are clipped")
+    lm_loss_weight: float = _option(1.0, "weight of the next-token loss")
+    credit_loss_weight: float = _option(1.0, "weight of the gate's error in predicting credit")
+    sparsity_loss_weight: float = _option(0.1, "weight of salience above its target")
+    target_tagged_share: float = _option(0.3, "share of tokens that the gate is set to tag")
+    lora_r: int = _option(0, "rank of LoRA on the base; 0 for none")
+    lora_alpha: int = _option(32, "scale of LoRA")
+    lora_dropout: float = _option(0.05, "dropout of LoRA")
+    lora_target_modules: list[str] = _option(["q_proj", "v_proj"], "layers of the base that get LoRA")
+    train_base: bool = _option(False, "train the base's own weights")
+    memory_off: bool = _option(False, "train LoRA or the base alone; --hippocampus stays unchanged")
+    set: list[str] = _option([], "options of the model's config as name=value; each can also be given as --name value")
+    dtype: str | None = _option(None, "of the base's weights: bfloat16, float16, float32; see docs/training.md")
+    mixed_precision: str | None = _option(None, "bf16, fp16 (scaled) or no; default: as accelerate launch says")
+    gradient_checkpointing: bool = _option(False, "recompute a training base's layers in the backward pass")
+    output_dir: str = _option("runs/hippoformer", "folder of checkpoints and of the trained model")
+    cache_dir: str | None = _option(None, "folder of hidden states; default: output_dir/hidden_states")
+    save_steps: int = _option(100, "steps between checkpoints; 0 for none")
+    logging_steps: int = _option(10, "steps between logs; 0 for none")
+    eval_steps: int = _option(0, "steps between evaluations of --eval_text; 0 for none")
+    seed: int = _option(42, "of initial weights, order, dropout and replay")
+    wandb_project: str | None = _option(None, "report to wandb, and the project's name for every tracker")
+    wandb_run_name: str | None = _option(None, "name of the run in trackers")
+    no_wandb: bool = _option(False, "never report to wandb")
+    report_to: list[str] = _option([], "tensorboard, trackio, wandb")
+    resume_from_checkpoint: str | None = _option(None, "a checkpoint, an output folder, or auto: output_dir's newest")
+
+    def __post_init__(self) -> None:
+        rules = {
+            "no --text beside --dataset": not (self.text and self.dataset),
+            "--num_epochs or --max_steps, not both": self.max_steps is None or self.num_epochs is None,
+            "--lora_r (adapters) or --train_base (the weights), not both": not (self.lora_r and self.train_base),
+            "--lora_r RANK or --train_base with --memory_off, which leaves only the base to train": self.trains_base
+            or not self.memory_off,
+            "--streaming with --dataset": self.dataset is not None or not self.streaming,
+            "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": not (
+                self.reads_stream and (self.num_epochs is not None or self.planted_documents or self.questions)
+            ),
+            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.trains_base
+            or not self.gradient_checkpointing,
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ConfigurationError(f"expected {'; '.join(broken)}")
 
     @property
-    def read_on_the_way(self) -> bool:
-        """Documents come from a stream while training goes on; else all are there before it begins."""
+    def reads_stream(self) -> bool:
+        """Documents come from a stream during training; else all are there before it begins."""
         return self.streaming and self.max_samples is None
+
+    @property
+    def trains_base(self) -> bool:
+        """Weights of the base, or adapters in it, are trained."""
+        return self.lora_r > 0 or self.train_base
+
+    @property
+    def runs_base(self) -> bool:
+        """The base runs during training; else its hidden states come from disk."""
+        return self.trains_base or self.reads_stream
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the memory's matrices; the base has a tenth of it."""
+        return self.learning_rate or (1e-4 if self.trains_base else 2e-3)
+
+    @property
+    def trackers(self) -> list[str]:
+        """What the run reports to."""
+        asked = [*self.report_to, *(["wandb"] if self.wandb_project and "wandb" not in self.report_to else [])]
+        return [tracker for tracker in asked if not (self.no_wandb and tracker == "wandb")]
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """Fields of a peft `LoraConfig`, or None."""
+        if not self.lora_r:
+            return None
+        sizes = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return sizes | {"target_modules": self.lora_target_modules}
+
+    def steps(self, segments: int, segment_len: int) -> int:
+        """Optimizer steps of the run.
+
+        Args:
+            segments: of all documents together.
+        """
+        if self.num_epochs is None:
+            return self.max_steps or _DEFAULT_STEPS
+        per_step = self.batch_size * (self.max_seq_length // segment_len) * self.gradient_accumulation_steps
+        return -int(-self.num_epochs * segments // per_step)
+
+
+def config_options(pairs: list[str]) -> dict[str, Any]:
+    """`name=value` strings as options of the config; values are read as JSON, else as text.
+
+    Raises:
+        ConfigurationError: an option that does not exist.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or name not in inspect.signature(HippoFormerConfig).parameters:
+            raise ConfigurationError(f"expected name=value, name an option of HippoFormerConfig; got {pair!r}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def parse(argv: list[str]) -> TrainArguments:
     """Reads a command line.
 
     Raises:
-        ConfigurationError: options that contradict each other.
+        ConfigurationError: arguments that are unknown or contradict each other.
     """
-    (arguments,) = HfArgumentParser(TrainArguments, prog="hippoformer train").parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
-    if (arguments.text and arguments.dataset) or not (arguments.text or arguments.dataset or arguments.questions):
-        raise ConfigurationError(
-            "say what to train on: either --text FILE_OR_FOLDER... or --dataset NAME; beside them or alone --questions "
-            "NAME..."
-        )
-    if arguments.max_steps is not None and arguments.num_epochs is not None:
-        raise ConfigurationError("--max_steps and --num_epochs both set the length of the run: give one of them")
-    if arguments.lora_r > 0 and arguments.train_base:
-        raise ConfigurationError("--lora_r trains adapters beside the base's weights, --train_base the weights: choose")
-    if arguments.streaming and arguments.dataset is None:
-        raise ConfigurationError("--streaming is for --dataset; texts of --text are read as they are")
-    if arguments.read_on_the_way and (
-        arguments.num_epochs is not None or arguments.planted_documents or arguments.questions
-    ):
-        raise ConfigurationError(
-            "--streaming without --max_samples reads a stream of unknown length: give --max_steps instead of "
-            "--num_epochs, and leave --planted_documents and --questions out"
-        )
-    if arguments.memory_off and not (arguments.lora_r > 0 or arguments.train_base):
-        raise ConfigurationError("--memory_off leaves only the base to train: give --lora_r RANK or --train_base")
-    live = arguments.lora_r > 0 or arguments.train_base or arguments.read_on_the_way
-    if (arguments.gradient_checkpointing or arguments.torch_compile) and not live:
-        raise ConfigurationError(
-            "--gradient_checkpointing and --torch_compile are for a base that runs while training (--lora_r, "
-            "--train_base or --streaming): a frozen one reads the texts once, before"
-        )
+    parser = HfArgumentParser(TrainArguments, prog="hippoformer train", allow_abbrev=False)  # type: ignore[arg-type]
+    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    named: list[list[str]] = []
+    for word in rest:
+        if word.startswith("--"):
+            named.append([word[2:].replace("-", "_")])
+        elif named:
+            named[-1].append(word)
+        else:
+            raise ConfigurationError(f"{word!r} belongs to no option; expected --name value")
+    for name, *values in named:
+        if name not in inspect.signature(HippoFormerConfig).parameters or not values:
+            raise ConfigurationError(
+                f"--{name} {' '.join(values)}: expected --name value, name an option of training (see --help) or of "
+                "HippoFormerConfig"
+            )
+        arguments.set.append(f"{name}={values[0] if len(values) == 1 else '[' + ', '.join(values) + ']'}")
+    if not (arguments.text or arguments.dataset or arguments.questions):
+        raise ConfigurationError("nothing to train on: give --text FILE_OR_FOLDER..., --dataset NAME or --questions")
+    config_options(arguments.set)  # a wrong one fails here, before the base is loaded
     return arguments
-
-
-def config_options(pairs: list[str]) -> dict[str, object]:
-    """`name=value` strings as options; values are read as JSON, else as text."""
-    import json
-
-    options: dict[str, object] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigurationError(f"--set expects name=value, got {pair!r}")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options

@@ -1,8 +1,8 @@
-"""What a live base's decoder layers can be told: to keep less for the way back, and to be compiled.
+"""Gradient checkpointing: decoder layers of a live base that keep less for the backward pass.
 
-transformers' own gradient checkpointing takes the key/value cache away, and the window is one. Here a layer's slots
-are part of what goes in and comes out: the layer runs on a cache of its own that holds the slots as they were, so it
-can run once more on the way back and write the same (Chen et al. 2016, arXiv:1604.06174).
+transformers' own gradient checkpointing takes the key/value cache away, and the window is one. Here a layer's slots are
+part of its input and output: it runs on a cache of its own that holds the slots as they were, so it can run once more
+in the backward pass and write the same (Chen et al. 2016, arXiv:1604.06174).
 """
 
 import copy
@@ -13,30 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hippoformer.errors import ConfigurationError
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.window import WindowCache
 
 
 def checkpoint_layers(model: HippoFormer) -> None:
-    """From now on the base's layers keep their input alone and compute the rest again when gradients need it."""
+    """From now on the base's layers keep their input alone and recompute the rest in the backward pass."""
     for number in range(model.window.n_layers):
         layer = model.window.layer(number + 1)
         layer.forward = _checkpointed(layer.forward, number)
-
-
-def compile_layers(model: HippoFormer, backend: str) -> None:
-    """Compiles each of the base's layers, for lengths that vary.
-
-    Raises:
-        ConfigurationError: a backend that torch does not have.
-    """
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if backend not in known:
-        raise ConfigurationError(f"--torch_compile {backend} is unknown; choose one of {', '.join(known)}")
-    for number in range(model.window.n_layers):
-        layer = model.window.layer(number + 1)
-        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
 
 
 def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
@@ -52,8 +37,7 @@ def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any
             own.layers[number].fill(keys, values)
             args = tuple(own if value is cache else value for value in args)
             kwargs = {name: own if value is cache else value for name, value in kwargs.items()}
-            output = forward(*args, **kwargs)
-            return output, own.layers[number].keys, own.layers[number].values
+            return forward(*args, **kwargs), own.layers[number].keys, own.layers[number].values
 
         before = copy.copy(cache)  # with the placement of now
         layer = cache.layers[number]

@@ -1,103 +1,170 @@
-"""Documents side by side, segment by segment: the order in which training reads.
+"""The order in which training reads: documents in rows, segment by segment.
 
-Each of R rows reads one document from its beginning to its end, then starts the next with an empty memory, so no span
-ever mixes two documents without a reset between them. The order is a permutation per epoch, made from the seed and the
-epoch number alone: where training stands is four small lists of numbers, and resuming there is exact.
+Each of R rows reads one document from its beginning to its end, then starts the next with an empty memory. Kept
+documents come in a permutation per epoch, made from the seed and the epoch's number; streamed ones in the order they
+are stored, each process with rows and a share of the stream of its own. The state of a schedule is a few numbers, and
+for a stream the tokens of the R documents in hand, so resuming is exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from hippoformer.data.datasets import DatasetStream
 from hippoformer.errors import TextError
+
+_MOST_TOO_SHORT = 10_000
 
 
 @dataclass
 class Piece:
-    """What every row reads next: at most a segment each.
+    """What every row reads next: at most to the end of its segment.
 
     Attributes:
         documents: index of each row's document.
-        start: tokens of it already read. length: tokens to read now; 0 for a row that waits.
-        fresh: rows that begin a document with this piece and must forget what they knew.
+        read: tokens of it that the row has read. new: tokens to read now; 0 for a row that waits.
     """
 
     documents: list[int]
-    start: list[int]
-    length: list[int]
-    fresh: list[int]
+    read: list[int]
+    new: list[int]
+
+    @property
+    def fresh(self) -> list[int]:
+        """Rows that begin a document with this piece and must forget the one before."""
+        return [row for row, read in enumerate(self.read) if read == 0]
+
+    @property
+    def spans(self) -> list[slice]:
+        """Which tokens of its document each row reads."""
+        return [slice(read, read + new) for read, new in zip(self.read, self.new, strict=True)]
 
     def of_rows(self, rows: range) -> "Piece":
-        """What some of the rows read, counted from the first of them."""
+        """What some of the rows read."""
         part = slice(rows.start, rows.stop)
-        fresh = [row - rows.start for row in self.fresh if row in rows]
-        return Piece(self.documents[part], self.start[part], self.length[part], fresh)
+        return Piece(self.documents[part], self.read[part], self.new[part])
 
 
 def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len: int) -> Iterator[Piece]:
-    """The pieces of a document in each row, of these lengths, all from the beginning; rows that are done wait."""
+    """The pieces of a document in each row, from beginning to end; rows that are done wait."""
     for start in range(0, max(lengths), segment_len):
-        begin = [min(start, length) for length in lengths]
-        new = [min(segment_len, length - low) for length, low in zip(lengths, begin, strict=True)]
-        yield Piece(list(numbers), begin, new, list(range(len(lengths))) if start == 0 else [])
+        read = [min(start, length) for length in lengths]
+        yield Piece(list(numbers), read, [min(segment_len, n - low) for low, n in zip(read, lengths, strict=True)])
 
 
-class TextStreams:
-    """An endless schedule of pieces over documents of known lengths.
+class _Schedule:
+    """An endless schedule of pieces.
 
     Args:
-        lengths: tokens of each document.
-        rows: documents read side by side.
-        segment_len: tokens of a piece.
-        seed: of the order.
+        rows: documents read side by side. segment_len: tokens of a piece.
+    """
+
+    def __init__(self, rows: int, segment_len: int) -> None:
+        self.segment_len, self.taken = segment_len, 0
+        self.documents, self.length, self.read = ([0] * rows for _ in range(3))  # of each row
+        for row in range(rows):
+            self._begin(row)
+
+    def next(self) -> Piece:
+        """The next piece of every row."""
+        for row in range(len(self.documents)):
+            if self.read[row] >= self.length[row]:
+                self._begin(row)
+        left = [length - read for length, read in zip(self.length, self.read, strict=True)]
+        piece = Piece([*self.documents], [*self.read], [min(self.segment_len, n) for n in left])
+        self.read = [span.stop for span in piece.spans]
+        return piece
+
+    def _begin(self, row: int) -> None:
+        self.documents[row], self.length[row] = self._take(row)
+        self.read[row] = 0
+
+    def _take(self, row: int) -> tuple[int, int]:
+        """The document that a row reads next, and its tokens."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """Where the schedule stands, as JSON."""
+        return {name: getattr(self, name) for name in ("taken", "documents", "length", "read")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state` was taken."""
+        vars(self).update({name: state[name] for name in ("taken", "documents", "length", "read")})
+
+
+class TextStreams(_Schedule):
+    """A schedule over documents of known lengths.
+
+    Args:
+        lengths: tokens of each document. seed: of the order.
 
     Raises:
         TextError: no document with at least two tokens.
     """
 
     def __init__(self, lengths: Sequence[int], rows: int, segment_len: int, seed: int) -> None:
-        self._usable = [i for i, n in enumerate(lengths) if n >= 2]
+        self._lengths, self._seed = lengths, seed
+        self._usable = [document for document, n in enumerate(lengths) if n >= 2]
         if not self._usable:
             raise TextError("nothing to train on: no document has two tokens or more")
-        self._lengths, self._segment_len, self._seed = list(lengths), segment_len, seed
-        self.taken = 0
-        self.documents = [self._take() for _ in range(rows)]
-        self.start = [0] * rows
-
-    def next(self) -> Piece:
-        """The next piece of every row."""
-        fresh = []
-        for row, document in enumerate(self.documents):
-            if self.start[row] >= self._lengths[document]:
-                self.documents[row], self.start[row] = self._take(), 0
-            if self.start[row] == 0:
-                fresh.append(row)
-        remaining = [self._lengths[d] - s for d, s in zip(self.documents, self.start, strict=True)]
-        length = [min(self._segment_len, n) for n in remaining]
-        piece = Piece(list(self.documents), list(self.start), length, fresh)
-        self.start = [s + n for s, n in zip(self.start, length, strict=True)]
-        return piece
+        super().__init__(rows, segment_len)
 
     @property
     def epoch(self) -> float:
         """Documents begun, in units of all documents."""
         return self.taken / len(self._usable)
 
-    def _take(self) -> int:
+    def _take(self, row: int) -> tuple[int, int]:
         epoch, place = divmod(self.taken, len(self._usable))
         self.taken += 1
-        order = torch.randperm(
-            len(self._usable), generator=torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        )
-        return self._usable[int(order[place])]
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        document = self._usable[int(torch.randperm(len(self._usable), generator=generator)[place])]
+        return document, self._lengths[document]
 
-    def state(self) -> dict[str, int | list[int]]:
-        """Where the schedule stands."""
-        return {"taken": self.taken, "documents": self.documents, "start": self.start}
 
-    def restore(self, state: dict[str, int | list[int]]) -> None:
+class StreamedTexts(_Schedule):
+    """A schedule over a stream, and the documents that its rows read now.
+
+    Args:
+        stream: of documents. encode: a text -> its token ids (T,). rows: of this process.
+    """
+
+    def __init__(self, stream: DatasetStream, encode: Callable[[str], Tensor], rows: int, segment_len: int) -> None:
+        self._stream, self._encode = stream, encode
+        self.texts = [torch.zeros(0, dtype=torch.int64)] * rows
+        super().__init__(rows, segment_len)
+
+    def __getitem__(self, document: int) -> Tensor:
+        """Token ids of a document that some row reads now."""
+        return self.texts[self.documents.index(document)]
+
+    @property
+    def epoch(self) -> float:
+        """Times the whole stream was read."""
+        return float(self._stream.epoch)
+
+    def _take(self, row: int) -> tuple[int, int]:
+        """See above.
+
+        Raises:
+            TextError: the stream has no document with two tokens.
+        """
+        for _ in range(_MOST_TOO_SHORT):
+            self.texts[row] = self._encode(self._stream.next().text)
+            if len(self.texts[row]) >= 2:
+                self.taken += 1
+                return self.taken, len(self.texts[row])
+        raise TextError(f"{_MOST_TOO_SHORT} documents of {self._stream.source} in a row have fewer than two tokens")
+
+    def state(self) -> dict[str, Any]:
+        """Where the schedule stands, with the documents in hand, as JSON."""
+        return super().state() | {"stream": self._stream.state(), "texts": [ids.tolist() for ids in self.texts]}
+
+    def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""
-        taken, documents, start = state["taken"], state["documents"], state["start"]
-        assert isinstance(taken, int) and isinstance(documents, list) and isinstance(start, list)
-        self.taken, self.documents, self.start = taken, list(documents), list(start)
+        super().restore(state)
+        self._stream.restore(state["stream"])
+        self.texts = [torch.tensor(ids) for ids in state["texts"]]
