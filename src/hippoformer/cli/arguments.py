@@ -1,18 +1,41 @@
 """Arguments that several commands share, as dataclasses for `transformers.HfArgumentParser`.
 
-    parser = HfArgumentParser((ModelArguments, TextArguments, MyArguments))
-    model_arguments, text_arguments, mine = parser.parse_args_into_dataclasses(words)
+    model_arguments, text_arguments, mine = parse("name", about, words, ModelArguments, TextArguments, MyArguments)
 
 The parser takes `--buffer_size` and `--buffer-size` alike. An argument that is not given keeps the model's own value.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import HfArgumentParser
+
 from hippoformer.data.documents import Split
 from hippoformer.errors import ConfigurationError
+
+
+def parse(command: str, about: str | None, words: Sequence[str], *groups: type, **positional: Any) -> tuple[Any, ...]:
+    """Reads a command line; --help and a line that does not fit end the program as argparse does.
+
+    Args:
+        command: its name, after `hippoformer`. about: the first line of its help. words: what follows the name.
+        groups: dataclasses. positional: arguments without dashes: name -> options of argparse's `add_argument`.
+
+    Returns:
+        An instance of each dataclass, then a namespace of the positional arguments where there are any.
+    """
+    parser = HfArgumentParser(groups, prog=f"hippoformer {command}", description=about)  # type: ignore[arg-type]
+    for name, options in positional.items():
+        parser.add_argument(name, **options)
+    *found, rest = parser.parse_args_into_dataclasses(
+        list(words), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return tuple(found)
 
 
 @dataclass
@@ -53,8 +76,10 @@ class ModelArguments:
 class TextArguments:
     """Which documents: files, and data sets by name."""
 
-    text: list[Path] = field(default_factory=list, metadata={"help": "text files or folders"})
-    dataset: list[str] = field(default_factory=list, metadata={"help": "names of data sets, such as wikitext-2"})
+    text: list[Path] = field(default_factory=list, metadata={"help": "text files or folders", "action": "extend"})
+    dataset: list[str] = field(
+        default_factory=list, metadata={"help": "names of data sets, such as wikitext-2", "action": "extend"}
+    )
     dataset_split: str = field(default="test", metadata={"help": "which part of a data set"})
     data_dir: Path = field(default=Path("data"), metadata={"help": "folder of local copies of data sets"})
     split: Split = field(default="auto", metadata={"help": "where documents begin in a file"})
@@ -76,7 +101,7 @@ class TextArguments:
         return found
 
 
-def check_output(path: Path | None) -> Path | None:
+def check_output(path: Path | None, option: str = "--output") -> Path | None:
     """The path; fails before hours of reading rather than after them.
 
     Raises:
@@ -86,9 +111,14 @@ def check_output(path: Path | None) -> Path | None:
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigurationError(
-                f"--output {path} cannot be written; expected a file name in an existing folder that you may write to"
+                f"{option} {path} cannot be written; expected a file name in an existing folder that you may write to"
             )
     return path
+
+
+def visible(text: str) -> str:
+    """A text on one line, its line ends and tabs shown."""
+    return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
 def _device(name: str | None) -> Any:
