@@ -1,7 +1,7 @@
 """Passages as part of the state: written while reading, found by words, put before a question, forgotten, saved."""
 
 import threading
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import hippoformer
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.chat import Conversation
-from hippoformer.cli import app
 from hippoformer.errors import InputError, MemoryFileError
 from hippoformer.model.rereading import GAP, as_text, reread
 from tiny import awake, same_state, state_of
@@ -272,34 +270,28 @@ def test_a_conversation_retrieves_by_itself_once_something_has_left_the_window()
     short = Conversation(model, tokenizer, max_new_tokens=4, do_sample=False)
     short.say("Hello")
     assert short.passages == []
-    with warnings.catch_warnings():
-        never = Conversation(
-            model, tokenizer, cache=read(loaded, "".join(STORY) * 2), reread_tokens=0, max_new_tokens=2
-        )
-        never.say("Jonas's horse?")
+    never = Conversation(model, tokenizer, cache=read(loaded, "".join(STORY) * 2), reread_tokens=0, max_new_tokens=2)
+    never.say("Jonas's horse?")
     assert never.passages == []
 
 
-def test_ask_and_why_in_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ask_and_why_in_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
     monkeypatch.setattr(hippoformer, "load", lambda name, **options: tiny_load(name, **({"window": 128} | options)))
     book, memory = tmp_path / "book.txt", tmp_path / "book.safetensors"
     book.write_text("".join(STORY) * 2, encoding="utf-8")
-    options = ["--model", "tiny", "--max-new-tokens", "3"]
+    options = ("--model", "tiny", "--max-new-tokens", 3)
     asked = ["Who has Jonas's horse?", "Where is the key?"]
-
-    def run(*arguments: str, **more: Any) -> Any:
-        return CliRunner().invoke(app, [*arguments, *options], prog_name="hippoformer", **more)
-
-    first = run("ask", str(book), *asked, "--save", str(memory))
-    assert first.exit_code == 0, first.output
-    assert first.stderr.count("tokens") == 1
+    first = command("ask", book, *asked, "--save", memory, *options)
+    assert first.code == 0 and first.err.count("tokens") == 1, first
     for question, line in zip(asked, (STORY[2], STORY[0]), strict=True):
-        assert question in first.stdout and line.strip() in first.stdout
+        assert question in first.out and line.strip() in first.out
     start = len("".join(STORY[:2]))
-    assert f"tokens {start} to {start + len(STORY[2])}: Old Jonas" in first.stdout
-    again = run("ask", str(memory), *asked)
-    assert again.stdout == first.stdout
-    missing = run("ask", str(memory), "x", "--row", "1")
-    assert missing.exit_code == 2 and "holds 1 rows" in missing.stderr
-    talk = run("chat", "--memory", str(memory), "--temperature", "0", input="Jonas's horse?\n/why\n/forget\n/why\n")
-    assert "Old Jonas" in talk.stdout.split("Forgotten.")[0] and "nothing but" in talk.stdout.split("Forgotten.")[1]
+    assert f"tokens {start} to {start + len(STORY[2])}: Old Jonas" in first.out
+    assert command("ask", *options, memory, *asked).out == first.out
+    missing = command("ask", memory, "x", "--row", 1, *options)
+    assert missing.code == 2 and "holds 1 rows" in missing.err
+    typed = "Jonas's horse?\n/why\n/forget\n/why\n"
+    talk = command("chat", "--memory", memory, "--temperature", 0, *options, typed=typed)
+    assert "Old Jonas" in talk.out.split("Forgotten.")[0] and "nothing but" in talk.out.split("Forgotten.")[1]
