@@ -331,6 +331,21 @@ def test_ctrl_c_ends_the_reply_alone_and_in_another_thread_press_does() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_two_conversations_in_two_threads() -> None:
+    """With one model and one tokenizer, each is what it is alone."""
+    model, tokenizer = tiny_load()
+
+    def talk(said: str) -> tuple[list[str], Any]:
+        conversation = Conversation(model, tokenizer, max_new_tokens=24, do_sample=False)
+        return [conversation.say(text) for text in (said, "a<end>b")], state_of(conversation.cache)
+
+    texts = ("Who was first?", "Where is the cook?")
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(talk, texts))
+    for (replies, state), (expected, at_rest) in zip(together, map(talk, texts), strict=True):
+        assert replies == expected and not same_state(state, at_rest)
+
+
 # ---------------------------------------------------------------- files
 
 
