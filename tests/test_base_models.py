@@ -21,12 +21,12 @@ import torch
 from gguf import quants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
 from hippoformer.model import base_models, pinned_models
 from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
-from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel, cache_home
+from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel
 from tiny_texts import LETTERS, byte_tokenizer
 
 QUANTISED = gguf.GGMLQuantizationType.Q4_1  # as in the real file
@@ -218,11 +218,6 @@ def test_a_folder_loads_as_stored(folder: Path, tiny_model: LlamaForCausalLM) ->
     assert load_tokenizer(folder).decode(load_tokenizer(folder)("a b 12")["input_ids"]) == "a b 12"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, "float32"])
-def test_the_dtype_can_be_chosen(folder: Path, dtype: torch.dtype | str) -> None:
-    assert load_base_model(str(folder), dtype=dtype).dtype is torch.float32
-
-
 def test_paths_that_hold_no_model_are_told_from_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -235,33 +230,25 @@ def test_paths_that_hold_no_model_are_told_from_hub_names(tmp_path: Path, monkey
         assert resolve_base_model(name) == name
 
 
-def test_a_truncated_folder_is_an_error_with_its_cause(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BaseModelNotFoundError, match=r"could not be loaded.*complete folder") as caught:
-        load_base_model(folder)
-    assert caught.value.__cause__ is not None
-
-
-def test_missing_weights_are_not_made_up(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelNotFoundError, match=r"1 of its weights are missing, model\.layers\.1\.mlp\.up_proj"):
-        load_base_model(folder)
-
-
-def test_what_is_no_language_model_is_an_error(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(BaseModelNotFoundError, match="causal language model"):
-        load_base_model(folder)
-
-
-def test_a_folder_without_a_tokenizer_is_an_error(folder: Path) -> None:
-    for path in folder.glob("token*"):
-        path.unlink()
-    with pytest.raises(BaseModelNotFoundError, match="could not be loaded") as caught:
-        load_tokenizer(folder)
+@pytest.mark.parametrize("damage", ["truncated", "a weight is missing", "no language model", "no tokenizer"])
+def test_a_folder_that_is_damaged_is_an_error_with_its_cause(folder: Path, damage: str) -> None:
+    weights, load = folder / "model.safetensors", load_base_model
+    expected = "complete folder"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "a weight is missing":  # and not made up of random numbers
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        expected = r"1 of its weights are missing, model\.layers\.1\.mlp\.up_proj"
+    elif damage == "no language model":
+        (folder / "config.json").write_text('{"model_type": "clip"}')
+    else:
+        for path in folder.glob("token*"):
+            path.unlink()
+        load = load_tokenizer
+    with pytest.raises(BaseModelNotFoundError, match=f"could not be loaded.*{expected}") as caught:
+        load(folder)
     assert caught.value.__cause__ is not None
 
 
@@ -291,36 +278,16 @@ def hub_cache(tmp_path: Path, folder: Path, world: World, monkeypatch: pytest.Mo
     return cache
 
 
-def test_a_cached_repository_loads_without_a_connection(hub_cache: Path, tiny_model: LlamaForCausalLM) -> None:
+def test_what_is_cached_of_the_hub_loads_without_a_connection(hub_cache: Path, tiny_model: LlamaForCausalLM) -> None:
     start = time.monotonic()
     model = load_base_model("someone/tiny")
     assert same_weights(model, tiny_model) and model.name_or_path == "someone/tiny"
     assert load_tokenizer("someone/tiny")("ab")["input_ids"]
-    assert time.monotonic() - start < 10, "retried a hub that is known to be unreachable"
-
-
-def test_the_revision_of_a_repository_is_honoured(hub_cache: Path, tiny_model: LlamaForCausalLM) -> None:
-    model = load_base_model("someone/tiny", revision="v2")
-    assert torch.equal(model.model.norm.weight, tiny_model.model.norm.weight + 1)
-
-
-def test_a_reachable_repository_is_left_to_transformers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pretrained_model_name_or_path: str, *, revision: str, **_: object) -> None:
-        raise OSError(f"{pretrained_model_name_or_path} at {revision} is gated\nsecond line")
-
-    world.hub = world.gguf  # reachable
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(BaseModelNotFoundError, match=r"someone/tiny at v2 is gated\. Expected") as caught:
-        load_base_model("someone/tiny", revision="v2")
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-def test_an_unreachable_repository_is_an_error_that_says_so(hub_cache: Path) -> None:
-    start = time.monotonic()
-    with pytest.raises(BaseModelNotFoundError, match=r"hub cannot be reached.*Name or service not known") as caught:
+    second = load_base_model("someone/tiny", revision="v2")
+    assert torch.equal(second.model.norm.weight, tiny_model.model.norm.weight + 1)
+    with pytest.raises(BaseModelNotFoundError, match=r"hub cannot be reached.*Name or service not known"):
         load_base_model("someone/else")
-    assert caught.value.__cause__ is not None
-    assert time.monotonic() - start < 10, "retried a hub that is known to be unreachable"
+    assert time.monotonic() - start < 20, "retried a hub that is known to be unreachable"
 
 
 # ----------------------------------------------------------------------------------------------------- pinned models
@@ -394,6 +361,9 @@ def test_an_interrupted_unpacking_leaves_nothing_half_made(
 ) -> None:
     world.hub = world.gguf
 
+    killed = world.pinned.folder.parent / ".tiny-abcdefgh" / "model"  # what an earlier run left
+    killed.mkdir(parents=True)
+
     def interrupted(gguf: Path, folder: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -406,15 +376,6 @@ def test_an_interrupted_unpacking_leaves_nothing_half_made(
         assert interruption in (caught.value, caught.value.__cause__)
     assert not world.pinned.folder.exists() and world.left_behind() == []
     assert resolve_base_model("tiny") == world.pinned.folder
-
-
-def test_what_a_killed_run_left_is_cleared(world: World) -> None:
-    world.hub = world.gguf
-    killed = world.pinned.folder.parent / ".tiny-abcdefgh" / "model"
-    killed.mkdir(parents=True)
-    (killed / "config.json").write_text("{}")
-    resolve_base_model("tiny")
-    assert world.left_behind() == []
 
 
 def test_an_incomplete_folder_is_made_again_and_a_damaged_one_named(world: World, tiny_model: LlamaForCausalLM) -> None:
@@ -446,20 +407,10 @@ def test_two_at_once_unpack_once(world: World, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 1 and world.pinned.folder.is_dir()
 
 
-def test_a_cache_folder_that_cannot_be_written_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HIPPOFORMER_HOME", str(world.gguf))  # a file
     with pytest.raises(BaseModelNotFoundError, match="choose one by HIPPOFORMER_HOME"):
         resolve_base_model("tiny")
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HIPPOFORMER_HOME", "~/elsewhere")
-    assert cache_home() == Path.home() / "elsewhere"
-    monkeypatch.delenv("HIPPOFORMER_HOME")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
-    assert cache_home() == Path("/var/cache/me/hippoformer")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_home() == Path.home() / ".cache" / "hippoformer"
 
 
 # ------------------------------------------------------------------------------------------------------ the real one

@@ -1,7 +1,6 @@
 """A conversation: each turn reads what is new and nothing else, and what was read is what the template says."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -269,26 +268,6 @@ def test_a_stream_has_one_start_token() -> None:
 # ---------------------------------------------------------------- replies
 
 
-def test_replies_are_streamed_and_seeded(capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = tiny_load()
-    replies = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        talk = Conversation(model, tokenizer, max_new_tokens=9, do_sample=True, temperature=1.5)
-        replies.append(talk.say("Who?", streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)))
-        assert capsys.readouterr().out.strip() == replies[-1].strip()
-    assert replies[0] == replies[1] != replies[2]
-    assert len(talk.say("And?", max_new_tokens=2, **LETTERS_ALONE)) == 2, "an option for one reply"
-
-
-def test_a_conversation_follows_one_line() -> None:
-    model, tokenizer = tiny_load()
-    with pytest.raises(ConfigurationError, match="num_beams=3"):
-        Conversation(model, tokenizer, num_beams=3)
-    with pytest.raises(ConfigurationError, match="num_return_sequences=2"):
-        Conversation(model, tokenizer).say("A?", num_return_sequences=2)
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_turn_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
     class Broken(TextStreamer):
@@ -439,6 +418,8 @@ def test_replies_are_those_of_the_seed_and_go_on_from_a_memory(say: Say, tmp_pat
     assert on.code == 0 and "turns: 1, " in on.out
     greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).out for seed in "12"]
     assert greedy[0] == greedy[1]
+    with pytest.raises(ConfigurationError, match="num_beams=3"):
+        Conversation(*tiny_load(), num_beams=3)
 
 
 def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path) -> None:
@@ -475,14 +456,6 @@ def test_lines_of_a_pipe_are_turns_and_leaving_says_what_is_lost(say: Say, tmp_p
         assert "not saved" not in say(*lines).err
     assert "of 2 turns was not saved" in say(f"/load {file}", "c").err
     assert "of 1 turn was not saved" in say("a b", f"/save {file}/is/no/folder").err
-
-
-def test_control_tokens_are_obeyed_on_request(say: Say) -> None:
-    def read(*options: str) -> int:
-        return int(re.findall(r"tokens read: (\d+), ", say("a" + 10 * "<end>", "/memory", options=options).out)[0])
-
-    assert read() >= len("u: a<end><end><end><end><end><end><end><end><end><end>.\na: ")
-    assert read("--obey-control-tokens") <= len("u: a...........\na: ") + 5
 
 
 _IN_A_TERMINAL = """

@@ -91,12 +91,6 @@ def test_other_architectures_come_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(HippoFormer.from_pretrained(tmp_path, base_model=tiny_base(name))(ids).logits, model(ids).logits)
 
 
-def test_options_can_be_changed_when_loading(tmp_path: Path) -> None:
-    awake().save_pretrained(tmp_path)
-    again = HippoFormer.from_pretrained(tmp_path, base_model=tiny_base(), window=20, buffer_size=5)
-    assert (again.config.window, again.config.buffer_size, again.config.segment_len) == (20, 5, 6)
-
-
 @torch.no_grad()
 def test_files_are_safetensors_json_and_a_card_alone(tmp_path: Path) -> None:
     model = with_adapters()
@@ -176,14 +170,6 @@ def test_a_memory_of_an_adapted_model_read_by_its_saved_self(tmp_path: Path) -> 
     loaded = HippoCache.load(tmp_path / "memory.safetensors", again)
     assert loaded.drift["keys"] == 0.0
     assert torch.equal(model(ahead, past_key_values=cache).logits, again(ahead, past_key_values=loaded).logits)
-
-
-@torch.no_grad()
-def test_a_memory_that_has_read_nothing(tmp_path: Path) -> None:
-    model, ids = awake(), text(rows=2, length=30)
-    model.new_cache(2).save(tmp_path / "empty.safetensors")
-    loaded = HippoCache.load(tmp_path / "empty.safetensors", model)
-    assert torch.equal(model(ids, past_key_values=loaded).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("moment", ["write", "replace"])
@@ -348,19 +334,6 @@ def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Pat
 
     right = recalled(read_some(new, rows=1, length=60))
     assert (recalled(loaded) - right).abs().sum() < (recalled(cache) - right).abs().sum()
-
-
-@torch.no_grad()
-def test_a_small_drift_is_measured_and_left_alone(tmp_path: Path) -> None:
-    options = KEEP_ALL | {"drift_threshold": 0.3}
-    cache = read_some(with_adapters(size=0.05, **options), rows=1)
-    cache.save(tmp_path / "memory.safetensors")
-    new = with_adapters(size=0.051, **options)
-    loaded = HippoCache.load(tmp_path / "memory.safetensors", new)
-    assert 0 < loaded.drift["keys"] < 0.3 and loaded.drift["calibrated"] is False
-    assert torch.equal(loaded.memory.episodes.key, cache.memory.episodes.key)
-    stats = new(text(rows=1, length=5), past_key_values=loaded, return_memory_stats=True).drift_stats
-    assert stats == loaded.drift
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor
 import hippoformer
 from hippoformer.data import read_documents
 from hippoformer.errors import TextError
-from hippoformer.model.cache import Episode, HippoCache
+from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.text import start_tokens, token_ids
 
@@ -37,7 +37,6 @@ _WARM_UP = 32  # tokens
 _LINES = 12  # pieces that the reading is divided into
 _ASKING = 0.15  # share of the time that is left for the questions
 _AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
-_MEMORIES, _CONTEXT = 4, 10  # memories shown, and tokens before each
 
 clock = time.monotonic
 
@@ -76,14 +75,8 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
     cache = loaded.new_cache()
     n_read = read(loaded, ids, cache, until)
     say("\nThe facts, asked with the beginning of the same sentence:")
-    for fact in facts:
-        if fact.position + len(fact.answer) <= n_read:
-            ask(loaded, tokenizer, cache, fact, n_read)
-    if held := strongest(cache, _MEMORIES):
-        say("\nWhat it holds on to most, of what has left its sight (the token remembered is the last):")
-    for episode in held:
-        before = ids[max(0, episode.position - _CONTEXT) : episode.position]
-        say(f"  token {episode.position:>7,}   ...{visible(tokenizer, before)} »{visible(tokenizer, [episode.token])}«")
+    for fact in (fact for fact in facts if fact.position + len(fact.answer) <= n_read):
+        ask(loaded, tokenizer, cache, fact, n_read)
     say(
         f"\n{clock() - ready:.0f} s of reading and asking. Now your own text, your own model, or a talk:\n"
         "  hippoformer demo my-book.txt\n"
@@ -214,16 +207,6 @@ def answer(model: HippoFormer, cache: HippoCache, fact: Fact) -> tuple[list[int]
 def verdict(tokenizer: Any, said: list[int], log_prob: float, fact: Fact) -> str:
     right = "right" if said == fact.answer else "wrong"
     return f"{visible(tokenizer, said)}   {right}, probability of the planted answer {math.exp(log_prob):.2g}"
-
-
-def strongest(cache: HippoCache, count: int) -> list[Episode]:
-    """The stored episodes of highest effective priority, one of each place; among equals those of most credit."""
-    decay, found = cache.config.decay, list[Episode]()
-    episodes = cache.episodes(stored_only=True)
-    for episode in sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit)):
-        if all(abs(episode.position - other.position) > _CONTEXT for other in found):
-            found.append(episode)
-    return found[:count]
 
 
 def visible(tokenizer: Any, ids: list[int]) -> str:

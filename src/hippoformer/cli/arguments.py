@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -48,7 +48,7 @@ class ModelArguments:
     buffer_size: int | None = field(default=None, metadata={"help": "episodes kept beyond the window"})
     decay_rate: float | None = field(default=None, metadata={"help": "factor on an episode's priority per segment"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, mps; default: cuda where it is"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16"})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata={"help": "of the base"})
     obey_control_tokens: bool = field(
         default=False, metadata={"help": "read control tokens written in a text as such, not as text"}
     )
@@ -57,14 +57,13 @@ class ModelArguments:
         """(model, tokenizer), with `more` options of the configuration.
 
         Raises:
-            ConfigurationError: a device that this machine lacks, or an unknown dtype.
+            ConfigurationError: a device that this machine lacks.
         """
         import hippoformer
 
-        given = {name: getattr(self, name) for name in ("window", "sink_tokens", "buffer_size", "decay_rate")}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | more
-        if self.dtype is not None:
-            options["dtype"] = _dtype(self.dtype)
+        names = ("window", "sink_tokens", "buffer_size", "decay_rate", "dtype")
+        given = {name: getattr(self, name) for name in names}
+        options = {name: value for name, value in given.items() if value is not None} | more
         device = _device(self.device)
         model, tokenizer = hippoformer.load(self.model, **options)
         if self.obey_control_tokens:
@@ -134,12 +133,3 @@ def _device(name: str | None) -> Any:
         raise ConfigurationError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); say --device cpu"
         ) from error
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigurationError(f"--dtype {name} is unknown; choose one of {', '.join(known)}")
-    return known[name]

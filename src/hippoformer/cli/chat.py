@@ -114,19 +114,17 @@ def _is_command(said: str) -> bool:
 
 def _offer_to_save(conversation: Any, ask: Callable[[str], str] | None) -> None:
     """Nothing that was said is lost without a word."""
-    turns = f"{conversation.turns} turns" if conversation.turns != 1 else "1 turn"
+    turns = f"{conversation.turns} turn{'s' if conversation.turns != 1 else ''}"
     if ask is None:
         print(f"The conversation of {turns} was not saved: /save FILE keeps one.", file=sys.stderr)
-        return
-    while True:
+    while ask is not None:
         try:
             name = ask(f"Save the conversation of {turns} as (Enter: not at all): ").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        if not name:
-            return
         with _errors_shown():
-            _command(conversation, "/save", name)
+            if name:
+                _command(conversation, "/save", name)
             return
 
 
