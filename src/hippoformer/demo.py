@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _ASKING = 0.15  # share of the time that is left for the questions
 _AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
 
 clock = time.monotonic
+say = partial(print, flush=True)  # on the screen or in the file as it comes
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,6 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
         f'  hippoformer ask my-book.txt "Who keeps the key?" --model {model}\n'
         f"  hippoformer chat --model {model}"
     )
-
-
-def say(line: str) -> None:
-    """One line, on the screen or in the file as it comes."""
-    print(line, flush=True)
 
 
 def _speeches() -> tuple[str, str]:

@@ -36,15 +36,26 @@ def faster_dtype(stored: torch.dtype, config: PreTrainedConfig) -> torch.dtype:
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     # The machine, the software, and the size of the matrices to the nearest power of two.
     key = f"{_processor()}, torch {torch.__version__}, {stored}, 2^{round(math.log2(hidden * intermediate))}"
-    known = _remembered()
-    ratio = known.get(key)
-    if not isinstance(ratio, float) or not 0 < ratio < math.inf:
+    file, known = cache_home() / "precision.json", {}
+    try:
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+        ratio = float(known[key])
+    except (OSError, ValueError, TypeError, KeyError) as error:  # nothing there, or damaged: it can be measured again
+        _logger.debug("%s is not used: %s", file, error)
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
         ratio = measured_ratio(stored, hidden, intermediate)
         faster, slower = ("float32", str(stored)[6:]) if ratio > 1 else (str(stored)[6:], "float32")
-        _logger.warning(
-            f"computing in {faster}: {max(ratio, 1 / ratio):.1f} times as fast here as {slower}, measured on matrices "
-            f"of {hidden} x {intermediate}{_remember(known | {key: ratio})}"
-        )
+        line = f"computing in {faster}: {max(ratio, 1 / ratio):.1f} times as fast here as {slower}, measured on "
+        line += f"matrices of {hidden} x {intermediate}"
+        try:  # the file is written whole
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
+                json.dump(known | {key: ratio}, scratch, indent=1)
+            os.replace(scratch.name, file)
+        except OSError as error:
+            line += f" (not remembered: {error})"
+        _logger.warning(line)
     return torch.float32 if ratio > 1 else stored
 
 
@@ -85,30 +96,3 @@ def _processor() -> str:
     named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
     name = named[1].strip() if named else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _file() -> Path:
-    return cache_home() / "precision.json"
-
-
-def _remembered() -> dict[str, float]:
-    """Nothing where the file is missing, unreadable or damaged: it can be measured again."""
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _logger.debug("%s is not used: %s", _file(), error)
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _remember(ratios: dict[str, float]) -> str:
-    """Writes the file whole; returns what to add to the line logged where that fails."""
-    file = _file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
-            json.dump(ratios, scratch, indent=1)
-        os.replace(scratch.name, file)
-    except OSError as error:
-        return f" (not remembered: {error})"
-    return ""

@@ -72,12 +72,11 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
     saved = saved_hippocampus(name)
     if saved is None:
         raise CheckpointError(f"{name} is not a HippoFormer checkpoint: expected a saved HippoFormer")
-    config = HippoFormerConfig.from_pretrained(saved)
-    if config.use_lora or not config.freeze_base:
-        raise ConfigurationError(f"{name} was saved with weights of the base, which it cannot share: load it alone")
-    if config.base_model_name != model.config.base_model_name:
+    config, name_of_base = HippoFormerConfig.from_pretrained(saved), model.config.base_model_name
+    if config.use_lora or not config.freeze_base or config.base_model_name != name_of_base:
         raise ConfigurationError(
-            f"{name} was trained on {config.base_model_name}, not on {model.config.base_model_name}"
+            f"{name} was trained on {config.base_model_name} not on {name_of_base}, or with weights of the base: it "
+            "cannot share this one, load it alone"
         )
     found = HippoFormer.from_pretrained(saved, base_model=model.base, **options)
     found.config.name_or_path, found.spelling = str(name), model.spelling
