@@ -108,6 +108,18 @@ def test_weights_are_where_tools_look(saved: Path) -> None:
         assert file.metadata() == {"format": "pt"} and len(file.keys()) > 10
 
 
+@torch.no_grad()
+def test_weights_under_the_former_name_load(saved: Path) -> None:
+    ids = text(rows=1, length=40)
+    expected = HippoFormer.from_pretrained(saved)(ids).logits
+    (saved / "model.safetensors").rename(saved / "hippocampus.safetensors")
+    assert saved_hippocampus(saved) == saved
+    model = HippoFormer.from_pretrained(saved)
+    assert torch.equal(model(ids).logits, expected)
+    model.save_pretrained(saved)
+    assert (saved / "model.safetensors").is_file() and not (saved / "hippocampus.safetensors").exists()
+
+
 def test_a_base_is_not_taken_for_a_saved_model(saved: Path) -> None:
     """Both have a config.json and a model.safetensors."""
     base = saved.parent / "a-base"

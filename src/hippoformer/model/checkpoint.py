@@ -6,7 +6,8 @@
     base/                       the base model, only where its own weights were trained
     README.md                   the model card; one that is there already is left alone
 
-Weights are written beside their place and moved into it, so that a full disk or a kill leaves the previous ones whole.
+Weights under their former name, hippocampus.safetensors, load as well. Files are written beside their place and moved
+into it, so that a full disk or a kill leaves the previous ones whole.
 """
 
 import json
@@ -36,6 +37,7 @@ from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import hub_failure
 
 WEIGHTS, CONFIG, BASE, CARD = SAFE_WEIGHTS_NAME, CONFIG_NAME, "base", "README.md"
+FORMER_WEIGHTS = "hippocampus.safetensors"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the auto classes and pipelines of transformers add to any call, and has nothing to say here.
 _HARMLESS = {"_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
@@ -83,6 +85,7 @@ def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> 
     if model.config.use_lora:
         tensors |= {f"lora.{name}": tensor for name, tensor in lora_state(model.base, base).items()}
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    (folder / FORMER_WEIGHTS).unlink(missing_ok=True)
     if not model.config.freeze_base and not model.config.use_lora:
         model.base.save_pretrained(folder / BASE, state_dict=base)
     # Without the checks of its own save_pretrained: some bases come with settings that it refuses to write.
@@ -141,12 +144,13 @@ def weights_file(folder: Path) -> Path:
     Raises:
         CheckpointError: not a saved HippoFormer, or one without weights.
     """
-    if not (folder / WEIGHTS).is_file() or not is_saved_model(folder):
+    found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
+    if not found or not is_saved_model(folder):
         raise CheckpointError(
             f"{folder} is not a HippoFormer checkpoint: expected a {CONFIG} of model_type "
             f"{HippoFormerConfig.model_type} and {WEIGHTS} in it; hippoformer.load wraps other models"
         )
-    return folder / WEIGHTS
+    return found[0]
 
 
 def load(
@@ -269,7 +273,8 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
 def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    wanted = [str(Path(subfolder) / part) for part in (CONFIG, WEIGHTS, GENERATION_CONFIG_NAME, f"{BASE}/*")]
+    parts = (CONFIG, WEIGHTS, FORMER_WEIGHTS, GENERATION_CONFIG_NAME, f"{BASE}/*")
+    wanted = [str(Path(subfolder) / part) for part in parts]
     try:
         validate_repo_id(str(name_or_path))  # what can only be a path is not sent to the hub
         if hub_failure(str(name_or_path), wanted[0], hub.get("revision")) is not None:
