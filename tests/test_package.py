@@ -37,7 +37,7 @@ def test_the_base_install_in_an_empty_environment_reads_and_answers(tmp_path: Pa
     text.write_text("Mrs Lane keeps the key of the boat house.\n\n" + 150 * "It rained, and nobody came.\n")
     asked = (bin_ / "hippoformer", "ask", text, "Who keeps the key?", "--model", "smollm2-135m")
     answer, *passages = run(*asked, cwd=tmp_path, env=environment).splitlines()[1:]
-    assert answer and "Mrs Lane keeps the key" in passages[0]
+    assert answer and any("Mrs Lane keeps the key" in line for line in passages)
 
 
 def test_the_originals_command_runs_from_a_checkout() -> None:
