@@ -17,15 +17,12 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 LOWEST := .venv-lowest
 LOWEST_TORCH ?= 2.13.0
 
-SKY := .venv-sky
-DEEPSPEED := .venv-deepspeed
-
 # The source distribution of transformers, whose tests of a model run over ours. It leaves out those of `generate`: with a
 # checkout of the same release, make test-transformers TRANSFORMERS_TESTS=checkout/tests runs them too.
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test test-all unit test-lowest test-cloud test-deepspeed test-transformers lint docs mutations support results clean
+.PHONY: demo test test-all unit test-lowest test-transformers lint docs mutations support results clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -47,15 +44,6 @@ unit: $(INSTALLED)
 # The same with the lowest version of every dependency; warnings are errors there too.
 test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)
 	$(LOWEST)/bin/python $(PYTEST) -m "not real"
-
-# The files under cloud/, read by SkyPilot's own parser.
-test-cloud: $(INSTALLED) $(SKY)/.installed
-	HIPPOFORMER_SKY_PYTHON=$(SKY)/bin/python $(BIN)/python -m pytest tests/test_cloud.py
-
-# Two processes under DeepSpeed, on the CPU. Where it is installed, accelerate loads it in every program: it has a place
-# of its own.
-test-deepspeed: $(DEEPSPEED)/.installed
-	$(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py tests/test_processes.py
 
 # transformers' own tests of a model, over a tiny HippoFormer; what cannot apply is in docs/support.md.
 test-transformers: $(INSTALLED) $(TRANSFORMERS_TESTS)
@@ -89,22 +77,12 @@ results: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 10) else 'Python 3.10 or newer is needed: make PYTHON=...')"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,lint,docs,demo]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,lint]"
 	touch $@
 
 $(LOWEST)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt torch==$(LOWEST_TORCH) -e ".[dev]"
-	touch $@
-
-$(SKY)/.installed:
-	$(PYTHON) -m venv --clear $(SKY)
-	$(SKY)/bin/python -m pip install --disable-pip-version-check skypilot==0.14.1
-	touch $@
-
-$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(DEEPSPEED)
-	$(DEEPSPEED)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[deepspeed]" pytest pytest-timeout
 	touch $@
 
 $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
@@ -114,4 +92,4 @@ $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(SKY) $(DEEPSPEED) $(TRANSFORMERS) .import_linter_cache .mypy_cache site .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(TRANSFORMERS) .import_linter_cache .mypy_cache site .pytest_cache .ruff_cache .hypothesis build dist

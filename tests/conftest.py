@@ -4,12 +4,15 @@ Tiny models gain nothing from more threads, and sums then come in one order. A t
 suite for four that differ most; the other architectures are marked slow.
 """
 
+import io
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from hippoformer.cli import main
 from tiny import ARCHITECTURES
 from tiny_training import folder  # noqa: F401, a fixture
 
@@ -21,6 +24,30 @@ AXES = {"architecture", "trainer", "precision", "mode", "refused"}
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+class Finished(NamedTuple):
+    """How a command of the command line ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Runs `hippoformer WORDS` in this process, with `typed` as its input."""
+
+    def run(*words: object, typed: str = "") -> Finished:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as error:  # as argparse ends
+            code = int(error.code or 0)
+        return Finished(code, *capsys.readouterr())
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

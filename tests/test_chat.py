@@ -1,7 +1,6 @@
 """A conversation: each turn reads what is new and nothing else, and what was read is what the template says."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,12 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TextStreamer
-from typer.testing import CliRunner
 
 import hippoformer
 from hippoformer import Conversation, HippoCache, HippoFormer
 from hippoformer.chat import CLEAR, Interrupt
-from hippoformer.cli import app
 from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
 from hippoformer.model.rereading import as_text
 from hippoformer.text import encode
@@ -271,26 +268,6 @@ def test_a_stream_has_one_start_token() -> None:
 # ---------------------------------------------------------------- replies
 
 
-def test_replies_are_streamed_and_seeded(capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = tiny_load()
-    replies = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        talk = Conversation(model, tokenizer, max_new_tokens=9, do_sample=True, temperature=1.5)
-        replies.append(talk.say("Who?", streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)))
-        assert capsys.readouterr().out.strip() == replies[-1].strip()
-    assert replies[0] == replies[1] != replies[2]
-    assert len(talk.say("And?", max_new_tokens=2, **LETTERS_ALONE)) == 2, "an option for one reply"
-
-
-def test_a_conversation_follows_one_line() -> None:
-    model, tokenizer = tiny_load()
-    with pytest.raises(ConfigurationError, match="num_beams=3"):
-        Conversation(model, tokenizer, num_beams=3)
-    with pytest.raises(ConfigurationError, match="num_return_sequences=2"):
-        Conversation(model, tokenizer).say("A?", num_return_sequences=2)
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_turn_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
     class Broken(TextStreamer):
@@ -311,52 +288,40 @@ def test_a_turn_that_fails_leaves_no_trace(error: type[BaseException]) -> None:
     assert (talk.turns, talk.cache.lengths) == (1, lengths)
 
 
-class PressCtrlC(TextStreamer):
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if not stream_end:
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_ctrl_c_ends_the_reply_alone() -> None:
+def test_ctrl_c_ends_the_reply_alone_and_in_another_thread_press_does() -> None:
     model, tokenizer = tiny_load()
-    talk, before = Conversation(model, tokenizer, max_new_tokens=200), signal.getsignal(signal.SIGINT)
-    with Interrupt() as stop:
-        reply = talk.say("a b", streamer=PressCtrlC(tokenizer, skip_prompt=True), stopping_criteria=[stop])
-    assert len(reply) < 100 and talk.turns == 1
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(signal.SIGINT)
 
+    def reply(press: Callable[[Interrupt], None]) -> int:
+        class Press(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                if not stream_end:
+                    press(stop)
 
-def test_in_another_thread_a_reply_is_ended_by_hand() -> None:
-    model, tokenizer = tiny_load()
-    talk, before = Conversation(model, tokenizer, max_new_tokens=200), signal.getsignal(signal.SIGINT)
+        talk = Conversation(model, tokenizer, max_new_tokens=200)
+        with Interrupt() as stop:
+            said = talk.say("a b", streamer=Press(tokenizer, skip_prompt=True), stopping_criteria=[stop])
+        assert talk.turns == 1
+        return len(said)
 
-    class Press(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            stop.press()
-
-    def reply() -> str:
-        with stop:
-            return talk.say("a b", streamer=Press(tokenizer, skip_prompt=True), stopping_criteria=[stop])
-
-    stop = Interrupt()
+    assert reply(lambda _: signal.raise_signal(signal.SIGINT)) < 100
     with ThreadPoolExecutor(1) as pool:
-        assert len(pool.submit(reply).result()) < 100
+        assert pool.submit(reply, Interrupt.press).result() < 100
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_conversations_in_two_threads() -> None:
     """With one model and one tokenizer, each is what it is alone."""
     model, tokenizer = tiny_load()
-    texts = (["Who was first?", "a<end>b", "And then?"], ["Where is the cook?", "The other one.", "<end>"])
 
-    def talk(said: list[str]) -> tuple[list[str], Any]:
+    def talk(said: str) -> tuple[list[str], Any]:
         conversation = Conversation(model, tokenizer, max_new_tokens=24, do_sample=False)
-        return [conversation.say(text) for text in said], state_of(conversation.cache)
+        return [conversation.say(text) for text in (said, "a<end>b")], state_of(conversation.cache)
 
-    alone = [talk(said) for said in texts]
+    texts = ("Who was first?", "Where is the cook?")
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(talk, texts))
-    for (replies, state), (expected, at_rest) in zip(together, alone, strict=True):
+    for (replies, state), (expected, at_rest) in zip(together, map(talk, texts), strict=True):
         assert replies == expected and not same_state(state, at_rest)
 
 
@@ -418,13 +383,12 @@ Say = Callable[..., Any]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch) -> Say:
+def say(monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]) -> Say:
     """Runs `hippoformer chat` with lines typed into it."""
     monkeypatch.setattr(hippoformer, "load", tiny_load)
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> Any:
-        arguments = ["chat", "--model", "tiny", "--max-new-tokens", "5", *options]
-        return CliRunner().invoke(app, arguments, input="\n".join(lines) + "\n", prog_name="hippoformer")
+        return command("chat", "--model", "tiny", "--max-new-tokens", 5, *options, typed="\n".join(lines) + "\n")
 
     return run
 
@@ -432,13 +396,13 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Say:
 def test_talking_in_the_terminal(say: Say, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
     said = say("Who was first?", "", "/memory", f"/save {file}", "/forget", "/memory", f"/load {file}", "/quit", "no")
-    assert said.exit_code == 0, said.output
-    assert f"Saved to {file}." in said.stdout.replace("\n", "") and "Forgotten." in said.stdout
+    assert said.code == 0, said
+    assert f"Saved to {file}." in said.out.replace("\n", "") and "Forgotten." in said.out
     read = len("u: Who was first?.\na: ") + 5
-    before, after = said.stdout.split("Forgotten.")
+    before, after = said.out.split("Forgotten.")
     assert f"turns: 1, tokens read: {read}, bytes: " in before
     assert "turns: 0, tokens read: 0, bytes: " in after and f"turns: 1, tokens read: {read}\n" in after
-    assert "episodes of this conversation" in said.stdout
+    assert "episodes of this conversation" in said.out
     saved = Conversation(*tiny_load("tiny", seed=0))
     saved.load(file)
     assert saved.turns == 1
@@ -447,21 +411,23 @@ def test_talking_in_the_terminal(say: Say, tmp_path: Path) -> None:
 def test_replies_are_those_of_the_seed_and_go_on_from_a_memory(say: Say, tmp_path: Path) -> None:
     file = str(tmp_path / "talk.safetensors")
     one, two, other = (
-        say("a b", f"/save {file}", options=("--seed", seed, "--temperature", "2.0")).stdout for seed in "112"
+        say("a b", f"/save {file}", options=("--seed", seed, "--temperature", "2.0")).out for seed in "112"
     )
     assert one == two != other
     on = say("/memory", options=("--memory", file, "--system", "Be kind."))
-    assert on.exit_code == 0 and "turns: 1, " in on.stdout
-    greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).stdout for seed in "12"]
+    assert on.code == 0 and "turns: 1, " in on.out
+    greedy = [say("a b", options=("--temperature", "0", "--seed", seed)).out for seed in "12"]
     assert greedy[0] == greedy[1]
+    with pytest.raises(ConfigurationError, match="num_beams=3"):
+        Conversation(*tiny_load(), num_beams=3)
 
 
 def test_a_wrong_line_is_answered_and_the_talk_goes_on(say: Say, tmp_path: Path) -> None:
     said = say("/nothing", "/save", "/memory now", f"/load {tmp_path}/none", "/help", "a b")
-    assert said.exit_code == 0, said.output
+    assert said.code == 0, said
     for expected in ("no /nothing", "/save FILE", "no memory file at", "/forget", "start anew"):
-        assert expected in said.stdout
-    assert say(options=("--memory", str(tmp_path / "none"))).exit_code == 2
+        assert expected in said.out
+    assert say(options=("--memory", str(tmp_path / "none"))).code == 2
 
 
 @pytest.mark.parametrize(
@@ -478,34 +444,26 @@ def test_a_slash_alone_makes_no_command(typed: str, text: str, say: Say) -> None
     said = say(typed, "/memory", options=("--temperature", "0"))
     talk = Conversation(*tiny_load(), max_new_tokens=5, do_sample=False)
     talk.say(text)
-    assert f"turns: 1, tokens read: {talk.cache.lengths[0]}, " in said.stdout
+    assert f"turns: 1, tokens read: {talk.cache.lengths[0]}, " in said.out
 
 
 def test_lines_of_a_pipe_are_turns_and_leaving_says_what_is_lost(say: Say, tmp_path: Path) -> None:
     said = say("a b", "c d", "/memory")
-    assert "turns: 2, " in said.stdout and "The conversation of 2 turns was not saved: /save FILE" in said.stderr
-    assert "a b" not in said.stderr
+    assert "turns: 2, " in said.out and "The conversation of 2 turns was not saved: /save FILE" in said.err
+    assert "a b" not in said.err
     file = tmp_path / "talk.safetensors"
     for lines in (["a b", f"/save {file}"], ["a b", "/forget"], [f"/load {file}", "/memory"], ["/help"]):
-        assert "not saved" not in say(*lines).stderr
-    assert "of 2 turns was not saved" in say(f"/load {file}", "c").stderr
-    assert "of 1 turn was not saved" in say("a b", f"/save {file}/is/no/folder").stderr
-
-
-def test_control_tokens_are_obeyed_on_request(say: Say) -> None:
-    def read(*options: str) -> int:
-        return int(re.findall(r"tokens read: (\d+), ", say("a" + 10 * "<end>", "/memory", options=options).stdout)[0])
-
-    assert read() >= len("u: a<end><end><end><end><end><end><end><end><end><end>.\na: ")
-    assert read("--obey-control-tokens") <= len("u: a...........\na: ") + 5
+        assert "not saved" not in say(*lines).err
+    assert "of 2 turns was not saved" in say(f"/load {file}", "c").err
+    assert "of 1 turn was not saved" in say("a b", f"/save {file}/is/no/folder").err
 
 
 _IN_A_TERMINAL = """
-import hippoformer, tiny_texts, torch
+import hippoformer, sys, tiny_texts, torch
 torch.set_num_threads(1)  # as here: sums of several threads come in another order
-from hippoformer.cli import app
+from hippoformer.cli import main
 hippoformer.load = tiny_texts.tiny_load
-app(["chat", "--model", "tiny", "--max-new-tokens", "5", "--temperature", "0"])
+sys.exit(main(["chat", "--model", "tiny", "--max-new-tokens", "5", "--temperature", "0"]))
 """
 
 
@@ -539,21 +497,11 @@ def test_in_a_terminal_a_paste_is_a_turn(tmp_path: Path) -> None:
     assert not same_state(state_of(found), state_of(expected.cache))
 
 
-def test_a_model_without_a_template_is_one_red_line(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = tiny_load()
-    tokenizer.chat_template = None
-    monkeypatch.setattr(hippoformer, "load", lambda *_, **__: (model, tokenizer))
-    said = say("a b")
-    assert said.exit_code == 2 and "has no chat template" in said.stderr
-
-
 @pytest.mark.real
-def test_a_talk_with_the_real_model(tmp_path: Path) -> None:
-    said = CliRunner().invoke(
-        app,
-        ["chat", "--model", "smollm2-135m", "--system", "You answer in one word.", "--temperature", "0"],
-        input=f"What is the capital of France?\nAnd of Italy?\n/memory\n/save {tmp_path}/talk\n",
-    )
-    assert said.exit_code == 0, said.output
-    assert "Paris" in said.stdout and "Rome" in said.stdout and "turns: 2, " in said.stdout
+def test_a_talk_with_the_real_model(tmp_path: Path, command: Callable[..., Any]) -> None:
+    asked = f"What is the capital of France?\nAnd of Italy?\n/memory\n/save {tmp_path}/talk\n"
+    options = ("--system", "You answer in one word.", "--temperature", 0)
+    said = command("chat", "--model", "smollm2-135m", *options, typed=asked)
+    assert said.code == 0, said
+    assert "Paris" in said.out and "Rome" in said.out and "turns: 2, " in said.out
     assert (tmp_path / "talk").stat().st_size > 1_000_000

@@ -110,20 +110,6 @@ def test_asking_leaves_the_state_as_it_was_and_is_right_only_if_every_token_is()
     assert "wrong" in demo.verdict(tokenizer, [*fact.answer[:-1], 0], log_prob, fact)
 
 
-def test_the_strongest_memories_come_first_from_different_places() -> None:
-    model, _ = tiny_load()
-    model.config.decay_rate = None  # it follows from the size of the store
-    cache = model.new_cache()
-    model.score(torch.tensor([tiny_tokenizer()(text(0, 400)).input_ids]), past_key_values=cache)
-    decay, top = model.config.decay, demo.strongest(cache, 4)
-    strengths = [e.priority * decay**e.age for e in top]
-    everything = [e.priority * decay**e.age for e in cache.episodes(stored_only=True)]
-    assert len(top) > 1 and strengths[0] == pytest.approx(max(everything), abs=0.01)
-    assert strengths == pytest.approx(sorted(strengths, reverse=True), abs=0.01)
-    assert not any(episode.in_window for episode in top)
-    assert min(abs(a.position - b.position) for a in top for b in top if a is not b) > 5
-
-
 @pytest.mark.parametrize(
     ("words", "place"),
     [("one. two\nthree", 8), ("one two. three", 8), ("one two three", 7), ("onetwothree", 5)],

@@ -1,229 +1,171 @@
-"""The documentation tells the truth: what README.md and docs/*.md show is done, or at least could be started.
+"""The documentation tells the truth: its Python runs, and the real parsers take its command lines.
 
-The rule for whoever writes a page:
+The rule for whoever writes a page; a comment on the line before a block, `<!-- test: MARK -->`, changes it:
 
-    ```python   run, in order, in one namespace a page, in a temporary folder that holds the reader's things (below)
-    ```bash     (sh, shell, console) parsed: every `hippoformer …`, `python -m hippoformer.…`, `make …` and
-                `accelerate launch … -m hippoformer.…` line names commands, options and files that exist. The same
-                holds for `hippoformer …` between single backticks in the text
-    ```text …   anything else is left alone
+    ```python   run, in order, in one namespace a page, in a temporary folder with the reader's things (`pages.py`)
+    ```bash     `hippoformer ...` and `... -m hippoformer.x ...` are parsed, and files of ours and targets of make exist
+    run         (bash) its lines of `hippoformer` are run, too
+    real        run with the real model only
+    skip WHY    (python) not run, only compiled
 
-A comment on the line before a block changes that:
-
-    <!-- test: run -->          (bash) run it too, one plain command a line: no pipes, no `&&`, no redirection
-    <!-- test: real -->         (both) run it in the tests marked `real` only, in its place among the others
-    <!-- test: skip REASON -->  (python) do not run it: only its syntax and its imports from hippoformer are checked
-
-and `<!-- test: before`, lines of Python, `-->` on lines of their own is Python that is run and not shown: to make what
-a block takes for granted.
-
-The reader's things: `my-model` (a base model), `runs/mine` (a trained HippoFormer around it), `smollm2-135m` (a tiny
-stand-in), `book.memory.safetensors` (a memory of that), `my-texts`, `held-out` and `books` (folders of texts),
-`my-book.txt`, `README.md`, and an empty folder `results`. The short name works in Python and in `hippoformer …`; other
-programs run in a process of their own, where only the files are known.
+`<!-- test: before`, lines of Python, `-->` on lines of their own is Python that is run and not shown.
 """
 
+import importlib
+import io
+import os
 import re
-from collections.abc import Iterator
+import shlex
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from transformers import HfArgumentParser
 
-from pages import (
-    PAGES,
-    PYTHON,
-    ROOT,
-    SHELL,
-    check_command,
-    check_inline,
-    inline_commands,
-    make_readers_folder,
-    read_page,
-    run_page,
-    simple_commands,
-    standing_in,
+from hippoformer.cli import main
+from pages import PAGES, ROOT, make_readers_folder, read_page, standing_in
+
+NOTEBOOK = ROOT / "notebooks" / "hippoformer.ipynb"
+WITH_CODE = [page for page in PAGES if any(b.language == "python" or b.mark == "run" for b in read_page(page))]
+OURS = (
+    "benchmarks/",
+    "cloud/",
+    "configs/",
+    "docs/",
+    "evaluation/",
+    "notebooks/",
+    "scripts/",
+    "src/",
+    "tests/",
 )
-
-# What the README's code prints is looked at in test_readme.py.
-WITH_CODE = [page for page in PAGES[1:] if any(block.language in PYTHON | SHELL for block in read_page(page))]
-WITH_REAL = [page for page in PAGES if any(block.mark == "real" for block in read_page(page))]
-MARKS = r"|before|run|real|skip .{10,}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    make_readers_folder(tmp_path)
-    with standing_in(tmp_path):
-        yield tmp_path
 
 
 def named(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
+
+
+def run_page(page: Path, real: bool = False) -> None:
+    """Does what a page says, in the folder we are in; with the real model all of it."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in read_page(page):
+        if block.language == "python":
+            code = compile("\n" * block.line + block.code, str(page), "exec")
+            if block.mark in ("", "before") or (real and block.mark == "real"):
+                exec(code, names)
+        elif block.mark == "run":
+            for line in block.commands:
+                program, *words = shlex.split(line)
+                assert program == "hippoformer" and main(words) == 0, f"{named(page)}:{block.line}: {line}"
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=named)
-def test_what_a_page_shows_works(page: Path, folder: Path) -> None:
-    run_page(page)
+def test_what_a_page_shows_works(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_readers_folder(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with standing_in(tmp_path):
+        run_page(page)
 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.parametrize("page", WITH_REAL, ids=list(map(named, WITH_REAL)))
-def test_what_a_page_shows_works_with_the_real_model(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_readme_works_with_the_real_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_readers_folder(tmp_path)
+    book = "Mrs Lane keeps the key of the boat house.\n\n" + (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    (tmp_path / "my-book.txt").write_text(book, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    run_page(page, real=True)
+    run_page(ROOT / "README.md", real=True)
+    assert "Mrs Lane" in capsys.readouterr().out
+
+
+class Parsed(BaseException):
+    """A command line was understood."""
+
+
+def check_line(line: str) -> None:
+    """Raises what a program itself would raise on a command or option that does not exist."""
+    parse = HfArgumentParser.parse_args_into_dataclasses
+
+    def parse_only(parser: HfArgumentParser, words: list[str], **_: Any) -> None:
+        parse(parser, words, look_for_args_file=False)  # also fails on words that are left over
+        raise Parsed
+
+    for part in re.split(r"\||&&|;|>", line):
+        words = [word for word in shlex.split(part, comments=True) if not re.match(r"[A-Z_]+=", word)]
+        missing = [w for w in words if w.startswith(OURS) and not re.search(r"[*${<]", w) and not (ROOT / w).exists()]
+        assert not missing, f"there is no {missing[0]}"
+        if words[:1] == ["make"]:
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in words[1:]), line
+        start = words.index("-m") + 1 if "-m" in words else 0
+        module, _, name = ".".join(words[start : start + 1]).partition(".")
+        asked = [*([name.replace("_", "-")] if name else []), *words[start + 1 :]]
+        run: Any = main
+        if module == "evaluation":
+            folder = (ROOT / "evaluation" / name).is_dir()
+            where = ".".join(["evaluation", *([name] if name else []), *(["__main__"] if folder else [])])
+            run, asked = importlib.import_module(where).main, words[start + 1 :]
+        elif Path(module).name != "hippoformer" or asked in ([], ["--help"]) or asked[0] == "lm-eval":
+            continue  # a program of others; lm-eval's options are the harness's
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse_only)
+            assert run(asked) == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_command_of_a_page_exists(page: Path, folder: Path) -> None:
+def test_every_command_of_a_page_exists(page: Path) -> None:
+    blocks = [block for block in read_page(page) if block.language in ("bash", "sh", "shell", "console")]
     wrong = []
-    commands = [(check_command, b.where, line) for b in read_page(page) if b.language in SHELL for line in b.commands]
-    commands += [(check_inline, named(page), line) for line in inline_commands(page)]
-    for check, where, line in commands:
-        for argv in simple_commands(line):
-            try:
-                check(argv)
-            except (Exception, SystemExit) as error:
-                wrong.append(f"{where}: {line}\n    {type(error).__name__}: {error}")
-    assert not wrong, "\n" + "\n".join(wrong)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_mark_is_one_of_the_rule(page: Path) -> None:
-    content = page.read_text(encoding="utf-8")
-    blocks = read_page(page)
-    assert [block.where for block in blocks if not re.fullmatch(MARKS, block.mark)] == []
-    assert sum(bool(block.mark) for block in blocks) == len(re.findall(r"^ *<!-- test:", content, re.MULTILINE)), (
-        "a mark over no block"
-    )
-    fenced = [block for block in blocks if block.mark != "before"]
-    assert 2 * len(fenced) == len(re.findall(r"^ *```", content, re.MULTILINE)), "a fence that is not closed"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_link_leads_to_a_file(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
-
-
-# ---------------------------------------------------------------- the checks themselves
+    for line in (line for block in blocks for line in block.commands):
+        try:
+            check_line(line)
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
+            wrong.append(f"{line}\n    {type(error).__name__}: {error}")
+    assert not wrong, f"\n{named(page)}:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "hippoformer train --text my-texts --max_stepz 3",
-        "hippoformer eval perplexity --model runs/mine --text held-out --no-such-option",
-        "hippoformer eval perplexity --text held-out",  # --model is needed
         "hippoformer sing",
-        "python -m hippoformer.nothing --text a",
+        "hippoformer demo --no-such-option 3",
+        "CUDA_VISIBLE_DEVICES=0 hippoformer ask book.txt --model m",  # no question
         "accelerate launch --num_processes 2 -m hippoformer.train --text my-texts --no_such_option",
-        "python -m hippoformer.cli eval nothing",
         "make coffee",
-        "python scripts/no_such_script.py",
+        "python scripts/no_such_script.py | tee log.txt",
     ],
 )
 def test_what_does_not_exist_is_noticed(line: str) -> None:
-    with pytest.raises((Exception, SystemExit)):
-        for argv in simple_commands(line):
-            check_command(argv)
+    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
+        check_line(line)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "CUDA_VISIBLE_DEVICES=0 hippoformer train --text my-texts --set window=9 > log.txt",
-        ".venv/bin/hippoformer demo my-book.txt && make unit PYTHON=python3.11",
-        "accelerate launch --num_processes 2 -m hippoformer.train --text my-texts | tee log.txt",
-        "pip install hippoformer  # from anywhere",
-        "hippoformer eval bytes --model m --text my-texts --buffers '' --kv '' --dtype float32",
-    ],
-)
-def test_what_exists_is_let_through(line: str) -> None:
-    commands = simple_commands(line)
-    assert commands
-    for argv in commands:
-        check_command(argv)
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_mark_and_link_of_a_page_is_good(page: Path) -> None:
+    content, blocks = page.read_text(encoding="utf-8"), read_page(page)
+    assert [block.mark for block in blocks if not re.fullmatch(r"|before|run|real|skip .{10,}", block.mark)] == []
+    assert sum(bool(block.mark) for block in blocks) == len(re.findall(r"^ *<!-- test:", content, re.MULTILINE))
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)[^)]*\)", content)
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_commands_between_backticks(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(
-        "`hippoformer eval\nrecall`, `hippoformer.load` and\n```bash\nhippoformer no\n```\n`hippoformer …`\n"
-    )
-    assert inline_commands(page) == ["hippoformer eval recall", "hippoformer …"]
-    for good in ("hippoformer eval recall", "hippoformer …", "hippoformer memory show x --sort salience"):
-        check_inline(good.split())
-    for bad in ("hippoformer evil recall", "hippoformer eval recoil", "hippoformer memory show x --sorted salience"):
-        with pytest.raises(AssertionError, match="no "):
-            check_inline(bad.split())
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_readers_folder(tmp_path)
+    for name, value in {"MODEL": "runs/mine", "TEXT": "my-book.txt", "TOKENS": "600"}.items():
+        monkeypatch.setenv(f"HIPPOFORMER_{name}", value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": tmp_path}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    assert (tmp_path / "notebook.memory.safetensors").is_file()
 
 
-PAGE = """
-<!-- test: before
-memory = []
--->
-
-```python
-import pathlib
-memory.append(pathlib.Path("my-book.txt").read_text())
-```
-
-<!-- test: skip it needs a cluster -->
-```python
-memory.append("not run")
-```
-
-<!-- test: real -->
-```python
-memory.append("real")
-```
-
-  1. An indented one:
-     ```python
-     pathlib.Path("out.txt").write_text(str(len(memory)))
-     ```
-
-<!-- test: run -->
-```bash
-hippoformer memory show book.memory.safetensors \\
-    --model smollm2-135m
-```
-
-```bash
-$ hippoformer eval perplexity --model runs/mine
-hippoformer prints this
-```
-"""
-
-
-def test_a_page_is_run_in_order(folder: Path) -> None:
-    page = folder / "page.md"
-    page.write_text(PAGE, encoding="utf-8")
-    assert [block.mark for block in read_page(page)] == ["before", "", "skip it needs a cluster", "real", "", "run", ""]
-    assert read_page(page)[-1].commands == ["hippoformer eval perplexity --model runs/mine"]
-    done = run_page(page)
-    assert [str(place).rpartition(":")[2] for place in done[:-1]] == ["2", "6", "22"]
-    assert done[-1] == "hippoformer memory show book.memory.safetensors      --model smollm2-135m"
-    assert (folder / "out.txt").read_text() == "1"
-    run_page(page, real=True)
-    assert (folder / "out.txt").read_text() == "2"
-
-
-@pytest.mark.parametrize(
-    ("page", "complaint"),
-    [
-        ("<!-- test: run -->\n```bash\nhippoformer train --text nothing-here\n```\n", "ended with status 2"),
-        ("<!-- test: run -->\n```bash\npython -c 'exit(3)'\n```\n", "ended with status 3"),
-        ("<!-- test: run -->\n```bash\nhippoformer demo | less\n```\n", "one plain command"),
-        ("```python\nassert 1 == 2, 'oh'\n```\n", "oh"),
-        ("<!-- test: skip for a reason -->\n```python\nfrom hippoformer import Dream\n```\n", "import Dream"),
-    ],
-)
-def test_a_page_that_is_wrong_fails(folder: Path, page: str, complaint: str) -> None:
-    (folder / "page.md").write_text(page, encoding="utf-8")
-    with pytest.raises(AssertionError, match=complaint):
-        run_page(folder / "page.md")
+def test_the_notebook_is_committed_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count") is not None]

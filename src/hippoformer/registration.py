@@ -1,16 +1,16 @@
 """Makes `AutoConfig` and `AutoModelForCausalLM` of transformers know `hippoformer`, without importing them.
 
-transformers has no entry points for models, and importing its Auto classes imports torch, which takes seconds. So the
-configuration is registered right after transformers' own module of configurations is executed: at once where that has
-happened, else through an import hook for this one module. The model class is registered when its module is imported,
-which creating a configuration does (`HippoFormerConfig.__init__`): nobody asks for the model without one.
+transformers has no entry points for models, and importing its Auto classes takes seconds. So the configuration is
+registered right after transformers' own module of configurations is executed: at once where that has happened, else
+through an import hook for this one module. The model class is registered when its module is imported, which creating a
+configuration does (`HippoFormerConfig.__init__`): nobody asks for the model without one.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
+from typing import Any
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
@@ -34,19 +34,16 @@ def _register_configuration() -> None:
 class _AfterAutoConfig(MetaPathFinder):
     """Finds transformers' module of configurations as Python would, and registers ours once it is executed."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
         if fullname != _AUTO_CONFIG:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        spec: Any = PathFinder.find_spec(fullname, path, target)
+        execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                _register_configuration()
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_configuration()
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register
         return spec

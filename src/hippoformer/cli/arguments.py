@@ -1,18 +1,41 @@
 """Arguments that several commands share, as dataclasses for `transformers.HfArgumentParser`.
 
-    parser = HfArgumentParser((ModelArguments, TextArguments, MyArguments))
-    model_arguments, text_arguments, mine = parser.parse_args_into_dataclasses(words)
+    model_arguments, text_arguments, mine = parse("name", about, words, ModelArguments, TextArguments, MyArguments)
 
 The parser takes `--buffer_size` and `--buffer-size` alike. An argument that is not given keeps the model's own value.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
 
 from hippoformer.data.documents import Split
 from hippoformer.errors import ConfigurationError
+
+
+def parse(command: str, about: str | None, words: Sequence[str], *groups: type, **positional: Any) -> tuple[Any, ...]:
+    """Reads a command line; --help and a line that does not fit end the program as argparse does.
+
+    Args:
+        command: its name, after `hippoformer`. about: the first line of its help. words: what follows the name.
+        groups: dataclasses. positional: arguments without dashes: name -> options of argparse's `add_argument`.
+
+    Returns:
+        An instance of each dataclass, then a namespace of the positional arguments where there are any.
+    """
+    parser = HfArgumentParser(groups, prog=f"hippoformer {command}", description=about)  # type: ignore[arg-type]
+    for name, options in positional.items():
+        parser.add_argument(name, **options)
+    *found, rest = parser.parse_args_into_dataclasses(
+        list(words), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return tuple(found)
 
 
 @dataclass
@@ -25,7 +48,7 @@ class ModelArguments:
     buffer_size: int | None = field(default=None, metadata={"help": "episodes kept beyond the window"})
     decay_rate: float | None = field(default=None, metadata={"help": "factor on an episode's priority per segment"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, mps; default: cuda where it is"})
-    dtype: str | None = field(default=None, metadata={"help": "float32, bfloat16 or float16"})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata={"help": "of the base"})
     obey_control_tokens: bool = field(
         default=False, metadata={"help": "read control tokens written in a text as such, not as text"}
     )
@@ -34,14 +57,13 @@ class ModelArguments:
         """(model, tokenizer), with `more` options of the configuration.
 
         Raises:
-            ConfigurationError: a device that this machine lacks, or an unknown dtype.
+            ConfigurationError: a device that this machine lacks.
         """
         import hippoformer
 
-        given = {name: getattr(self, name) for name in ("window", "sink_tokens", "buffer_size", "decay_rate")}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | more
-        if self.dtype is not None:
-            options["dtype"] = _dtype(self.dtype)
+        names = ("window", "sink_tokens", "buffer_size", "decay_rate", "dtype")
+        given = {name: getattr(self, name) for name in names}
+        options = {name: value for name, value in given.items() if value is not None} | more
         device = _device(self.device)
         model, tokenizer = hippoformer.load(self.model, **options)
         if self.obey_control_tokens:
@@ -53,8 +75,10 @@ class ModelArguments:
 class TextArguments:
     """Which documents: files, and data sets by name."""
 
-    text: list[Path] = field(default_factory=list, metadata={"help": "text files or folders"})
-    dataset: list[str] = field(default_factory=list, metadata={"help": "names of data sets, such as wikitext-2"})
+    text: list[Path] = field(default_factory=list, metadata={"help": "text files or folders", "action": "extend"})
+    dataset: list[str] = field(
+        default_factory=list, metadata={"help": "names of data sets, such as wikitext-2", "action": "extend"}
+    )
     dataset_split: str = field(default="test", metadata={"help": "which part of a data set"})
     data_dir: Path = field(default=Path("data"), metadata={"help": "folder of local copies of data sets"})
     split: Split = field(default="auto", metadata={"help": "where documents begin in a file"})
@@ -76,7 +100,7 @@ class TextArguments:
         return found
 
 
-def check_output(path: Path | None) -> Path | None:
+def check_output(path: Path | None, option: str = "--output") -> Path | None:
     """The path; fails before hours of reading rather than after them.
 
     Raises:
@@ -86,9 +110,14 @@ def check_output(path: Path | None) -> Path | None:
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ConfigurationError(
-                f"--output {path} cannot be written; expected a file name in an existing folder that you may write to"
+                f"{option} {path} cannot be written; expected a file name in an existing folder that you may write to"
             )
     return path
+
+
+def visible(text: str) -> str:
+    """A text on one line, its line ends and tabs shown."""
+    return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
 def _device(name: str | None) -> Any:
@@ -104,12 +133,3 @@ def _device(name: str | None) -> Any:
         raise ConfigurationError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}); say --device cpu"
         ) from error
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigurationError(f"--dtype {name} is unknown; choose one of {', '.join(known)}")
-    return known[name]

@@ -5,19 +5,15 @@ In a terminal a turn may have several lines, and a paste is one turn. Of a pipe 
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.text import Text
-
-from hippoformer.cli.app import app
+from hippoformer.cli.arguments import ModelArguments, parse
 from hippoformer.cli.ask import passage_lines
 from hippoformer.cli.memory import episodes_table
-from hippoformer.cli.options import ModelOptions, with_groups
-from hippoformer.cli.terminal import console
 from hippoformer.errors import HippoFormerError
 
 COMMANDS = {
@@ -35,35 +31,37 @@ _HELP = (
 )
 
 
-@app.command("chat")
-@with_groups
-def chat(
-    model: ModelOptions,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    memory: Annotated[Path | None, typer.Option(help="Saved conversation or memory to go on from.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the probability to sample from.")] = 0.9,
-    reread_tokens: Annotated[
-        int, typer.Option("--reread-tokens", min=0, help="Tokens of passages that a reply may stand on; 0: none.")
-    ] = 256,
-    seed: Annotated[int, typer.Option(help="Of the sampling and of the replay draws.")] = 0,
-) -> None:
-    """Talk with a model that remembers what has left its window. Ctrl-C ends a reply; /help lists the commands."""
+@dataclass
+class ChatArguments:
+    """How to talk."""
+
+    system: str | None = field(default=None, metadata={"help": "system prompt"})
+    memory: Path | None = field(default=None, metadata={"help": "saved conversation or memory to go on from"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest reply"})
+    temperature: float = field(default=0.7, metadata={"help": "of sampling; 0 takes the likeliest token"})
+    top_p: float = field(default=0.9, metadata={"help": "share of the probability to sample from"})
+    reread_tokens: int = field(default=256, metadata={"help": "tokens of passages a reply may stand on; 0: none"})
+    seed: int = field(default=0, metadata={"help": "of the sampling and of the replay draws"})
+
+
+def main(words: Sequence[str]) -> None:
+    """Talks with a model that remembers what has left its window. Ctrl-C ends a reply; /help lists the commands."""
+    chosen, how = parse("chat", main.__doc__, words, ModelArguments, ChatArguments)
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    ask = _terminal_input() if in_terminal else input
     from transformers import set_seed
 
     from hippoformer.chat import Conversation
 
-    loaded, tokenizer = model.load(seed=seed)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p}
-    conversation = Conversation(loaded, tokenizer, system=system, reread_tokens=reread_tokens, **options)
-    if memory is not None:
-        conversation.load(memory)
-    set_seed(seed)
-    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    ask, kept = _terminal_input() if in_terminal else input, conversation.turns
+    model, tokenizer = chosen.load(seed=how.seed)
+    options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0}
+    if how.temperature > 0:
+        options |= {"temperature": how.temperature, "top_p": how.top_p}
+    conversation = Conversation(model, tokenizer, system=how.system, reread_tokens=how.reread_tokens, **options)
+    if how.memory is not None:
+        conversation.load(how.memory)
+    set_seed(how.seed)
+    kept = conversation.turns
     while True:
         try:
             said = ask("> ").strip()
@@ -84,9 +82,12 @@ def chat(
 
 def _terminal_input() -> Callable[[str], str]:
     """Asks for a text of one or more lines, with the earlier ones at hand (arrow keys), which are kept in no file."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    except ModuleNotFoundError:
+        print("Each line is a turn; turns of several lines need prompt_toolkit: pip install 'hippoformer[chat]'")
+        return input
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -113,29 +114,27 @@ def _is_command(said: str) -> bool:
 
 def _offer_to_save(conversation: Any, ask: Callable[[str], str] | None) -> None:
     """Nothing that was said is lost without a word."""
-    turns = f"{conversation.turns} turns" if conversation.turns != 1 else "1 turn"
+    turns = f"{conversation.turns} turn{'s' if conversation.turns != 1 else ''}"
     if ask is None:
         print(f"The conversation of {turns} was not saved: /save FILE keeps one.", file=sys.stderr)
-        return
-    while True:
+    while ask is not None:
         try:
             name = ask(f"Save the conversation of {turns} as (Enter: not at all): ").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        if not name:
-            return
         with _errors_shown():
-            _command(conversation, "/save", name)
+            if name:
+                _command(conversation, "/save", name)
             return
 
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """An error that was explained is one red line, and the talk goes on."""
+    """An error that was explained is one line, and the talk goes on."""
     try:
         yield
     except HippoFormerError as error:
-        console().print(Text(f"Error: {error}", style="bold red"), soft_wrap=True)
+        print(f"Error: {error}")
 
 
 def _reply(conversation: Any, text: str) -> None:
@@ -151,40 +150,32 @@ def _reply(conversation: Any, text: str) -> None:
 
 def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
     """Whether the conversation is now kept elsewhere, or given up."""
-    terminal = console()
     usage = [line for line in COMMANDS if line.split()[0] == name]
     if not usage or (argument is None) == (" " in usage[0]):
-        instead = (
+        print(
             f"There is no {name} like this: {usage[0]}" if usage else f"There is no {name}: see /help, or say /{name}"
         )
-        terminal.print(Text(instead))
         return False
-    elif name == "/help":
-        for line, meaning in COMMANDS.items():
-            terminal.print(Text(f"{line:12} {meaning}"))
-        terminal.print(Text(_HELP))
-    elif name == "/memory":
-        cache = conversation.cache
-        size = f"bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories"
-        terminal.print(f"{_read(conversation)}, {size}")
-        decay = cache.config.decay
-        terminal.print(episodes_table(cache, conversation.tokenizer, "of this conversation", decay, limit=10))
-    elif name == "/why":
-        lines = passage_lines(conversation)
-        terminal.print(Text("\n".join(lines) if lines else "On nothing but what the model still sees and recalls."))
-    elif argument is None:
-        conversation.forget()
-        terminal.print("Forgotten.")
-        return True
-    elif name == "/save":
-        conversation.save(argument)
-        terminal.print(Text(f"Saved to {argument}."))
-        return True
-    else:
-        conversation.load(argument)
-        terminal.print(_read(conversation))
-        return True
-    return False
+    match name:
+        case "/help":
+            print(*(f"{line:12} {meaning}" for line, meaning in COMMANDS.items()), _HELP, sep="\n")
+        case "/memory":
+            cache = conversation.cache
+            print(f"{_read(conversation)}, bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories")
+            print(episodes_table(cache, conversation.tokenizer, "of this conversation", cache.config.decay, limit=10))
+        case "/why":
+            lines = passage_lines(conversation) or ["On nothing but what the model still sees and recalls."]
+            print(*lines, sep="\n")
+        case "/forget":
+            conversation.forget()
+            print("Forgotten.")
+        case "/save":
+            conversation.save(argument)
+            print(f"Saved to {argument}.")
+        case "/load":
+            conversation.load(argument)
+            print(_read(conversation))
+    return name in ("/forget", "/save", "/load")
 
 
 def _read(conversation: Any) -> str:

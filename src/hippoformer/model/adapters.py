@@ -1,24 +1,33 @@
-"""LoRA on the base model, by peft, injected in place so that the base keeps its class."""
+"""LoRA on the base model, by peft, injected in place so that the base keeps its class.
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+peft is an optional package, imported where there are adapters: a base cannot have any before somebody imported it.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _ADAPTER = "hippoformer"
 
 
-def unwrap(base: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def unwrap(base: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """The model of transformers within a peft model, whose adapters stay where they are: in its layers.
 
     Raises:
         UnsupportedArchitectureError: an adapter outside of the layers (prompt and prefix tuning).
     """
+    if "peft" not in sys.modules:
+        return base  # type: ignore[return-value]
+    from peft import PeftModel
+
     if not isinstance(base, PeftModel):
         return base
     config = base.active_peft_config
@@ -62,6 +71,11 @@ def check_foreign_adapters(base: nn.Module, config: HippoFormerConfig) -> None:
 
 
 def _adapters(module: nn.Module, switched_off: bool) -> tuple[str, ...]:
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     found: set[str] = set()
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
@@ -83,6 +97,8 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
     Raises:
         ConfigurationError: a target name that no layer of the base has.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     lora = LoraConfig(**({"target_modules": ["q_proj", "v_proj"]} | (config.lora or {})))
     names = {name.split(".")[-1] for name, module in base.named_modules() if hasattr(module, "weight")}
     targets = {lora.target_modules} if isinstance(lora.target_modules, str) else set(lora.target_modules or ())
@@ -103,6 +119,8 @@ def add_lora(base: PreTrainedModel, config: HippoFormerConfig) -> None:
 
 def merge_lora(base: PreTrainedModel) -> None:
     """Adds what the adapters do to the weights that they stand beside, and takes the adapters away."""
+    from peft.tuners.lora import LoraLayer
+
     for name, layer in list(base.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
@@ -112,6 +130,8 @@ def merge_lora(base: PreTrainedModel) -> None:
 
 def lora_state(base: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters' tensors by name, out of the base's own state dict or a given one."""
+    from peft import get_peft_model_state_dict
+
     return get_peft_model_state_dict(base, state_dict=state, adapter_name=_ADAPTER)
 
 
@@ -121,6 +141,8 @@ def load_lora_state(base: PreTrainedModel, state: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: tensors that the base's adapters do not have.
     """
+    from peft import set_peft_model_state_dict
+
     result = set_peft_model_state_dict(base, state, adapter_name=_ADAPTER)
     if result is not None and result.unexpected_keys:
         raise CheckpointError(f"the checkpoint has adapters this base does not: {result.unexpected_keys[:3]}")

@@ -7,9 +7,8 @@ only the author knows (the texts it was trained on, the licence) is left for the
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hippoformer.model.base_models import is_repository
 from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import PINNED_MODELS
 
@@ -19,8 +18,8 @@ _TEMPLATE = """---
 
 # {title}
 
-A hippocampus for {base}: a bounded episodic memory that decides what is worth keeping, consolidates it by replay, and
-recalls it, so that the model reads text of any length in constant space. {contents}
+A hippocampus for {base}: a bounded episodic memory inside a language model, which reads text of any length in constant
+space. Inside: {contents}.
 
 | | |
 | --- | --- |
@@ -46,13 +45,7 @@ def base_repository(name: str) -> str | None:
     """The hub repository that a base model's name stands for, or None for a local folder."""
     if name in PINNED_MODELS:
         return PINNED_MODELS[name].hub_repository
-    if Path(name).expanduser().is_dir():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return None if Path(name).expanduser().is_dir() or not is_repository(name) else name
 
 
 def model_card(model: Model, name: str) -> ModelCard:
@@ -61,7 +54,7 @@ def model_card(model: Model, name: str) -> ModelCard:
     Args:
         name: what to load it by: a hub repository, or a folder.
     """
-    config = model.config
+    config, fusion = model.config, model.hippocampus.fusion
     own_base = not config.freeze_base and config.lora is None
     repository = base_repository(config.base_model_name)
     data = ModelCardData(
@@ -72,44 +65,30 @@ def model_card(model: Model, name: str) -> ModelCard:
         tags=["hippoformer", "memory", "long-context", *(["lora"] if config.lora is not None else [])],
     )
     shown = config.base_model_name if repository is not None else Path(config.base_model_name).name
-    contents = ["the hippocampus"]
-    if config.lora is not None:
-        contents.append(f"LoRA adapters ({', '.join(f'{name}={value}' for name, value in config.lora.items())})")
-    contents.append("the base, whose weights were trained" if own_base else "not the base")
+    contents = ["the hippocampus", *(["LoRA adapters"] if config.lora is not None else [])]
+    added = [*model.hippocampus.parameters()]
+    added += [parameter for name, parameter in model.base.named_parameters() if "lora_" in name]
     facts = {
         "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
-        "parameters besides the base's": f"{_added(model):,}",
-        "trained": "yes" if _speaks(model) else "no: it is its base until it is trained",
+        "parameters besides the base's": f"{sum(parameter.numel() for parameter in added):,}",
+        "trained": "yes" if fusion.strength != 0 or fusion.residual_scale != 0 else "no: it is its base until it is",
         "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
         "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
-        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of "
-        + ("the final hidden states" if config.memory_layer == -1 else f"layer {config.memory_layer}"),
-        "forgetting": f"decay {config.decay} a segment, {config.max_replay_rounds} rounds of replay",
+        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of layer {config.memory_layer}",
     }
+    where = "The base is fetched from where its name says."
     if own_base:
         where = "The base comes along, in the folder `base`."
     elif repository is None:
         where = f"The base is a local folder, `{shown}`, that is on no hub: give it as `base_model=`."
-    else:
-        where = "The base is fetched from where its name says."
     return ModelCard(
         _TEMPLATE.format(
             metadata=data.to_yaml(),
             title=name.rstrip("/").split("/")[-1],
             base=f"[{shown}](https://huggingface.co/{repository})" if repository else f"`{shown}`",
-            contents=f"Inside: {'; '.join(contents)}.",
+            contents=", ".join([*contents, "the base, whose weights were trained" if own_base else "not the base"]),
             facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
             name=name,
             where_the_base_is=where,
         )
     )
-
-
-def _added(model: Model) -> int:
-    lora = sum(p.numel() for n, p in model.base.named_parameters() if "lora_" in n)
-    return lora + sum(p.numel() for p in model.hippocampus.parameters())
-
-
-def _speaks(model: Model) -> bool:
-    fusion = model.hippocampus.fusion
-    return bool(fusion.strength != 0) or bool(fusion.residual_scale != 0)

@@ -6,8 +6,8 @@
     base/                       the base model, only where its own weights were trained
     README.md                   the model card; one that is there already is left alone
 
-Folders of earlier releases, whose weights are in hippocampus.safetensors, load as well. Weights are written beside
-their place and moved into it, so that a full disk or a kill leaves the previous ones whole.
+Weights under their former name, hippocampus.safetensors, load as well. Files are written beside their place and moved
+into it, so that a full disk or a kill leaves the previous ones whole.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,12 +36,8 @@ from hippoformer.model.card import model_card
 from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import hub_failure
 
-WEIGHTS = SAFE_WEIGHTS_NAME
+WEIGHTS, CONFIG, BASE, CARD = SAFE_WEIGHTS_NAME, CONFIG_NAME, "base", "README.md"
 FORMER_WEIGHTS = "hippocampus.safetensors"
-CONFIG = CONFIG_NAME
-BASE = "base"
-CARD = "README.md"
-_FILES = (CONFIG, WEIGHTS, FORMER_WEIGHTS, GENERATION_CONFIG_NAME)
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What the auto classes and pipelines of transformers add to any call, and has nothing to say here.
 _HARMLESS = {"_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
@@ -97,30 +93,6 @@ def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> 
     model.config.save_pretrained(folder)
 
 
-def is_saved_model(folder: Path) -> bool:
-    """Whether a folder holds a HippoFormer, by its config: other models, too, have a config.json and weights."""
-    try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("model_type") == HippoFormerConfig.model_type
-
-
-def weights_file(folder: Path) -> Path:
-    """Where the weights of a saved model are.
-
-    Raises:
-        CheckpointError: not a saved HippoFormer, or one without weights.
-    """
-    found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
-    if not found or not is_saved_model(folder):
-        raise CheckpointError(
-            f"{folder} is not a HippoFormer checkpoint: expected a {CONFIG} of model_type "
-            f"{HippoFormerConfig.model_type} and {WEIGHTS} in it; hippoformer.load wraps other models"
-        )
-    return found[0]
-
-
 def write_card(model: Model, folder: Path, name: str) -> None:
     """Writes the model card, unless there is one."""
     if not (folder / CARD).exists():
@@ -155,6 +127,30 @@ def push(
             write_card(model, folder, repository)
         commit.setdefault("commit_message", "Upload HippoFormer")
         return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, **commit)
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder holds a HippoFormer, by its config: other models, too, have a config.json and weights."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("model_type") == HippoFormerConfig.model_type
+
+
+def weights_file(folder: Path) -> Path:
+    """Where the weights of a saved model are.
+
+    Raises:
+        CheckpointError: not a saved HippoFormer, or one without weights.
+    """
+    found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
+    if not found or not is_saved_model(folder):
+        raise CheckpointError(
+            f"{folder} is not a HippoFormer checkpoint: expected a {CONFIG} of model_type "
+            f"{HippoFormerConfig.model_type} and {WEIGHTS} in it; hippoformer.load wraps other models"
+        )
+    return found[0]
 
 
 def load(
@@ -215,8 +211,7 @@ def load(
             f"{folder} was saved over a base with adapters {foreign}, and this base has none: load them by peft "
             "(PeftModel.from_pretrained) and give the peft model as base_model="
         )
-    model = cls(config, base_model)
-    tensors = _tensors(weights)
+    model, tensors = cls(config, base_model), _tensors(weights)
     restore(model, tensors)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -267,10 +262,7 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
             stacklevel=2,
         )
         model.hippocampus.resize_vocabulary(theirs)
-    # One that was saved before tokens were spelled goes on without.
-    spelled = model.hippocampus.recall.ending_of_token
-    own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
-    own.pop("recall.log_contiguity", None)  # of checkpoints written before continuation was one pass
+    own.pop("recall.log_contiguity", None)  # in the shipped weights, of before continuation was one pass
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
@@ -281,13 +273,14 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
 def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / subfolder
-    wanted = [str(Path(subfolder) / part) for part in (*_FILES, f"{BASE}/*")]
+    parts = (CONFIG, WEIGHTS, FORMER_WEIGHTS, GENERATION_CONFIG_NAME, f"{BASE}/*")
+    wanted = [str(Path(subfolder) / part) for part in parts]
     try:
         validate_repo_id(str(name_or_path))  # what can only be a path is not sent to the hub
         if hub_failure(str(name_or_path), wanted[0], hub.get("revision")) is not None:
             hub = hub | {"local_files_only": True}
         return Path(snapshot_download(str(name_or_path), allow_patterns=wanted, **hub)) / subfolder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{name_or_path} is neither a folder nor a reachable hub repository: {error}") from error
 
 
@@ -295,12 +288,10 @@ def _one_device(device_map: Any) -> torch.device | None:
     """The device that a `device_map` of transformers names; "auto" is the accelerator, where there is one."""
     if isinstance(device_map, dict) and set(device_map) == {""}:
         device_map = device_map[""]
-    if device_map is None or isinstance(device_map, torch.device):
-        return device_map
     if device_map == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
-        return torch.device(device_map)
+        return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
         raise ConfigurationError(
             f"device_map={device_map!r} is not one device: a HippoFormer lives on one; give its name, or a base model "

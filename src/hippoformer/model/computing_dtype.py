@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import platform
-import sys
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -20,38 +20,43 @@ from transformers import PreTrainedConfig
 
 from hippoformer.model.pinned_models import cache_home
 
-_READING_ROWS = 128
-_REPEATS = 3
+_READING_ROWS, _REPEATS = 128, 3
 # More weights than a cache holds: a generated token reads all of a model's weights from main memory.
 _WEIGHT_BYTES, _MOST_WEIGHTS = 32 << 20, 64
 
 _logger = logging.getLogger(__name__)
 
 
-def faster_dtype(stored: torch.dtype, config: PreTrainedConfig, *, progress: bool = True) -> torch.dtype:
-    """`stored` or float32, whichever this processor computes faster in.
+def faster_dtype(stored: torch.dtype, config: PreTrainedConfig) -> torch.dtype:
+    """`stored`, a half precision, or float32, whichever this processor computes a base of this config faster in.
 
-    The ratio of times is the geometric mean of that of reading and that of generating.
-
-    Args:
-        stored: a half precision. config: of the base model.
-        progress: say on stderr what a new measurement chose and why.
+    The ratio of times is the geometric mean of that of reading and that of generating. A new measurement is logged.
     """
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    key = _key(stored, hidden, intermediate)
-    known = _recall(key)
-    ratio = measured_ratio(stored, hidden, intermediate) if known is None else known
-    chosen = torch.float32 if ratio > 1 else stored
-    name, factor = str(stored).removeprefix("torch."), max(ratio, 1 / ratio)
-    line = f"computing in {str(chosen).removeprefix('torch.')}: {factor:.1f} times as fast here as "
-    line += name if chosen is torch.float32 else "float32"
-    if known is None:
-        line += f", measured on matrices of {hidden} x {intermediate}{_remember(key, ratio)}"
-        if progress:
-            print(line, file=sys.stderr)
-    _logger.info(line)
-    return chosen
+    # The machine, the software, and the size of the matrices to the nearest power of two.
+    key = f"{_processor()}, torch {torch.__version__}, {stored}, 2^{round(math.log2(hidden * intermediate))}"
+    file, known = cache_home() / "precision.json", {}
+    try:
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+        ratio = float(known[key])
+    except (OSError, ValueError, TypeError, KeyError) as error:  # nothing there, or damaged: it can be measured again
+        _logger.debug("%s is not used: %s", file, error)
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        ratio = measured_ratio(stored, hidden, intermediate)
+        faster, slower = ("float32", str(stored)[6:]) if ratio > 1 else (str(stored)[6:], "float32")
+        line = f"computing in {faster}: {max(ratio, 1 / ratio):.1f} times as fast here as {slower}, measured on "
+        line += f"matrices of {hidden} x {intermediate}"
+        try:  # the file is written whole
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
+                json.dump(known | {key: ratio}, scratch, indent=1)
+            os.replace(scratch.name, file)
+        except OSError as error:
+            line += f" (not remembered: {error})"
+        _logger.warning(line)
+    return torch.float32 if ratio > 1 else stored
 
 
 def measured_ratio(stored: torch.dtype, hidden: int, intermediate: int) -> float:
@@ -66,10 +71,7 @@ def measured_ratio(stored: torch.dtype, hidden: int, intermediate: int) -> float
 
 
 def seconds(dtype: torch.dtype, rows: int, hidden: int, intermediate: int) -> float:
-    """Shortest time of a matrix product (rows, hidden) x (hidden, intermediate), on one thread.
-
-    It is processor time, so other programs that compute meanwhile do not decide what is remembered.
-    """
+    """Shortest processor time of a matrix product (rows, hidden) x (hidden, intermediate), on one thread."""
     nbytes = hidden * intermediate * dtype.itemsize
     matrices = 1 if rows > 1 else min(_MOST_WEIGHTS, math.ceil(_WEIGHT_BYTES / nbytes))
     weights = [torch.ones(intermediate, hidden, dtype=dtype) for _ in range(matrices)]
@@ -88,48 +90,9 @@ def seconds(dtype: torch.dtype, rows: int, hidden: int, intermediate: int) -> fl
     return max(min(times[1:]), 1e-9)  # the first one also sets up
 
 
-def _key(stored: torch.dtype, hidden: int, intermediate: int) -> str:
-    """The machine, the software, and the size of the matrices to the nearest power of two."""
-    processor = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{processor}, torch {torch.__version__}, {stored}, 2^{round(math.log2(hidden * intermediate))}"
-
-
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _file() -> Path:
-    return cache_home() / "precision.json"
-
-
-def _read() -> dict[str, float]:
-    """What is remembered; nothing where the file is missing, unreadable or damaged: it can be measured again."""
-    try:
-        found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _logger.debug("%s is not used: %s", _file(), error)
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _recall(key: str) -> float | None:
-    ratio = _read().get(key)
-    return ratio if isinstance(ratio, float) and 0 < ratio < math.inf else None
-
-
-def _remember(key: str, ratio: float) -> str:
-    """Writes the file whole; returns what to add to the line said where that fails."""
-    file = _file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
-            json.dump(_read() | {key: ratio}, scratch, indent=1)
-        os.replace(scratch.name, file)
-    except OSError as error:
-        return f" (not remembered: {error})"
-    return ""
+    text = information.read_text(encoding="utf-8", errors="replace") if information.is_file() else ""
+    named = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

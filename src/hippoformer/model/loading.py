@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model import checkpoint
-from hippoformer.model.base_models import load_base_model, load_tokenizer
+from hippoformer.model.base_models import is_repository, load_base_model, load_tokenizer
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
 
@@ -25,7 +24,10 @@ def shipped_hippocampus(name: str) -> Path | None:
 
 def saved_hippocampus(name: str | Path) -> str | Path | None:
     """Where the trained hippocampus that a name stands for is: shipped, or a saved model; None for a bare base."""
-    return shipped_hippocampus(str(name)) or (name if _is_saved_model(str(name)) else None)
+    if (shipped := shipped_hippocampus(str(name))) is not None:
+        return shipped
+    config = _find(str(name), checkpoint.CONFIG)
+    return name if config is not None and checkpoint.is_saved_model(config.parent) else None
 
 
 def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedTokenizerBase]:
@@ -50,7 +52,7 @@ def load(name: str | Path, **options: Any) -> tuple[HippoFormer, PreTrainedToken
         model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **options), base)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
-    own_tokenizer = saved is not None and _holds(str(saved), "tokenizer_config.json")
+    own_tokenizer = saved is not None and _find(str(saved), "tokenizer_config.json") is not None
     tokenizer = load_tokenizer(str(saved) if own_tokenizer else model.config.base_model_name)
     model.set_tokenizer(tokenizer, words=saved is None)
     return model, tokenizer
@@ -64,50 +66,35 @@ def load_beside(model: HippoFormer, name: str | Path, **options: Any) -> HippoFo
         options: of `HippoFormerConfig`, to change.
 
     Raises:
-        CheckpointError: no trained hippocampus there. ConfigurationError: one that names another base, or brings
-            adapters or base weights of its own.
+        CheckpointError: no trained hippocampus there. ConfigurationError: one on another base, or with adapters or base
+            weights of its own.
     """
     saved = saved_hippocampus(name)
     if saved is None:
         raise CheckpointError(f"{name} is not a HippoFormer checkpoint: expected a saved HippoFormer")
-    config = HippoFormerConfig.from_pretrained(saved)
-    if config.lora is not None or not config.freeze_base:
-        raise ConfigurationError(f"{name} was saved with weights of the base, which it cannot share: load it alone")
-    if config.base_model_name != model.config.base_model_name:
+    config, name_of_base = HippoFormerConfig.from_pretrained(saved), model.config.base_model_name
+    if config.lora is not None or not config.freeze_base or config.base_model_name != name_of_base:
         raise ConfigurationError(
-            f"{name} was trained on {config.base_model_name}, not on {model.config.base_model_name}"
+            f"{name} was trained on {config.base_model_name} not on {name_of_base}, or with weights of the base: it "
+            "cannot share this one, load it alone"
         )
     found = HippoFormer.from_pretrained(saved, base_model=model.base, **options)
     found.config.name_or_path, found.spelling = str(name), model.spelling
     return found
 
 
-def _is_saved_model(name: str) -> bool:
-    """Whether a folder or repository holds a HippoFormer; an unreachable one is left to the base's loader."""
+def _find(name: str, file: str) -> Path | None:
+    """A file of a folder or hub repository; None where there is none, also where the hub cannot be asked."""
     if Path(name).is_dir():
-        return checkpoint.is_saved_model(Path(name))
-    if name in PINNED_MODELS:
-        return False
-    try:
-        config = try_to_load_from_cache(name, checkpoint.CONFIG)
-        if not isinstance(config, str):
-            if hub_failure(name, checkpoint.CONFIG, None) is not None:
-                return False
-            config = hf_hub_download(name, checkpoint.CONFIG)
-    except (HfHubHTTPError, HFValidationError):
-        return False
-    return checkpoint.is_saved_model(Path(config).parent)
-
-
-def _holds(name: str, file: str) -> bool:
-    """Whether a folder or repository has a file; what cannot be asked of the hub is left to the base's loader."""
-    if Path(name).is_dir():
-        return (Path(name) / file).is_file()
-    if name in PINNED_MODELS:
-        return False
-    if isinstance(try_to_load_from_cache(name, file), str):
-        return True
-    try:
-        return hub_failure(name, checkpoint.CONFIG, None) is None and file_exists(name, file)
-    except (HfHubHTTPError, HFValidationError):
-        return False
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    if name in PINNED_MODELS or not is_repository(name):
+        return None
+    found = cached_file(
+        name,
+        file,
+        local_files_only=hub_failure(name, checkpoint.CONFIG, None) is not None,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)

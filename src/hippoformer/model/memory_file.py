@@ -33,25 +33,14 @@ from hippoformer.tensors.ragged import last_of
 
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
-_NOTE = "note."  # before the name of each of the cache's notes
-_PASSAGES = "passages."  # before the name of each of the passages' tensors
-_PRINTS = ("base", "hippocampus", "shape")
+_NOTE, _PASSAGES = "note.", "passages."  # before the names of the cache's notes, and of the passages' tensors
 _ANCHORS = ("anchors.ids", "anchors.keys", "anchors.values")
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
 _UNRELATED = 1.2
 # Options that shape the stored tensors; a file and a model must agree on them.
 _SHAPING = (
-    "window",
-    "sink_tokens",
-    "segment_len",
-    "buffer_size",
-    "recall_n_heads",
-    "recall_head_dim",
-    "recall_value_dim",
-    "memory_layer",
-    "hidden_size",
-    "vocab_size",
-    "num_hidden_layers",
+    *("window", "sink_tokens", "segment_len", "buffer_size", "recall_n_heads", "recall_head_dim", "recall_value_dim"),
+    *("memory_layer", "hidden_size", "vocab_size", "num_hidden_layers"),
 )
 
 
@@ -60,18 +49,17 @@ def fingerprint(model: Model) -> dict[str, str]:
     return {
         "base": base_fingerprint(model.base),
         "hippocampus": base_fingerprint(model.hippocampus),
-        "shape": shape(model),
+        "shape": _shape(model),
     }
 
 
-def shape(model: Model) -> str:
-    """The options that shape a memory's tensors, as JSON."""
+def _shape(model: Model) -> str:
     return json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True)
 
 
 @contextmanager
 def _left_out(what: str) -> Iterator[None]:
-    """Goes on without what cannot be computed, whatever the reason, and tells it."""
+    """Goes on without what cannot be computed, whatever the reason, and says so."""
     try:
         yield
     except Exception as error:
@@ -84,8 +72,8 @@ def save_memory(model: Model, cache: HippoCache, path: str | Path) -> None:
     Raises:
         CheckpointError: the file could not be written; an earlier one at this place is unchanged.
     """
-    tensors = cache.tensors()
-    change, prints = cache.change_of_model(), dict.fromkeys(_PRINTS, None) | {"shape": shape(model)}
+    tensors, change = cache.tensors(), cache.change_of_model()
+    prints: dict[str, str | None] = {"base": None, "hippocampus": None, "shape": _shape(model)}
     if cache.passages is not None:
         tensors |= {f"{_PASSAGES}{name}": tensor for name, tensor in cache.passages.tensors().items()}
     if change is not None:
@@ -95,16 +83,10 @@ def save_memory(model: Model, cache: HippoCache, path: str | Path) -> None:
             prints |= fingerprint(model)
         with _left_out("drift anchors"):
             ids = model.hippocampus.drift_calibrator.anchor_ids
-            keys, values = model.anchors(ids)
-            tensors |= {"anchors.ids": ids, "anchors.keys": keys, "anchors.values": values}
-    counters = {
-        "lengths": cache.lengths,
-        "columns": cache.columns,
-        "digest": None if cache.digest is None else cache.digest.tolist(),
-        "frozen": cache.frozen,
-        "written": cache.written,
-        "stored_bound": cache.memory.stored_bound,
-    }
+            tensors |= dict(zip(_ANCHORS, (ids, *model.anchors(ids)), strict=True))
+    counters = {name: getattr(cache, name) for name in _COUNTERS if name != "stored_bound"}
+    counters["stored_bound"] = cache.memory.stored_bound
+    counters["digest"] = None if cache.digest is None else cache.digest.tolist()
     metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(prints)}
     metadata |= {f"{_NOTE}{name}": text for name, text in cache.notes.items()}
     write_tensors(Path(path), tensors, metadata)
@@ -123,34 +105,31 @@ def load_memory(model: Model, path: str | Path) -> HippoCache:
             has nothing in common with this one's; without anchors, by another model.
     """
     tensors, counters, theirs, notes = _read(Path(path))
-    cache: HippoCache = model.new_cache(len(counters["lengths"]))
-    ours, other = json.loads(shape(model)), json.loads(theirs["shape"])
+    mine: dict[str, str | None] = {"base": None, "hippocampus": None, "shape": _shape(model)}
+    ours, other = json.loads(_shape(model)), json.loads(theirs["shape"])
     differing = [n for n in ours if ours[n] != other.get(n) and n != "vocab_size"]
     if differing:
         found = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in differing)
         raise MemoryFileError(f"{path} was written by a model of another shape: {found}; load that model")
-    mine = dict.fromkeys(_PRINTS, None) | {"shape": shape(model)}
     with _left_out("fingerprint"):
         mine |= fingerprint(model)
-    _take_vocabulary(tensors, cache, str(path))
-    _take_surprise(tensors, cache, str(path))
-    _check_tensors(tensors, cache, str(path))
+    cache: HippoCache = model.new_cache(len(counters["lengths"]))
+    _fit_tensors(tensors, cache, str(path))
     _restore_passages(cache, tensors, str(path))
     known = None not in (*mine.values(), *theirs.values())
-    unchanged = known and mine == theirs
-    if not unchanged:
-        kinds = {name: tensor.dtype for name, tensor in cache.tensors().items()}
-        tensors |= {name: tensors[name].to(kind) for name, kind in kinds.items()}
-    kept = tensors if unchanged else {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
-    cache.restore(kept, counters["stored_bound"])
-    cache.lengths, cache.columns = counters["lengths"], counters["columns"]
-    digest = counters.get("digest")  # none in files written before prompts were checked against what was read
-    cache.digest = None if digest is None else torch.tensor(digest, device=model.device)
-    cache.frozen, cache.written, cache.notes = counters["frozen"], counters["written"], notes
-    if unchanged:
+    if known and mine == theirs:
+        cache.restore(tensors, counters["stored_bound"])
         cache.drift = {"keys": 0.0, "values": 0.0, "calibrated": False}
     else:
-        cache.drift = _translated(cache, tensors, model, str(path), known)
+        tensors |= {name: tensors[name].to(tensor.dtype) for name, tensor in cache.tensors().items()}
+        outside_window = {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
+        cache.restore(outside_window, counters["stored_bound"])
+    cache.lengths, cache.columns = counters["lengths"], counters["columns"]
+    digest = counters.get("digest")
+    cache.digest = None if digest is None else torch.tensor(digest, device=model.device)
+    cache.frozen, cache.written, cache.notes = counters["frozen"], counters["written"], notes
+    if not cache.drift:
+        cache.drift = _translate(cache, tensors, model, str(path), known)
         _reread_window(cache, model)
     return cache
 
@@ -170,35 +149,32 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
         raise MemoryFileError(f"{path} is a safetensors file, but not a memory of format {_FORMAT}")
     try:
         counters, prints = json.loads(metadata["counters"]), json.loads(metadata["fingerprint"])
-        complete = all(name in counters for name in _COUNTERS) and all(name in prints for name in _PRINTS)
-        counts = [*counters["lengths"], counters["columns"], counters["stored_bound"]] if complete else [-1]
-        complete = bool(counters["lengths"]) and all(isinstance(n, int) and n >= 0 for n in counts)
-    except (KeyError, TypeError, ValueError) as error:
+        counts = [*counters["lengths"], counters["columns"], counters["stored_bound"]]
+        complete = all(name in counters for name in _COUNTERS) and prints.keys() >= {"base", "hippocampus", "shape"}
+        if not complete or not counters["lengths"] or not all(isinstance(n, int) and n >= 0 for n in counts):
+            raise ValueError("something is missing or below 0")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MemoryFileError(f"the counters or the fingerprint of {path} are damaged: {error!r}") from error
-    if not complete:
-        raise MemoryFileError(f"the counters or the fingerprint of {path} are incomplete; it was not written by `save`")
     notes = {name.removeprefix(_NOTE): text for name, text in metadata.items() if name.startswith(_NOTE)}
     return tensors, counters, prints, notes
 
 
-def _take_vocabulary(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
-    """Marginals as this model keeps them: of its vocabulary, which may have been resized since, or new, or none."""
+def _fit_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
+    """Makes a file's tensors those of this model's state: every one there, in the shape that model and counters give.
+
+    The vocabulary may have been resized since; counts that only one of both keeps begin anew; surprise is dropped where
+    the selection rule does not read it.
+    """
     size = cache.vocab_size
     for name in ("window.tokens", "memory.token", "memory.vote_token", "anchors.ids"):
-        if name in tensors and int(tensors[name].max()) >= size:
-            raise MemoryFileError(
-                f"{path} holds token {int(tensors[name].max())}, but the model's vocabulary has {size}"
-            )
+        if name in tensors and (largest := int(tensors[name].max())) >= size:
+            raise MemoryFileError(f"{path} holds token {largest}, but the model's vocabulary has {size}")
     for name, tensor in cache.memory.marginals.tensors().items():
         written = tensors.get(f"memory.marginal_{name}")
-        if written is None or 0 in (written.numel(), tensor.numel()):  # one of both keeps none: they begin anew
+        if written is None or 0 in (written.numel(), tensor.numel()):
             tensors[f"memory.marginal_{name}"] = tensor
         elif written.dim() == 2:
             tensors[f"memory.marginal_{name}"] = of_vocabulary(written, size)
-
-
-def _take_surprise(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
-    """Surprise as this model's selection rule needs it: none where the rule does not read it."""
     surprise = cache.memory.episodes.surprise
     if not surprise.numel():
         tensors["memory.surprise"] = surprise
@@ -207,10 +183,6 @@ def _take_surprise(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> 
             f"{path} does not say how surprising each episode was, which selection={cache.config.selection!r} reads: "
             "load it with a model that selects by another rule"
         )
-
-
-def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> None:
-    """Every tensor of the state must be there, in the shape this model and the counters give it."""
     for name, expected in cache.tensors().items():
         if name not in tensors or tensors[name].shape != expected.shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
@@ -223,31 +195,26 @@ def _check_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> 
 def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) -> None:
     """Puts the passages of a file into the cache, as far as both have any."""
     kept = {n.removeprefix(_PASSAGES): t for n, t in tensors.items() if n.startswith(_PASSAGES)}
-    if cache.passages is None:
-        if kept:
-            warnings.warn(
+    if cache.passages is None or not kept:
+        if cache.passages is not None:
+            lacking = f"{path} was written without passages: what was read is not found by its words; read it again"
+            warnings.warn(lacking, stacklevel=6)
+        elif kept:
+            lacking = (
                 f"{path} holds passages, but this model keeps none: what was read is not found by its words. Call "
-                "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0",
-                stacklevel=6,
             )
+            lacking += "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0"
+            warnings.warn(lacking, stacklevel=6)
         return
-    if not kept:
-        warnings.warn(
-            f"{path} was written without passages: what was read before is recalled as before, but not found by its "
-            "words; read the text again for that",
-            stacklevel=6,
-        )
-        return
-    rows = cache.batch_size
     try:
         cache.passages.restore(kept)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise MemoryFileError(f"the passages of {path} are damaged: {error!r}") from error
-    if len(cache.passages.rows) != rows:
-        raise MemoryFileError(f"{path} is damaged: passages of {len(cache.passages.rows)} rows for {rows} rows")
+    if len(cache.passages.rows) != cache.batch_size:
+        raise MemoryFileError(f"{path} is damaged: it has passages of {len(cache.passages.rows)} rows")
 
 
-def _translated(
+def _translate(
     cache: HippoCache, tensors: dict[str, Tensor], model: Model, path: str, known: bool
 ) -> dict[str, float | bool]:
     """Carries a memory written in another code into this model's, as far as the anchors tell how.
@@ -265,27 +232,25 @@ def _translated(
             )
         warnings.warn(f"nothing says whether {path} was written by this model: it is taken as it is", stacklevel=6)
         return {"calibrated": False}
-    calibrator, memory = model.hippocampus.drift_calibrator, cache.memory
-    new_keys, new_values = model.anchors(tensors["anchors.ids"])
-    old_keys, old_values = tensors["anchors.keys"].to(model.device), tensors["anchors.values"].to(model.device)
-    drift = {"keys": relative_drift(old_keys, new_keys), "values": relative_drift(old_values, new_values)}
+    ids, *old = (tensors[name].to(model.device) for name in _ANCHORS)
+    episodes, drift, maps = cache.memory.episodes, dict[str, float | bool](), {}
+    for name, before, now in zip(("keys", "values"), old, model.anchors(ids), strict=True):
+        drift[name] = relative_drift(before, now)
+        maps[name] = model.hippocampus.drift_calibrator.correction(before, now)
     if drift["keys"] > _UNRELATED:
         raise MemoryFileError(
             f"{path} was written by an unrelated model: its anchors moved by {drift['keys']:.2f} times their own "
             "spread; load it with the model, or a fine-tuned version of the model, that wrote it"
         )
-    key_map, value_map = calibrator.correction(old_keys, new_keys), calibrator.correction(old_values, new_values)
-    filled = memory.episodes.valid.unsqueeze(-1)
-    if key_map is not None:
-        mapped = model.hippocampus.recall.unit_heads(key_map(memory.episodes.key))
-        memory.episodes.key = torch.where(filled, mapped, 0.0).to(memory.episodes.key.dtype)
-    if value_map is not None:
-        memory.episodes.value = torch.where(filled, value_map(memory.episodes.value), 0.0).to(
-            memory.episodes.value.dtype
-        )
-    for name, fitted in (("keys", key_map), ("values", value_map)):
+    filled = episodes.valid.unsqueeze(-1)
+    if (to_new := maps["keys"]) is not None:
+        key = model.hippocampus.recall.unit_heads(to_new(episodes.key))
+        episodes.key = torch.where(filled, key, 0.0).to(episodes.key.dtype)
+    if (to_new := maps["values"]) is not None:
+        episodes.value = torch.where(filled, to_new(episodes.value), 0.0).to(episodes.value.dtype)
+    for name, fitted in maps.items():
         drift[f"{name}_calibrated"] = drift[name] if fitted is None else fitted.left
-    return drift | {"calibrated": key_map is not None or value_map is not None}
+    return drift | {"calibrated": any(fitted is not None for fitted in maps.values())}
 
 
 def _reread_window(cache: HippoCache, model: Model) -> None:

@@ -1,5 +1,0 @@
-"""`python -m hippoformer.cli`."""
-
-from hippoformer.cli import main
-
-main()
