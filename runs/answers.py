@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from facts import FACTS
 
 import hippoformer
 from hippoformer.chat import CLEAR, REREAD_TOKENS, Conversation
-from facts import FACTS
 from hippoformer.hippocampus.passages import Passage
 from hippoformer.text import encode, token_ids
 

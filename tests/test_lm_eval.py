@@ -55,9 +55,8 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def lm(**options: Any) -> Any:
-    from lm_eval.api.registry import get_model
-
     import hippoformer.evaluation.harness  # noqa: F401, registers
+    from lm_eval.api.registry import get_model
 
     return get_model("hippoformer")(pretrained="tiny", device="cpu", **options)
 

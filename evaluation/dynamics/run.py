@@ -44,7 +44,7 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
         for step in model.stream(ids.unsqueeze(0).to(model.device), [len(ids)], cache):
             if cache.lengths[0] % segment_len:
                 continue
-            stats = memory_stats(cache, [] if step.report is None else [step.report])
+            stats = memory_stats(cache, 0 if step.found.replayed is None else int(step.found.replayed.sum()))
             n, first = step.new[0], int(step.start[0] == 0)  # nothing predicts a stream's first token
             salience = salience_stats(step.found.salience[0, :n].float())
             stored = {episode.position for episode in cache.episodes(0, stored_only=True)}

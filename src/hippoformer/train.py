@@ -15,7 +15,7 @@ from hippoformer.data.datasets import DatasetStream
 from hippoformer.data.planted import plant_facts
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, HippoFormerError
-from hippoformer.evaluation import provenance, write_json
+from hippoformer.files import provenance, write_json
 from hippoformer.model.base_models import in_computing_dtype, load_base_model, load_tokenizer
 from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.loading import shipped_hippocampus
@@ -98,10 +98,8 @@ def run(arguments: TrainArguments) -> HippoFormer:
 
 def _model(arguments: TrainArguments) -> HippoFormer:
     options: dict[str, object] = {"base_model_name": arguments.base_model, "freeze_base": not arguments.train_base}
-    lora = arguments.lora
-    options |= {"use_lora": lora is not None}
-    if lora is not None:
-        options |= {name if name.startswith("lora_") else f"lora_{name}": value for name, value in lora.items()}
+    if arguments.lora is not None:
+        options["lora"] = arguments.lora
     given = arguments.hippocampus and (shipped_hippocampus(arguments.hippocampus) or arguments.hippocampus)
     if not (given and arguments.memory_off):  # one that is only carried along stays as it is
         options["seed"] = arguments.seed

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hippoformer.configuration import HippoFormerConfig
-from hippoformer.hippocampus.circuit import Hippocampus, MemoryState
+from hippoformer.hippocampus.circuit import Hippocampus
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.training.hidden_states import ReadDocument
-from hippoformer.training.readers import cut, read_piece
+from hippoformer.training.readers import cut
 from hippoformer.training.streams import whole_documents
 
 
@@ -62,10 +62,10 @@ def _after_each_segment(hippocampus: Hippocampus, documents: Sequence[ReadDocume
     everything = {"buffer_size": max(lengths), "selection": "fifo", "decay_rate": 1.0, "max_replay_rounds": 0}
     with reconfigured(hippocampus, **everything, importance_weight_range=(1.0, 1.0)) as config:
         device = hippocampus.recall.key_proj.weight.device
-        state = MemoryState.empty(len(documents), hippocampus.width, config, documents[0].hidden.dtype, device)
+        state = hippocampus.empty_state(len(documents), documents[0].hidden.dtype, device)
         for piece in whole_documents(range(len(documents)), lengths, config.segment_len):
             reading, _ = cut(documents, piece, device)
-            _, state = read_piece(hippocampus, state, reading)
+            _, state = hippocampus.read(state, reading, credit=True)
             yield state.episodes.slots(0, config.buffer_size)
 
 

@@ -13,39 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hippoformer.hippocampus.circuit import Hippocampus, MemoryState, StepOutput
+from hippoformer.hippocampus.circuit import BaseReading, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
+from hippoformer.hippocampus.state import MemoryState
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument, of_like_length
 from hippoformer.training.streams import Piece, StreamedTexts, whole_documents
 
 _DOCUMENTS_HELD = 64
-
-
-@dataclass
-class BaseReading:
-    """What the base read of a piece; N is the longest row, padding on the right.
-
-    Attributes:
-        tokens: (R, N). hidden: (R, N, n D). log_prob: (R, N) of each token after unigram adaptation.
-        read: tokens that each row had read before. new: real tokens of each row.
-    """
-
-    tokens: Tensor
-    hidden: Tensor
-    log_prob: Tensor
-    read: list[int]
-    new: list[int]
-
-
-def read_piece(hippocampus: Hippocampus, state: MemoryState, reading: BaseReading) -> tuple[StepOutput, MemoryState]:
-    """Reads a piece in every row, and consolidates the rows that have come to the end of a segment."""
-    found, state = hippocampus.step(state, reading.read, reading.hidden, reading.tokens, -reading.log_prob, reading.new)
-    done = [read + new for read, new in zip(reading.read, reading.new, strict=True)]
-    segment = hippocampus.config.segment_len
-    if ended := [row for row, new in enumerate(reading.new) if new and done[row] % segment == 0]:
-        state, _ = hippocampus.end_segment(state, done, ended)
-    return found, state
 
 
 def cut(documents: Sequence[ReadDocument], piece: Piece, device: torch.device) -> tuple[BaseReading, Tensor]:
@@ -121,8 +96,8 @@ class CachedReader(Reader):
 
     def __init__(self, model: HippoFormer, documents: HiddenStateCache, rows: int) -> None:
         super().__init__(model, documents, rows)
-        hippocampus = model.hippocampus  # whose options may differ from the model's, see `credit.reconfigured`
-        self.cache.memory = MemoryState.empty(rows, hippocampus.width, hippocampus.config, model.dtype, model.device)
+        # The hippocampus' options may differ from the model's, see `credit.reconfigured`.
+        self.cache.memory = model.hippocampus.empty_state(rows, model.dtype, model.device)
         self._document = lru_cache(_DOCUMENTS_HELD)(documents.__getitem__)
 
     def read(self, piece: Piece) -> Reading:
@@ -132,7 +107,7 @@ class CachedReader(Reader):
         parts = [self._document(number) for number in piece.documents]
         reading, base_log_prob = cut(parts, piece, self.model.device)
         last, log_prob = self.memory.last_hidden, reading.log_prob
-        found, self.cache.memory = read_piece(self.model.hippocampus, self.memory, reading)
+        found, self.cache.memory = self.model.hippocampus.read(self.memory, reading)
         if found.residual is not None:  # the first token is judged without it: its touched state is gone
             touched = reading.hidden + found.residual.to(reading.hidden.dtype)
             before = torch.cat((last.unsqueeze(1), touched[:, :-1]), dim=1)
