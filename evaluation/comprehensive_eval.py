@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from hippoformer.cli.options import ModelOptions, TextOptions, check_output, comma_separated
 from hippoformer.cli.suite import run_all
-
 from hippoformer.errors import HippoFormerError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -53,27 +53,30 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent:
         temporary.unlink(missing_ok=True)
 
 
-def provenance(documents: Iterable[Document] | None = None, command: str | None = None) -> dict[str, Any]:
+def provenance(
+    documents: Iterable[Document] | None = None, command: str = "", seed: int | None = None
+) -> dict[str, Any]:
     """Facts about this run, ready for JSON.
 
     Args:
         documents: the data; their sha256, number, size and sources are recorded.
-        command: the command that ran; the process's own command line where it is None.
+        command: the command that ran; the process's own command line where it is empty. seed: of the run.
 
     Returns:
-        date (UTC), command, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
+        date (UTC), command, seed, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
         python, packages (None: not installed), platform, cpu, cpus, torch_threads, gpu (None without one), data.
     """
     commit, dirty = _commit(Path(__file__).resolve().parents[2])
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command,
+        "command": command or _command(),
+        "seed": seed,
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -92,6 +95,21 @@ def _describe_data(documents: list[Document]) -> dict[str, Any]:
         # Records of one .jsonl file differ by their line number only; the file is named once.
         "sources": list(dict.fromkeys(re.sub(r":\d+$", "", document.source) for document in documents)),
     }
+
+
+def _command() -> str:
+    """The process's command line as a user would type it, without where Python and the program lie."""
+    program = sys.argv[0]
+    if module := getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", ""):
+        program = f"python -m {module.removesuffix('.__main__')}"
+    return " ".join([program if module else Path(program).name, shlex.join(sys.argv[1:])]).strip()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux
+    lines = info.read_text("utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:
