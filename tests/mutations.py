@@ -155,10 +155,10 @@ MUTATIONS = [
     ),
     Mutation(
         "4 base",
-        "a fresh fusion is open a thousandth",
+        "a silent fusion is heard a thousandth",
         "hippocampus/fusion.py",
-        "self.strength = nn.Parameter(torch.zeros(()))",
-        "self.strength = nn.Parameter(torch.full((), 1e-3))",
+        "self.strength.clamp(0.0, 1.0)",
+        "self.strength.clamp(1e-3, 1.0)",
         "test_base_equality.py::test_fresh_is_memory_off_to_the_last_bit[llama]",
     ),
     Mutation(

@@ -188,7 +188,7 @@ def make_readers_folder(folder: Path) -> None:
     for name, place in (("my-model", "runs/mine"), (SMOLLM2_135M.name, _SHIPPED)):
         config = hippoformer.HippoFormerConfig(base_model_name=name, **small, **sizes)
         model = hippoformer.HippoFormer(config, base)
-        model.hippocampus.fusion.open()
+        model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
         model.save_pretrained(folder / place)
     model.set_tokenizer(tokenizer, words=False)
     cache = model.new_cache(1)

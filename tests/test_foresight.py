@@ -11,13 +11,13 @@ from hippoformer import HippoFormer
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.training.foresight import teach_foresight
 from hippoformer.training.hidden_states import HiddenStateCache
-from tiny import fresh
+from tiny import untrained
 
 WORTH = 7  # transitions into this token turn out to be useful, all others useless
 
 
 def lesson(tmp_path: Path) -> tuple[HippoFormer, HiddenStateCache, dict[int, Tensor]]:
-    model = fresh("llama", residual_readout=False)
+    model = untrained("llama", residual_readout=False)
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, 12, (length,), generator=generator) for length in (700, 300, 90)]
     states = HiddenStateCache(model, texts, tmp_path)
@@ -84,7 +84,7 @@ def test_nothing_known_teaches_nothing(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_glance_is_the_gate_where_nothing_is_remembered() -> None:
-    model = fresh("llama")
+    model = untrained("llama")
     gate = model.hippocampus.salience_gate
     gate.global_out.bias.zero_()
     generator = torch.Generator().manual_seed(0)

@@ -20,14 +20,14 @@ from hippoformer.training.learning_rates import model_parameter_groups
 from hippoformer.training.readers import CachedReader, LiveReader
 from hippoformer.training.streams import Piece, TextStreams
 from hippoformer.training.trainer import Trainer, TrainingOptions
-from tiny import fresh, small_config
+from tiny import small_config, untrained
 from tiny_training import arguments, small_base, texts
 
 SEGMENT = 6  # of the small models
 
 
 def model(**options: object) -> HippoFormer:
-    return fresh("llama", **options)
+    return untrained("llama", **options)
 
 
 # ---------------------------------------------------------------- the order of reading
@@ -79,7 +79,7 @@ def test_nothing_to_train_on_is_said() -> None:
 
 def test_cached_and_live_reading_agree_and_match_scoring(tmp_path: Path) -> None:
     m = model()
-    m.hippocampus.fusion.open()
+    m.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     m.hippocampus.recall.null_proj.bias.data.fill_(1.0)
     documents = texts(40, 29)
     cached = CachedReader(m, HiddenStateCache(m, documents, tmp_path), 2)
@@ -100,7 +100,7 @@ def test_cached_and_live_reading_agree_and_match_scoring(tmp_path: Path) -> None
 
 def test_a_fresh_row_knows_nothing_of_the_document_before(tmp_path: Path) -> None:
     m = model()
-    m.hippocampus.fusion.open()
+    m.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     documents = HiddenStateCache(m, texts(24, 12), tmp_path)
     used, new = CachedReader(m, documents, 1), CachedReader(m, documents, 1)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_hidden_states_of_several_layers_serve_each_of_them(tmp_path: Path, monk
 def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
     """In a text that repeats itself beyond the window, the first copy earns credit and noise does not."""
     m = model(window=6)
-    m.hippocampus.fusion.open()
+    m.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
     m.hippocampus.recall.log_scale.data.fill_(3.0)
     phrase, noise = torch.arange(8), torch.arange(20, 50)
@@ -166,7 +166,7 @@ def test_credit_goes_to_what_foretold(tmp_path: Path) -> None:
 def test_credit_measured_side_by_side_is_that_of_each_alone(tmp_path: Path) -> None:
     """Of a text that ends within a segment, one that ends with one, and the longest."""
     m = model(window=6)
-    m.hippocampus.fusion.open()
+    m.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     m.hippocampus.recall.null_proj.bias.data.fill_(0.0)
     draws = torch.Generator().manual_seed(3)
     texts = [torch.randint(0, 12, (length,), generator=draws) for length in (45, 24, 64, 3)]

@@ -79,7 +79,7 @@ def model_card(model: Model, name: str) -> ModelCard:
     facts = {
         "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
         "parameters besides the base's": f"{_added(model):,}",
-        "trained": "yes" if _speaks(model) else "no: it is its base until it is trained",
+        "memory": "trained" if model.hippocampus.fusion.is_trained else "untrained",
         "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
         "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
         "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of "
@@ -109,8 +109,3 @@ def model_card(model: Model, name: str) -> ModelCard:
 def _added(model: Model) -> int:
     lora = sum(p.numel() for n, p in model.base.named_parameters() if "lora_" in n)
     return lora + sum(p.numel() for p in model.hippocampus.parameters())
-
-
-def _speaks(model: Model) -> bool:
-    fusion = model.hippocampus.fusion
-    return bool(fusion.strength != 0) or bool(fusion.residual_scale != 0)

@@ -76,6 +76,8 @@ class _Noted(StoppingCriteriaList):
         return stopped
 
 
+# Probes that keys are fitted to, and tokens at the beginning of each that are left out.
+_PROBES, _FIRST_TOKENS = 16, 4
 # The call of `generate` that the current thread is in.
 _GENERATION: ContextVar[_Generation | None] = ContextVar("generation", default=None)
 # Which parts of which model, by its id, are switched off in calls of the current thread.
@@ -243,6 +245,19 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
     def marginals_on(self) -> bool:
         """False in this thread within `memory_off()`."""
         return (id(self), "marginals") not in _SWITCHED_OFF.get()
+
+    @property
+    def memory(self) -> str:
+        """What memory this is: "shipped" with the package, "trained", "untrained", or "off" where nothing is heard."""
+        fusion = self.hippocampus.fusion
+        if fusion.is_trained:
+            shipped = Path(__file__).parents[1] / "pretrained"
+            return "shipped" if shipped in Path(self.name_or_path).parents else "trained"
+        return "off" if fusion.strength == 0 and not self.config.marginal_weight else "untrained"
+
+    def extra_repr(self) -> str:
+        """The first line of `repr`."""
+        return f"memory={self.memory!r}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -760,7 +775,18 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
                 found["attention_mask"] = (~ended).long().unsqueeze(-1)
         return found
 
-    # ---------------------------------------------------------------- drift
+    # ---------------------------------------------------------------- probes
+
+    @torch.no_grad()
+    def centre_keys(self) -> None:
+        """Fits untrained keys to this base, by the states of its probes (`Recall.centre`).
+
+        Once, before anything is read. The first states of a probe are left out: those of a text's first tokens are
+        unlike all others.
+        """
+        ids = self.hippocampus.drift_calibrator.anchor_ids[:_PROBES]
+        hidden = self.hippocampus.normed(self.window.hidden_of(ids.to(self.device).long()).float())
+        self.hippocampus.recall.centre(hidden[:, min(_FIRST_TOKENS, ids.shape[1] - 1) :].flatten(0, 1))
 
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:

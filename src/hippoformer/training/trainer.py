@@ -139,7 +139,6 @@ class Trainer:
         if options.memory_off:
             model.hippocampus.requires_grad_(False)
         else:
-            model.hippocampus.fusion.open()
             self._choose_anchors()
         if not isinstance(documents, HiddenStateCache):
             if options.torch_compile:
