@@ -252,7 +252,7 @@ class HippoFormer(PreTrainedModel, GenerationMixin):
         fusion = self.hippocampus.fusion
         if fusion.is_trained:
             shipped = Path(__file__).parents[1] / "pretrained"
-            return "shipped" if shipped in Path(self.name_or_path).parents else "trained"
+            return "shipped" if shipped in Path(self.name_or_path or "").parents else "trained"
         return "off" if fusion.strength == 0 and not self.config.marginal_weight else "untrained"
 
     def extra_repr(self) -> str:
