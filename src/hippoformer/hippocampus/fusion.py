@@ -21,9 +21,9 @@ from hippoformer.hippocampus.recall import Recollection
 
 _GATE_WIDTH = 32
 # The untrained gate, in log-odds: of believing any recollection, and what null mass, the largest single weight and a
-# match followed outright add. Chosen on validation texts of two bases (docs/lab-notebook.md, 2026-11-28).
+# match followed outright add (docs/lab-notebook.md, 2026-11-28).
 _BIAS = -4.0
-_EVIDENCE = (0.0, 2.5, 3.0)
+_EVIDENCE = (0.0, 2.5, 1.0)
 
 
 class Fusion(nn.Module):
