@@ -77,7 +77,7 @@ def make_readers_folder(folder: Path) -> None:
     for name, place in (("my-model", "runs/mine"), (SMOLLM2_135M.name, ".home/shipped")):
         options = {"base_model_name": name, "window": 48, "segment_len": 32, "buffer_size": 64}
         model = hippoformer.HippoFormer(hippoformer.HippoFormerConfig(**small, **options), base)
-        model.hippocampus.fusion.open()
+        model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
         model.save_pretrained(folder / place)
     model.set_tokenizer(tokenizer, words=False)
     cache = model.new_cache(1)

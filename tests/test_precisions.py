@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hippoformer import HippoFormer
-from tiny import fresh, read_in_chunks, text, tiny_base
+from tiny import fresh, read_in_chunks, text, tiny_base, untrained
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # In units of the precision's own rounding; two layers of a random model and its large logits add up about 90 of them.
@@ -16,9 +16,9 @@ def listening(precision: str) -> HippoFormer:
     """A base in this precision under a memory that is heard, with broad votes: no nearest key hangs on rounding."""
     model = HippoFormer(fresh().config, tiny_base(dtype=PRECISIONS[precision]))
     torch.manual_seed(1)
-    model.hippocampus.load_state_dict(fresh().hippocampus.state_dict())
+    model.hippocampus.load_state_dict(untrained().hippocampus.state_dict())
     with torch.no_grad():
-        model.hippocampus.fusion.open()
+        model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
         model.hippocampus.recall.null_proj.bias.zero_()
     return model.eval()
 
@@ -44,6 +44,7 @@ def test_reading_is_that_of_float32_but_for_rounding(precision: str) -> None:
 def test_fresh_is_the_base_to_the_last_bit(precision: str) -> None:
     base = tiny_base(dtype=PRECISIONS[precision])
     model, ids = HippoFormer(fresh(segment_len=12).config, base), text(rows=2, length=11)
+    model.hippocampus.fusion.strength.data.zero_()
     assert torch.equal(model(ids).logits, torch.log_softmax(base(ids).logits.float(), dim=-1))
 
 

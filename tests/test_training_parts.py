@@ -17,14 +17,14 @@ from hippoformer.training.gate import teach_gate
 from hippoformer.training.hidden_states import HiddenStateCache
 from hippoformer.training.readers import CachedReader, LiveReader, score_documents
 from hippoformer.training.streams import Piece, TextStreams
-from tiny import fresh
+from tiny import untrained as fresh
 from tiny_training import SEGMENT, texts
 
 
 def listening(**options: object) -> HippoFormer:
     """A model whose recall is heard."""
     model = fresh("llama", **{"residual_readout": False} | options)
-    model.hippocampus.fusion.open()
+    model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     model.hippocampus.recall.null_proj.bias.data.fill_(0.0)
     return model
 

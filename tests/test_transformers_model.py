@@ -110,7 +110,7 @@ def test_a_base_is_not_taken_for_a_saved_model(saved: Path) -> None:
     base = saved.parent / "a-base"
     assert (base / "model.safetensors").is_file()
     assert saved_hippocampus(base) is None and shipped_hippocampus(str(base)) is None
-    assert hippoformer.load(base, window=32, segment_len=16)[0].hippocampus.fusion.strength == 0
+    assert hippoformer.load(base, window=32, segment_len=16)[0].memory == "untrained"
     with pytest.raises(CheckpointError, match=r"not a HippoFormer checkpoint.*hippoformer.load"):
         HippoFormer.from_pretrained(base)
 

@@ -1,8 +1,9 @@
 """Tiny random models for the behaviour tests: one of every architecture, and a hippocampus that is wide awake.
 
-A fresh HippoFormer is its base, so a test on a fresh one would pass with the memory broken. `awake` opens the fusion,
-lowers the null slot, spreads the salience and lets the residual in; `test_awake.py` asserts that this is enough to
-change logits and to tag some tokens and not others, so that the other tests mean something.
+`fresh` has a silent memory and is its base, so a test on one would pass with the memory broken. `awake` opens the
+fusion, lets its gate read the query, lowers the null slot, spreads the salience and lets the residual in;
+`test_awake.py` asserts that this is enough to change logits and to tag some tokens and not others, so that the other
+tests mean something.
 """
 
 from collections.abc import Callable
@@ -115,14 +116,19 @@ def small_config(**options: Any) -> HippoFormerConfig:
     return HippoFormerConfig(**(SMALL | options))
 
 
-def fresh(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoFormer:
-    """An untrained HippoFormer, which must be its base; `seed` is an option of the config, `model_seed` makes the
-    weights.
-    """
+def untrained(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoFormer:
+    """A HippoFormer as it is made; `seed` is an option of the config, `model_seed` makes the weights."""
     base = tiny_base(name, model_seed)
     with torch.random.fork_rng():
         torch.manual_seed(model_seed + 1)
         return HippoFormer(small_config(**options), base)
+
+
+def fresh(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoFormer:
+    """An untrained HippoFormer whose memory is silent, which must be its base."""
+    model = untrained(name, model_seed, **options)
+    model.hippocampus.fusion.strength.data.zero_()
+    return model
 
 
 def awake(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoFormer:
@@ -130,7 +136,10 @@ def awake(name: str = "llama", model_seed: int = 0, **options: Any) -> HippoForm
     model = fresh(name, model_seed, **options)
     hippocampus = model.hippocampus
     with torch.no_grad():
-        hippocampus.fusion.open()
+        hippocampus.fusion.strength.fill_(1.0)
+        nn.init.kaiming_uniform_(
+            hippocampus.fusion.gate_out.weight, generator=torch.Generator().manual_seed(model_seed)
+        )
         hippocampus.fusion.gate_out.bias.fill_(1.0)
         hippocampus.fusion.residual_scale.fill_(0.5)
         hippocampus.recall.null_proj.bias.zero_()

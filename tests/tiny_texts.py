@@ -128,7 +128,7 @@ def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, 
     small |= {"decay_rate": 0.9, "max_replay_rounds": 10}
     config = HippoFormerConfig(base_model_name=name, **(small | sizes))
     model = HippoFormer(config, base.eval())
-    model.hippocampus.fusion.open()
+    model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
     tokenizer = tiny_tokenizer()
     model.set_tokenizer(tokenizer, words=False)
     return model, tokenizer

@@ -71,8 +71,7 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
     config, precision = loaded.config, str(loaded.dtype).removeprefix("torch.")
     say(f"{model}: {precision} on {loaded.device}, {torch.get_num_threads()} threads, loaded in {ready - began:.0f} s.")
     say(f"It sees {config.window} tokens and keeps up to {config.buffer_size:,} memories of what came before.")
-    if loaded.hippocampus.fusion.strength == 0:
-        say("This hippocampus has never been trained: the model is its base, and memory changes nothing.")
+    say(f"Its memory is {loaded.memory}.")
     say(f"Reading {title}; {len(facts)} made-up facts stand in its first pages.\n")
     cache = loaded.new_cache()
     n_read = read(loaded, ids, cache, until)

@@ -9,8 +9,8 @@ Two read-outs of one attention.
 
   lambda made by a gate from the query and from how empty, how sharp and how surely followed the recollection is
   (pointer mixtures: Merity et al. 2016, arXiv:1609.07843; nearest neighbours: Khandelwal et al. 2019,
-  arXiv:1911.00172). `strength` is 0 at initialisation: a fresh HippoFormer is its base model to the last bit. Training
-  opens it.
+  arXiv:1911.00172). It works untrained: the initial gate does not read the query, only the evidence. `strength` 0
+  silences it: the prediction is the base's to the last bit.
 """
 
 import torch
@@ -20,7 +20,10 @@ from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.recall import Recollection
 
 _GATE_WIDTH, _DROPOUT = 32, 0.1
-_TRUST = 3.0  # log-odds that a story followed outright adds to lambda at the start of training
+# The untrained gate, in log-odds: of believing any recollection, and what null mass, the largest single weight and a
+# match followed outright add. Chosen on validation texts (docs/notebook/bases.md).
+_BIAS = -4.0
+_EVIDENCE = (0.0, 2.5, 1.0)
 
 
 class Fusion(nn.Module):
@@ -36,20 +39,21 @@ class Fusion(nn.Module):
         self.gate_in = nn.Linear(width + 2, _GATE_WIDTH)
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
         # Straight from the evidence, beside what the query makes of it: nothing, peak, followed.
-        self.evidence = nn.Parameter(torch.tensor((0.0, 0.0, _TRUST)))
-        self.strength = nn.Parameter(torch.zeros(()))
+        self.evidence = nn.Parameter(torch.tensor(_EVIDENCE))
+        self.strength = nn.Parameter(torch.ones(()))
+        with torch.no_grad():
+            nn.init.zeros_(self.gate_out.weight)
+            nn.init.constant_(self.gate_out.bias, _BIAS)
         if self.has_residual:
             self.residual_gate = nn.Linear(width, 1)
             self.residual_proj = nn.Linear(config.recall_value_dim, hidden_size, bias=False)
         self.residual_scale = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(_DROPOUT)
 
-    def open(self) -> None:
-        """Lets recall speak, if it never has: called once when training starts."""
-        with torch.no_grad():
-            if self.strength == 0:
-                self.strength.fill_(1.0)
-                nn.init.constant_(self.gate_out.bias, -1.0)
+    @property
+    def is_trained(self) -> bool:
+        """False while the gate does not read the query, as it is made; the first step of training changes that."""
+        return bool((self.gate_out.weight != 0).any()) or bool(self.residual_scale != 0)
 
     @property
     def residual_is_active(self) -> bool:

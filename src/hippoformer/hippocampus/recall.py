@@ -8,6 +8,7 @@ A softmax over all of them gives the attention a_h; a learned mixture over heads
 gives one distribution r' = sum_h m_h a_h. `continuation` then moves a part of it to what continues a verbatim match.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,10 @@ from hippoformer.tensors.precision import project
 _QUERY_BLOCK = 64
 # At the start of training a match goes on after 1, 4, 12 common tokens with probability 0.02, 0.5, 0.97.
 _FIRST_MATCH, _MATCH_WEIGHT = -4.0, 3.0
+# Scale of the untrained heads, and score of their null, that of a cosine of 0.75 (docs/notebook/bases.md).
+_SCALE, _NULL = 20.0, 15.0
+# Part of the mean deviation that is added to each component's before dividing by its root.
+_LEAST_DEVIATION = 0.1
 
 
 @dataclass
@@ -82,14 +87,14 @@ class Recall(nn.Module):
         self.head_mixture = nn.Linear(hidden_size, heads)
         self.follow_gate = nn.Linear(hidden_size, 1)
         self.match_weight = nn.Parameter(torch.tensor(_MATCH_WEIGHT))
-        # From a head that recalls the gist (what words this text uses) to one that recalls exact repetitions.
-        self.log_scale = nn.Parameter(torch.linspace(1.0, 3.2, heads))
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(_SCALE)))
         self.priority_weight = nn.Parameter(torch.ones(heads))
-        # Similar queries and keys from the start: an episode is found by the state that is like the one that made it.
+        # An untrained memory works: a random projection keeps cosines, so an episode is found by the state that is like
+        # the one that made it.
         with torch.no_grad():
             self.query_proj.weight.copy_(self.key_proj.weight)
             nn.init.zeros_(self.null_proj.weight)
-            nn.init.constant_(self.null_proj.bias, 8.0)
+            nn.init.constant_(self.null_proj.bias, _NULL)
             nn.init.zeros_(self.head_mixture.weight)
             nn.init.zeros_(self.follow_gate.weight)
             nn.init.constant_(self.follow_gate.bias, _FIRST_MATCH)
@@ -117,6 +122,23 @@ class Recall(nn.Module):
         new = torch.arange(words.shape[0], size, dtype=words.dtype, device=words.device)
         self.word_of_token = torch.cat((words, new))
         self.ending_of_token = torch.cat((endings, torch.zeros_like(new, dtype=endings.dtype)))
+
+    @torch.no_grad()
+    def centre(self, hidden: Tensor) -> None:
+        """Makes untrained keys and queries see in what states differ, not what all states of this base have in common.
+
+        States of one base point into one direction (Gemma 3: a mean cosine of 0.91), by a few large components. Both
+        projections P become P diag(1 / sqrt(s + 0.1)) (1 - m m^T), m the direction of the mean (Mu & Viswanath 2018,
+        arXiv:1702.01417) and s each component's standard deviation, relative to their mean.
+
+        Args:
+            hidden: (N, D) normalised states of any texts.
+        """
+        direction, deviation = normalize(hidden.mean(0), dim=0), hidden.std(0)
+        weight = (deviation / deviation.mean() + _LEAST_DEVIATION).rsqrt()
+        for projection in (self.query_proj, self.key_proj):
+            scaled = projection.weight * weight
+            projection.weight.copy_(scaled - torch.outer(scaled @ direction, direction))
 
     def encode_key(self, hidden: Tensor) -> Tensor:
         """(R, N, D) -> (R, N, K), unit length per head."""

@@ -54,7 +54,7 @@ def model_card(model: Model, name: str) -> ModelCard:
     Args:
         name: what to load it by: a hub repository, or a folder.
     """
-    config, fusion = model.config, model.hippocampus.fusion
+    config = model.config
     own_base = not config.freeze_base and config.lora is None
     repository = base_repository(config.base_model_name)
     data = ModelCardData(
@@ -71,7 +71,7 @@ def model_card(model: Model, name: str) -> ModelCard:
     facts = {
         "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
         "parameters besides the base's": f"{sum(parameter.numel() for parameter in added):,}",
-        "trained": "yes" if fusion.strength != 0 or fusion.residual_scale != 0 else "no: it is its base until it is",
+        "memory": "trained" if model.hippocampus.fusion.is_trained else "untrained",
         "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
         "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
         "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of layer {config.memory_layer}",

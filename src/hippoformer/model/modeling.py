@@ -36,6 +36,8 @@ from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
+# Probes that keys are fitted to, and tokens at the beginning of each that are left out.
+_PROBES, _FIRST_TOKENS = 16, 4
 # Which parts of which model, by its id, are switched off in calls of the current thread.
 _SWITCHED_OFF: ContextVar[frozenset[tuple[int, str]]] = ContextVar("switched_off", default=frozenset())
 
@@ -201,6 +203,19 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
     def marginals_on(self) -> bool:
         """False in this thread within `memory_off()`."""
         return (id(self), "marginals") not in _SWITCHED_OFF.get()
+
+    @property
+    def memory(self) -> str:
+        """What memory this is: "shipped" with the package, "trained", "untrained", or "off" where nothing is heard."""
+        fusion = self.hippocampus.fusion
+        if fusion.is_trained:
+            shipped = Path(__file__).parents[1] / "pretrained"
+            return "shipped" if shipped in Path(self.name_or_path or "").parents else "trained"
+        return "off" if fusion.strength == 0 and not self.config.marginal_weight else "untrained"
+
+    def extra_repr(self) -> str:
+        """The first line of `repr`."""
+        return f"memory={self.memory!r}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -487,7 +502,18 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         mixture, nothing = vote.mixture.unsqueeze(1), vote.nothing.unsqueeze(1)
         return mix_distribution(log_probs, mixture, nothing, vote.weights.unsqueeze(1), vote.token).squeeze(1)
 
-    # ---------------------------------------------------------------- drift
+    # ---------------------------------------------------------------- probes
+
+    @torch.no_grad()
+    def centre_keys(self) -> None:
+        """Fits untrained keys to this base, by the states of its probes (`Recall.centre`).
+
+        Once, before anything is read. The first states of a probe are left out: those of a text's first tokens are
+        unlike all others.
+        """
+        ids = self.hippocampus.drift_calibrator.anchor_ids[:_PROBES]
+        hidden = self.hippocampus.normed(self.window.hidden_of(ids.to(self.device).long()).float())
+        self.hippocampus.recall.centre(hidden[:, min(_FIRST_TOKENS, ids.shape[1] - 1) :].flatten(0, 1))
 
     @torch.no_grad()
     def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,6 @@ class Trainer:
         if arguments.memory_off:
             model.hippocampus.requires_grad_(False)
         else:
-            model.hippocampus.fusion.open()
             self._choose_anchors()
         if arguments.gradient_checkpointing:
             checkpoint_layers(model)
