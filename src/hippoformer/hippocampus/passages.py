@@ -9,13 +9,9 @@ it lives on the CPU.
 """
 
 import math
-import re
-from bisect import bisect_right
-from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,29 +19,15 @@ import regex
 import torch
 from torch import Tensor
 
-from hippoformer.configuration import LONGEST_PASSAGE
 from hippoformer.errors import InputError
+from hippoformer.hippocampus.pauses import AHEAD, LONGEST, find_cut
 from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.hippocampus.terms import exact_terms, terms
 
-SHORTEST, SHORTEST_LINE, LONGEST = 16, 4, LONGEST_PASSAGE  # tokens of a passage
-_AHEAD = 8  # tokens after the longest passage that may decide where it ends
 _RECENT, _EXACT, _COUNTS = 200, 3.0, 1 << 16  # see `by_novelty`
 _NONE = np.zeros(0, np.uint8)
 _SETTLE = 256  # tokens of the widest row that wait, on their device, before they are cut into passages
-WRAPPED = range(50, 91)  # characters of a line that may have been broken for its length, within a sentence
-
-_CLOSING = "\"'”’»›)\\]}」』】）〉》*_"
-_STOP = f"(?P<stop>[.!?…‥]+[{_CLOSING}]*(?=\\s|$)|[。！？｡．؟۔।॥։၊။]+[{_CLOSING}]*)"
-_PAUSE = re.compile(rf"(?:{_STOP}|(?=\n)|(?<=\S)(?=[^\S\n]+\n))(?P<space>\s*)")
-# Where a passage that would be too long is cut, best first: any stop or line end, a comma, a space.
-_SOFT = (re.compile(rf"{_STOP}\s*|\n\s*"), re.compile(r"(?:[,;:–—](?=\s)|[，、；：،؛])\s*"), re.compile(r"\s+"))
 _LABEL = regex.compile(r"\s*([\p{L}\p{M}\p{N}][\p{L}\p{M}\p{N} .'-]{0,30})[:：]\s")
-_LAST_WORD = re.compile(r"[^\W\d_]+$")
-_ABBREVIATIONS = frozenset(
-    """mr mrs ms dr st prof rev gen col capt lt sgt maj cmdr hon gov sen rep pres messrs mme mlle mt ft no nos vol fig
-    ch pp op vs cf ca approx viz eg ie sra srta dra nr hr fr bd ул им см стр тов""".split()  # noqa: SIM905
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +230,7 @@ class Passages:
 
     def _cut(self, row: Row) -> None:
         done = 0
-        while cut := find_cut(self.spelling, row.open_ids[done : done + LONGEST + _AHEAD], row.column):
+        while cut := find_cut(self.spelling, row.open_ids[done : done + LONGEST + AHEAD], row.column):
             ids = row.open_ids[done : done + cut]
             self._keep(row, _passage(row.read - len(row.open_ids) + done, ids, row.open_salience[done : done + cut]))
             _, line_end, after = self.spelling.text(ids, mark=True).rpartition("\n")
@@ -409,68 +391,3 @@ def passage_terms(passage: Passage, spelling: Spelling) -> PassageTerms:
 
 def _passage(start: int, ids: list[int], salience: list[float]) -> Passage:
     return Passage(start, np.array(ids, np.int32), sum(salience) / len(ids))
-
-
-def find_cut(spelling: Spelling, ids: list[int], column: int) -> int:
-    """Where the passage that begins with these tokens ends; 0 where later tokens may still decide.
-
-    Args:
-        ids: at most LONGEST + 8 tokens. column: characters of their first line that stand before them.
-    """
-    pieces = [spelling.marked_pieces[number] for number in ids]
-    blob = b"".join(pieces)
-    text = getincrementaldecoder("utf-8")("surrogateescape").decode(blob)  # without a last character that is incomplete
-    ends = list(accumulate(map(len, pieces)))  # bytes up to and with each token
-    enough = len(ids) == LONGEST + _AHEAD
-
-    def boundary(low: int, high: int) -> int:
-        """The last place between tokens from character `low` to character `high`; 0: none."""
-        if len(text) != len(blob):
-            low, high = (len(text[:at].encode(errors="surrogateescape")) for at in (low, high))
-        place = bisect_right(ends, high)
-        while place and ends[place - 1] >= low and _cuts_character(blob, ends[place - 1]):
-            place -= 1
-        return place if place and ends[place - 1] >= low else 0
-
-    sentence = 0
-    for match in _PAUSE.finditer(text):
-        if match.end() == len(text) and not enough:
-            return 0
-        least = _shortest(text, match, column)
-        place = boundary(match.start("space"), match.end()) if least else 0
-        if place > LONGEST:
-            break
-        if least and place >= least:
-            if least == SHORTEST_LINE:
-                return place
-            sentence = place
-    if not enough or sentence:
-        return sentence if enough else 0
-    for pattern in _SOFT:
-        places = [boundary(len(match[0].rstrip()) + match.start(), match.end()) for match in pattern.finditer(text)]
-        if fitting := [place for place in places if SHORTEST <= place <= LONGEST]:
-            return fitting[-1]
-    whole = [place for place in range(SHORTEST, LONGEST + 1) if not _cuts_character(blob, ends[place - 1])]
-    return whole[-1] if whole else LONGEST
-
-
-def _cuts_character(blob: bytes, offset: int) -> bool:
-    return offset < len(blob) and blob[offset] & 0xC0 == 0x80
-
-
-def _shortest(text: str, match: re.Match[str], column: int) -> int:
-    """Tokens that a passage must have to end at this pause; 0: it is none."""
-    line_ends = match["space"].count("\n")
-    ended = match["stop"] is not None and not text[match.end() : match.end() + 1].islower()
-    if ended and match["stop"] == ".":
-        last = _LAST_WORD.search(text[max(0, match.start() - 12) : match.start()])
-        ended = last is None or not _abbreviates(last[0])
-    if line_ends == 1 and not ended:
-        before = text.rfind("\n", 0, match.start()) + 1
-        length = match.start("space") - before + (0 if before else column)
-        return 0 if length in WRAPPED else SHORTEST_LINE
-    return SHORTEST_LINE if line_ends else SHORTEST if ended else 0
-
-
-def _abbreviates(word: str) -> bool:
-    return word.lower() in _ABBREVIATIONS or (len(word) == 1 and word.isupper() and word != "I")
