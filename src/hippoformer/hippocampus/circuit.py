@@ -288,7 +288,8 @@ class Hippocampus(nn.Module):
         mass = known.effective_priority(config.decay) * known.strength
         n_shared = max(config.buffer_size - low, 0)
         recollection = self.recall(after, tokens, known, mass, visible[:, 1:], first - low, n_shared)
-        mixture = self.fusion.mixture_weight(after, recollection)
+        beyond = visible[:, 1:, :n_shared].sum(-1) / visible[:, 1:].sum(-1).clamp_min(1)
+        mixture = self.fusion.mixture_weight(after, recollection, beyond)
 
         # Token 0 of the step was foretold by the vote carried over, the others by the queries before them.
         vote = state.vote

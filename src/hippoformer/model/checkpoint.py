@@ -271,6 +271,7 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
     spelled = model.hippocampus.recall.ending_of_token
     own.setdefault("recall.ending_of_token", torch.zeros_like(spelled))
     own.pop("recall.log_contiguity", None)  # of checkpoints written before continuation was one pass
+    own.setdefault("fusion.beyond_weight", torch.zeros(()))  # of checkpoints written before there was one
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
