@@ -285,7 +285,7 @@ def test_the_card_tells_the_facts() -> None:
     model = awake(use_lora=True, lora_r=4, lora_target_modules=["v_proj"])
     assert f"| {model.get_num_trainable_params():,} |" in card
     assert "LoRA adapters of rank 4 on v_proj" in card and "| 12, 2, 6 tokens |" in card and "1,234, chosen by" in card
-    assert "| trained | yes |" in card
+    assert "| memory | trained |" in card
 
 
 def test_a_card_that_is_there_is_left_alone(tmp_path: Path) -> None:
