@@ -2,8 +2,8 @@
 
     python runs/untrained.py --bases smollm2-135m FOLDER --data DATA [--tokens 8192] [--memory untrained]
 
-Each document is read once from an empty memory; the base's own log-probability of each token, with the same window and
-without memory, comes from the same reading. DATA holds `wikitext-2-raw` and `public-domain-novels`. Code is that of this
+Each document is read once from an empty memory; the log-probability of each token under the base, with the same window
+and no memory, comes from the same reading. DATA holds `wikitext-2-raw` and `public-domain-novels`. Code is that of this
 package, the log and the JSON are made here; other texts are named by --chat and --chinese.
 Prints a line a document, and a table with a 95 % bootstrap interval over documents.
 """

@@ -255,11 +255,11 @@ def test_the_card_names_the_base(options: dict[str, Any], base: str | None, rela
 
 
 def test_the_card_tells_the_facts() -> None:
-    options = {"use_lora": True, "lora_r": 4, "lora_target_modules": ["v_proj"], "buffer_size": 1234}
+    options = {"lora": {"r": 4, "target_modules": ["v_proj"]}, "buffer_size": 1234}
     card = str(card_of(**options))
     for fact in (f"| {awake(**options).get_num_trainable_params():,} |", "| 12, 2, 6 tokens |", "1,234, chosen by"):
         assert fact in card
-    assert "LoRA adapters" in card and "| trained | yes |" in card and "LoRA" not in str(card_of())
+    assert "LoRA adapters" in card and "| memory | trained |" in card and "LoRA" not in str(card_of())
 
 
 def test_a_card_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hippoformer
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.hippocampus.recall import Recall
+from hippoformer.hippocampus.recall import Recall, Recollection
+from hippoformer.model.modeling import HippoFormer
 from tiny import ARCHITECTURES, awake, small_config, text, tiny_base, untrained
 from tiny_texts import tiny_tokenizer
 
@@ -89,3 +90,25 @@ def test_a_memory_that_is_none_of_this_base_is_refused(base_folder: str, tmp_pat
         hippoformer.load(base_folder, memory=tmp_path / "saved")
     with pytest.raises(ConfigurationError, match="of its own"):
         hippoformer.load(tmp_path / "saved", memory="off")
+
+
+@torch.no_grad()
+def test_recall_is_believed_less_while_the_window_holds_all() -> None:
+    fusion = untrained().hippocampus.fusion
+    part = torch.full((1, 3), 0.5)
+    found = Recollection(part.unsqueeze(-1), part, None, part, part.unsqueeze(-1), 0 * part)
+    hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    none, some, all_of_it = fusion.mixture_weight(hidden, found, torch.tensor([[0.0, 0.1, 1.0]]))[0].tolist()
+    assert none < 0.2 * all_of_it and none < some < all_of_it < 0.2
+
+
+def test_an_older_checkpoint_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Its gate did not know what had left the window."""
+    saved = awake()
+    saved.hippocampus.fusion.beyond_weight.data.zero_()
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["hippocampus.fusion.beyond_weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again, ids = HippoFormer.from_pretrained(tmp_path, base_model=tiny_base()), text(rows=1, length=50)
+    assert again.hippocampus.fusion.beyond_weight == 0 and torch.equal(again(ids).logits, saved(ids).logits)

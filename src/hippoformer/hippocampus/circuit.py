@@ -208,7 +208,9 @@ class Hippocampus(nn.Module):
         mass = known.effective_priority(config.decay)
         n_shared = max(config.buffer_size - low, 0)
         recollection = self.recall(after, tokens, known, mass, visible[:, 1:], first - low, n_shared)
-        mixture = self.fusion.mixture_weight(after, recollection)
+        stored = known.valid[:, :n_shared].sum(-1, keepdim=True)
+        beyond = stored / visible[:, 1:].sum(-1).clamp_min(1)
+        mixture = self.fusion.mixture_weight(after, recollection, beyond)
 
         # Token 0 of the step was predicted by the vote carried over, the others by the queries before them.
         vote = state.vote

@@ -24,6 +24,8 @@ _GATE_WIDTH, _DROPOUT = 32, 0.1
 # match followed outright add. Chosen on validation texts (docs/notebook/bases.md).
 _BIAS = -4.0
 _EVIDENCE = (0.0, 2.5, 1.0)
+# What the log of the share of episodes beyond the window adds: of what the base still sees, recall tells nothing new.
+_BEYOND, _LEAST_BEYOND = 0.25, 1e-4
 
 
 class Fusion(nn.Module):
@@ -40,6 +42,7 @@ class Fusion(nn.Module):
         self.gate_out = nn.Linear(_GATE_WIDTH, 1)
         # Straight from the evidence, beside what the query makes of it: nothing, peak, followed.
         self.evidence = nn.Parameter(torch.tensor(_EVIDENCE))
+        self.beyond_weight = nn.Parameter(torch.tensor(_BEYOND))
         self.strength = nn.Parameter(torch.ones(()))
         with torch.no_grad():
             nn.init.zeros_(self.gate_out.weight)
@@ -67,14 +70,20 @@ class Fusion(nn.Module):
         content = self.dropout(self.residual_proj(recollection.content.to(self.residual_proj.weight.dtype)))
         return torch.tanh(self.residual_scale) * gate * content
 
-    def mixture_weight(self, hidden: Tensor, recollection: Recollection) -> Tensor:
-        """(R, N) lambda in [0, 1]: how much recall is believed."""
+    def mixture_weight(self, hidden: Tensor, recollection: Recollection, beyond: Tensor) -> Tensor:
+        """(R, N) lambda in [0, 1]: how much recall is believed.
+
+        Args:
+            hidden: (R, N, D). recollection: of these queries.
+            beyond: (R, N) the share of the episodes each query may recall that have left the window.
+        """
         hidden = hidden.to(self.gate_in.weight.dtype)
         evidence = torch.stack((recollection.nothing, recollection.peak, recollection.followed), dim=-1).to(
             hidden.dtype
         )
         seen = torch.cat((hidden, evidence[..., :2]), dim=-1)
         gate = self.gate_out(torch.nn.functional.gelu(self.gate_in(seen))).squeeze(-1) + evidence @ self.evidence
+        gate = gate + self.beyond_weight * beyond.clamp_min(_LEAST_BEYOND).log().to(gate.dtype)
         return self.strength.clamp(0.0, 1.0) * torch.sigmoid(gate)
 
 

@@ -263,6 +263,7 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
         )
         model.hippocampus.resize_vocabulary(theirs)
     own.pop("recall.log_contiguity", None)  # in the shipped weights, of before continuation was one pass
+    own.setdefault("fusion.beyond_weight", torch.zeros(()))  # of checkpoints written before there was one
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
