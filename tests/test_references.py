@@ -19,8 +19,7 @@ from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import consolidate
 from hippoformer.hippocampus.selection import RULES
-from hippoformer.tensors.masks import recall_mask, window_mask
-from hippoformer.tensors.selection import hashed_uniform, winners
+from hippoformer.ops import hashed_uniform, recall_mask, window_mask, winners
 from tiny import awake, small_config, text
 
 FEW = settings(max_examples=60, deadline=None)

@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool1d, pad
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, UnsupportedArchitectureError
 from hippoformer.model.window import WindowCache, WindowedBase, window_fill
-from hippoformer.tensors.selection import hashed_uniform
+from hippoformer.ops import hashed_uniform
 
 METHODS = ("h2o", "snapkv", "random")
 _OBSERVED = 32  # queries that SnapKV asks

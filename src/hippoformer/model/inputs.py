@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hippoformer.errors import InputError
 from hippoformer.model.cache import HippoCache
-from hippoformer.tensors.ragged import column_of
+from hippoformer.ops import column_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, HippoFormerError, NonFiniteError, UnsupportedArchitectureError
 from hippoformer.model.weights import is_offloaded
-from hippoformer.tensors.rotation import Rotation, explain_shift
+from hippoformer.ops import Rotation, explain_shift
 
 SUPPORTED = (
     "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "

@@ -29,7 +29,7 @@ from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.interface import Model
 from hippoformer.model.weights import base_fingerprint
 from hippoformer.model.window import window_fill
-from hippoformer.tensors.ragged import last_of
+from hippoformer.ops import last_of
 
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")

@@ -34,7 +34,7 @@ from hippoformer.model.outputs import HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
-from hippoformer.tensors.ragged import column_of, last_of, piece, place
+from hippoformer.ops import column_of, last_of, piece, place
 
 # Which parts of which model, by its id, are switched off in calls of the current thread.
 _SWITCHED_OFF: ContextVar[frozenset[tuple[int, str]]] = ContextVar("switched_off", default=frozenset())

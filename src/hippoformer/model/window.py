@@ -27,9 +27,7 @@ from hippoformer.errors import ConfigurationError, InputError, UnsupportedArchit
 from hippoformer.model.inspection import inspect_base
 from hippoformer.model.taps import listening
 from hippoformer.model.weights import computing_device, vocabulary_size
-from hippoformer.tensors.masks import additive, window_mask
-from hippoformer.tensors.rotation import Rotation
-from hippoformer.tensors.selection import put, take
+from hippoformer.ops import Rotation, additive, put, take, window_mask
 
 NO_CHECKPOINTING = (
     "transformers' gradient checkpointing takes the key/value cache away from the layers, and the window is one: leave "
