@@ -29,6 +29,11 @@ class Rows:
     lengths: list[int]
     order: Tensor
 
+    @property
+    def real(self) -> Tensor:
+        """(R, T) bool, in the order of `ids`."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < column_of(self.lengths, self.ids.device)
+
     def following(self, labels: Tensor, vocab_size: int) -> Tensor:
         """(R, T) the label that each token should predict, -100 where none is counted.
 
@@ -39,9 +44,7 @@ class Rows:
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(self.ids.shape)}"
             )
-        own = labels.to(self.order.device).gather(1, self.order)
-        padding = torch.arange(own.shape[1], device=own.device) >= column_of(self.lengths, own.device)
-        own = own.masked_fill(padding, -100)
+        own = labels.to(self.order.device).gather(1, self.order).masked_fill(~self.real, -100)
         _check_vocabulary(own[own != -100], vocab_size, "labels")
         return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
 

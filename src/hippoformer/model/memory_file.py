@@ -26,7 +26,7 @@ from hippoformer.hippocampus.drift import relative_drift
 from hippoformer.hippocampus.marginals import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
-from hippoformer.model.interface import Model
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
 from hippoformer.model.weights import base_fingerprint
 from hippoformer.model.window import window_fill
 from hippoformer.ops import last_of
