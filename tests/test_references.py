@@ -367,12 +367,3 @@ def test_hashed_uniform(keys: list[int], tensor: list[int]) -> None:
     assert drawn.dtype == torch.float32 and ((drawn > 0) & (drawn < 1)).all()
     for value, last in zip(drawn.tolist(), tensor, strict=True):
         assert value == pytest.approx(references.uniform(*keys, last), abs=1e-7)
-
-
-def test_hashed_uniform_is_uniform() -> None:
-    drawn = hashed_uniform(3, torch.arange(200).unsqueeze(-1), torch.arange(200))
-    histogram = torch.histc(drawn, bins=10, min=0, max=1) / drawn.numel()
-    assert (histogram - 0.1).abs().max() < 0.01
-    assert drawn.unique().numel() > 0.99 * drawn.numel()
-    neighbours = torch.corrcoef(torch.stack((drawn[:, :-1].flatten(), drawn[:, 1:].flatten())))[0, 1]
-    assert abs(neighbours) < 0.02

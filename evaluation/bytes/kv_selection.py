@@ -110,7 +110,7 @@ class SelectedKeys:
             while start < len(ids):
                 n = min(chunk or len(ids), len(ids) - start, segment_len - self.done % segment_len)
                 first = window_fill(self.done, self.config)
-                yield self.window.read(self.cache, ids[None, start : start + n], [self.done], [n])
+                yield self.window.read(self.cache, ids[None, start : start + n], [self.done], [n])[0]
                 self._note(seen, first, n)
                 start, self.done = start + n, self.done + n
                 if self.done % segment_len == 0:

@@ -49,18 +49,6 @@ class Rows:
         return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
 
 
-def check_token_ids(input_ids: Tensor) -> None:
-    """Whether this can be token ids at all.
-
-    Raises:
-        InputError: no integers, or not (rows, tokens) with at least one of each.
-    """
-    if input_ids.is_floating_point() or input_ids.is_complex():
-        raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
-
-
 def squeeze_padding(
     input_ids: Tensor, attention_mask: Tensor | None, cache: Any, vocab_size: int, device: torch.device
 ) -> Rows:
@@ -70,9 +58,13 @@ def squeeze_padding(
         input_ids: (R, T). attention_mask: (R, T), or (R, what the cache has read + T).
 
     Raises:
-        InputError: a cache of another kind or size, a mask of a wrong shape, ids outside the vocabulary, or a row that
-            has read nothing but padding.
+        InputError: no integers, or not (rows, tokens) with at least one of each; a cache of another kind or size, a
+            mask of a wrong shape, ids outside the vocabulary, or a row that has read nothing but padding.
     """
+    if input_ids.is_floating_point() or input_ids.is_complex():
+        raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
     n_rows, n_columns = input_ids.shape
     if not isinstance(cache, HippoCache):
         raise InputError(f"past_key_values must be a HippoCache (model.new_cache()), got {type(cache).__name__}")

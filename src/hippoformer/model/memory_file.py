@@ -258,6 +258,6 @@ def _reread_window(cache: HippoCache, model: Model) -> None:
     memory = cache.memory
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
-        final, inner = model.window.reread(cache, cache.tokens[:, : max(fill)].long(), fill)
+        final, inner = model.window.read(cache, cache.tokens[:, : max(fill)].long(), [0] * len(fill), fill)
         cache.last_output = last_of(final, fill, cache.last_output)
         memory.last_hidden = last_of(inner, fill, memory.last_hidden)

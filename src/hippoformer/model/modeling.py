@@ -25,7 +25,7 @@ from hippoformer.hippocampus.passages import Passages
 from hippoformer.model import checkpoint
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.generation import GENERATION, Generation
-from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
+from hippoformer.model.inputs import Rows, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import HippoFormerOutput, Step, memory_stats, salience_stats
 from hippoformer.ops import column_of, last_of, piece, place
@@ -125,9 +125,8 @@ class HippoFormer(Generation, GenerationMixin):
             start = [s + n for s, n in zip(start, new, strict=True)]
 
     def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
-        with self.window.tapped() as states:
-            final = self.window.read(cache, ids, cache.lengths, new)
-        hidden, before = states(final), cache.memory
+        final, hidden = self.window.read(cache, ids, cache.lengths, new)
+        before = cache.memory
         if not torch.isfinite(hidden).all():
             raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
         # A row's very first token is predicted by nothing.
@@ -301,17 +300,14 @@ class HippoFormer(Generation, GenerationMixin):
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _prepare(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
-    ) -> tuple[Rows, HippoCache]:
+    def _prepare(self, input_ids: Tensor, mask: Tensor | None, cache: HippoCache | None) -> tuple[Rows, HippoCache]:
         """The rows of a call without padding, and the state that they continue."""
-        check_token_ids(input_ids)
         if cache is None:
-            cache = self.new_cache(input_ids.shape[0])
+            cache = self.new_cache(*input_ids.shape[:1])
         elif isinstance(cache, HippoCache):
             cache.leave_inference_mode()
             cache.follow_model()
-        return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
+        return squeeze_padding(input_ids, mask, cache, self.config.vocab_size, self.device), cache
 
     @torch.no_grad()
     def next_log_probs(self, cache: HippoCache) -> Tensor:

@@ -186,7 +186,7 @@ class WindowedBase:
         tokens = torch.zeros(rows, self.config.window_slots + 1, dtype=torch.int32, device=device)
         return WindowCache([WindowLayer(self.config.window_slots) for _ in range(self.n_layers)], tokens)
 
-    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int]) -> Tensor:
+    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states of up to a segment's worth of tokens; keys and values go into the cache.
 
         Args:
@@ -194,12 +194,14 @@ class WindowedBase:
             done, new: tokens each row has read, and how many of the N are real.
 
         Returns:
-            (R, N, D), after the base's final norm.
+            (R, N, D), after the base's final norm; and (R, N, n D), what the hippocampus reads.
         """
-        return self.read_at(cache, ids, [window_fill(d, self.config) for d in done], new)
+        with self.tapped() as states:
+            final = self.read_at(cache, ids, [window_fill(d, self.config) for d in done], new)
+        return final, states(final)
 
     def read_at(self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
-        """The same from given slots on: `fill` says how many each row has in use.
+        """The final hidden states alone, from given slots on: `fill` says how many each row has in use.
 
         Raises:
             ConfigurationError: gradient checkpointing of transformers is on.
@@ -310,14 +312,6 @@ class WindowedBase:
         with self.tapped() as states:
             final = self.body(input_ids=ids, use_cache=False).last_hidden_state
         return states(final)
-
-    def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Fills the window anew from its tokens (R, N); returns the final hidden states, and what the hippocampus
-        reads.
-        """
-        with self.tapped() as states:
-            final = self.read_at(cache, ids, [0] * len(lengths), lengths)
-        return final, states(final)
 
     @contextmanager
     def tapped(self) -> Iterator[Callable[[Tensor], Tensor]]:
