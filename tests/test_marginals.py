@@ -11,7 +11,7 @@ from torch import Tensor
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.readers import score_cached
+from hippoformer.training.readers import score_documents
 from tiny import VARIANTS, VOCAB, after, awake, fresh, text
 
 KEPT = VARIANTS["marginals"]
@@ -102,7 +102,7 @@ def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: 
 def test_cached_states_give_the_same_numbers_and_are_not_read_twice(tmp_path: Path) -> None:
     model = awake(**KEPT)
     documents = [text(rows=1, length=n, seed=n)[0] for n in (50, 33)]
-    scores = score_cached(model, HiddenStateCache(model, documents, tmp_path))
+    scores = score_documents(model, HiddenStateCache(model, documents, tmp_path))
     for document, score in zip(documents, scores, strict=True):
         assert score.nll == pytest.approx(-float(model.score(document[None]).sum()), rel=1e-5)
         with model.memory_off():
