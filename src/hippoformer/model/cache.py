@@ -95,10 +95,8 @@ class HippoCache(WindowCache):
         return self.columns
 
     def new_turn(self) -> None:
-        """Lets the next call be handed only what is new, without what was read before.
-
-        `generate` takes the first `get_seq_length()` columns of its input for what the cache has read. A stream of any
-        length need not be kept for that: after this call it counts from 0 again. Nothing is forgotten.
+        """Lets the next call be handed only what is new: `generate` takes the first `get_seq_length()` columns of its
+        input for what the cache has read, and after this call they count from 0 again. Nothing is forgotten.
         """
         self.columns = 0
         self.digest = torch.zeros_like(self.tokens[:, 0], dtype=torch.int64)
@@ -279,9 +277,8 @@ class HippoCache(WindowCache):
         stop: int | None = None,
         row: int = 0,
     ) -> list[Passage]:
-        """Deletes what a row remembers of something: passages, and the episodes read within them.
-
-        What the base still sees stays in its window until it leaves; the counts of single tokens (`marginals`) stay.
+        """Deletes what a row remembers of something: passages, and the episodes read within them. What the base still
+        sees stays until it leaves the window; the counts of single tokens (`marginals`) stay.
 
         Args:
             words: all passages that have all of these words. passages: these, as `retrieve` gave them.
@@ -329,9 +326,8 @@ class HippoCache(WindowCache):
         self.frozen = frozen
 
     def adopt_memory(self, other: "HippoCache") -> None:
-        """Replaces store, passages and marginals by those of another cache of the same model.
-
-        Window and working episodes stay.
+        """Replaces store, passages and marginals by those of another cache of the same model; window and working
+        episodes stay.
 
         Args:
             other: of the same number of rows, or of one row that every row here gets.

@@ -52,10 +52,9 @@ class Generation(HippoFormerPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
-        """`generate` of transformers, with these promises about a `HippoCache` given as `past_key_values`.
-
-        Afterwards it has read the text returned, but for each row's last token: a row that ended before others is as it
-        was then, and after beam search the rows are those of the sequences returned, in their order.
+        """`generate` of transformers. Afterwards a `HippoCache` given as `past_key_values` has read the text returned,
+        but for each row's last token: a row that ended before others is as it was then, and after beam search the rows
+        are those of the sequences returned, in their order.
 
         Args:
             inputs: (R, T) prompt: all that the cache has read since its `new_turn`, and what is new, if anything.

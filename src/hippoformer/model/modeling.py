@@ -105,15 +105,12 @@ class HippoFormer(Generation, GenerationMixin):
     # ---------------------------------------------------------------- reading
 
     def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
-        """Reads text step by step; the cache moves along, except for `cache.columns`, which counts what calls were
-        given.
+        """Reads text, a Step for each piece of a segment; the cache moves along, but for `cache.columns`, which counts
+        what calls were given.
 
         Args:
             ids: (R, L) int64 without padding on the left.
             lengths: real tokens of each row, at most L.
-
-        Yields:
-            One Step per piece of a segment.
         """
         start, segment_len = [0] * len(lengths), self.config.segment_len
         while any(s < n for s, n in zip(start, lengths, strict=True)):
@@ -363,13 +360,10 @@ class HippoFormer(Generation, GenerationMixin):
         """Uploads what `save_pretrained` writes, with a model card where the repository has none.
 
         Args:
-            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`; no others.
 
         Returns:
             What the hub says about the commit.
-
-        Raises:
-            ConfigurationError: an option that does not exist.
         """
         if unknown := sorted(options.keys() - _PUSH_OPTIONS):
             raise ConfigurationError(
