@@ -158,7 +158,8 @@ def test_eager_attention_sees_the_same_window(name: str) -> None:
 
 
 @torch.no_grad()
-def test_memory_off_stores_nothing() -> None:
+def test_memory_can_be_switched_within_a_stream() -> None:
+    """The window goes on under memory_off, nothing is stored; on again, recall works on what was stored before."""
     model, ids = awake(), text(rows=2, length=LENGTH)
     cache = model.new_cache(2)
     with model.memory_off():
@@ -167,12 +168,6 @@ def test_memory_off_stores_nothing() -> None:
     model(ids, past_key_values=cache)
     remembered = [e.position for e in cache.episodes(0)]
     assert remembered and min(remembered) >= LENGTH, "what was read with the memory off was stored after all"
-
-
-@torch.no_grad()
-def test_memory_can_be_switched_within_a_stream() -> None:
-    """The window goes on under memory_off; on again, recall works on what was stored before."""
-    model, ids = awake(), text(rows=2, length=LENGTH)
     cache = after(model, ids)
     stored = [e.position for e in cache.episodes(0, stored_only=True)]
     ahead = text(rows=2, length=10, seed=7)

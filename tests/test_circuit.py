@@ -12,7 +12,7 @@ from torch import Tensor
 from hippoformer import HippoCache, HippoFormer
 from hippoformer.hippocampus.circuit import BaseReading
 from hippoformer.hippocampus.fusion import mix_target
-from hippoformer.tensors.ragged import piece
+from hippoformer.ops import piece
 from tiny import LAYERS, VARIANTS, VOTES, after, awake, fresh, read_in_chunks, same_state, text
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}

@@ -1,6 +1,5 @@
 """The store of passages: cut where the text pauses, whatever the chunks; bounded; rows and copies apart."""
 
-import time
 from itertools import pairwise
 
 import pytest
@@ -214,17 +213,10 @@ def test_saved_and_loaded_it_goes_on_the_same() -> None:
     assert [empty.of_row(row) for row in (0, 1)] == [[], []]
 
 
-def test_the_state_is_bounded_and_cheap() -> None:
-    """Generous bounds: 3 microseconds a token of prose on a quiet core in November 2026, 50 a copy."""
+def test_the_state_is_bounded() -> None:
     pieces = split("The cat sat on the mat while it rained, and nobody came to see it. " * 600 + "\n")
     ids, store = torch.arange(len(pieces))[None], Passages(1, Spelling([p.encode() for p in pieces]), 4096)
-    began = time.process_time()
     for part in ids.split(256, dim=1):
         store.append(part)
     store.settle()
-    assert (time.process_time() - began) / len(pieces) < 50e-6
     assert store.nbytes < 4096 * 4 + 100 * LONGEST + (4096 // 16) * 64 + 2**16
-    began = time.process_time()
-    for _ in range(10):
-        store.copy()
-    assert (time.process_time() - began) / 10 < 5e-3

@@ -19,8 +19,7 @@ from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.recall import Recall, Recollection
 from hippoformer.hippocampus.replay import consolidate
 from hippoformer.hippocampus.selection import RULES
-from hippoformer.tensors.masks import recall_mask, window_mask
-from hippoformer.tensors.selection import hashed_uniform, winners
+from hippoformer.ops import hashed_uniform, recall_mask, window_mask, winners
 from tiny import awake, small_config, text
 
 FEW = settings(max_examples=60, deadline=None)
@@ -368,12 +367,3 @@ def test_hashed_uniform(keys: list[int], tensor: list[int]) -> None:
     assert drawn.dtype == torch.float32 and ((drawn > 0) & (drawn < 1)).all()
     for value, last in zip(drawn.tolist(), tensor, strict=True):
         assert value == pytest.approx(references.uniform(*keys, last), abs=1e-7)
-
-
-def test_hashed_uniform_is_uniform() -> None:
-    drawn = hashed_uniform(3, torch.arange(200).unsqueeze(-1), torch.arange(200))
-    histogram = torch.histc(drawn, bins=10, min=0, max=1) / drawn.numel()
-    assert (histogram - 0.1).abs().max() < 0.01
-    assert drawn.unique().numel() > 0.99 * drawn.numel()
-    neighbours = torch.corrcoef(torch.stack((drawn[:, :-1].flatten(), drawn[:, 1:].flatten())))[0, 1]
-    assert abs(neighbours) < 0.02

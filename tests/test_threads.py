@@ -102,6 +102,7 @@ def test_memory_is_off_in_one_thread_alone() -> None:
     assert model.episodes_on and model.marginals_on
 
 
+@pytest.mark.supports(architecture="llama", mode="streamer")
 def test_streamers_of_two_generations_get_their_own_text() -> None:
     """As servers do it: `generate` in a thread, its text read from a `TextIteratorStreamer` in another."""
     model, tokenizer = tiny_load()

@@ -202,7 +202,10 @@ def test_embeddings_are_resized_through_the_model(tied: bool) -> None:
     assert model.get_output_embeddings().weight.shape[0] == VOCAB + 10
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
     torch.testing.assert_close(model(ids, output_hidden_states=True).hidden_states[-1], expected)
-    assert torch.isfinite(model(torch.full((2, 3), VOCAB + 9)).logits).all()
+    for wrapped in (model, HippoFormer(HippoFormerConfig(**SMALL), model.base)):  # resized before it was wrapped, too
+        assert torch.isfinite(wrapped(torch.full((2, 3), VOCAB + 9)).logits).all()
+        with pytest.raises(InputError, match=str(VOCAB + 10)):
+            wrapped(torch.full((2, 3), VOCAB + 10))
 
 
 def test_embeddings_are_the_bases() -> None:

@@ -6,28 +6,11 @@ fusion, lets its gate read the query, lowers the null slot, spreads the salience
 tests mean something.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus import replay
@@ -50,22 +33,23 @@ _SIZES = _NO_GROUPS | {"num_key_value_heads": 2}
 _GEMMA = _SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7}
 _GPT2 = _TOKENS | {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
 
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "mistral-narrow": lambda: MistralConfig(**_SIZES, sliding_window=7),  # narrower than the window of 12
-    "mistral-wide": lambda: MistralConfig(**_SIZES, sliding_window=64),  # wider than all slots
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
-    "gemma": lambda: GemmaConfig(**_SIZES, head_dim=8),
+# Name -> model type and options of its config.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _SIZES),
+    "mistral-narrow": ("mistral", _SIZES | {"sliding_window": 7}),  # narrower than the window of 12
+    "mistral-wide": ("mistral", _SIZES | {"sliding_window": 64}),  # wider than all slots
+    "qwen2": ("qwen2", _SIZES),
+    "qwen3": ("qwen3", _SIZES | {"head_dim": 8}),
+    "gemma": ("gemma", _SIZES | {"head_dim": 8}),
     # Soft caps, and every second layer slides.
-    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma2": ("gemma2", _GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     # Two rotary tables, one for each kind of layer.
-    "gemma3": lambda: Gemma3TextConfig(**_GEMMA, layer_types=["sliding_attention", "full_attention"]),
-    "phi": lambda: PhiConfig(**_NO_GROUPS),  # rotates half of a head
-    "gpt-neox": lambda: GPTNeoXConfig(**_NO_GROUPS),
-    "cohere": lambda: CohereConfig(**_SIZES),  # interleaved pairs, scaled logits
-    "smollm3": lambda: SmolLM3Config(**_SIZES, no_rope_layers=[1, 0]),  # the second layer knows no positions
-    "gpt2": lambda: GPT2Config(**_GPT2),
+    "gemma3": ("gemma3_text", _GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi": ("phi", _NO_GROUPS),  # rotates half of a head
+    "gpt-neox": ("gpt_neox", _NO_GROUPS),
+    "cohere": ("cohere", _SIZES),  # interleaved pairs, scaled logits
+    "smollm3": ("smollm3", _SIZES | {"no_rope_layers": [1, 0]}),  # the second layer knows no positions
+    "gpt2": ("gpt2", _GPT2),
 }
 ARCHITECTURES = list(CONFIGS)
 ROTARY = [name for name in ARCHITECTURES if name != "gpt2"]
@@ -108,7 +92,8 @@ def tiny_base(name: str = "llama", seed: int = 0, dtype: torch.dtype = torch.flo
     """A random base model in eval mode, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+        model_type, options = CONFIGS[name]
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=dtype).eval()
 
 
 def small_config(**options: Any) -> HippoFormerConfig:

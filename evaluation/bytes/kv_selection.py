@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool1d, pad
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, UnsupportedArchitectureError
 from hippoformer.model.window import WindowCache, WindowedBase, window_fill
-from hippoformer.tensors.selection import hashed_uniform
+from hippoformer.ops import hashed_uniform
 
 METHODS = ("h2o", "snapkv", "random")
 _OBSERVED = 32  # queries that SnapKV asks
@@ -110,7 +110,7 @@ class SelectedKeys:
             while start < len(ids):
                 n = min(chunk or len(ids), len(ids) - start, segment_len - self.done % segment_len)
                 first = window_fill(self.done, self.config)
-                yield self.window.read(self.cache, ids[None, start : start + n], [self.done], [n])
+                yield self.window.read(self.cache, ids[None, start : start + n], [self.done], [n])[0]
                 self._note(seen, first, n)
                 start, self.done = start + n, self.done + n
                 if self.done % segment_len == 0:

@@ -8,7 +8,7 @@ from hippoformer.data import Document
 from hippoformer.errors import TextError
 from hippoformer.evaluation import Result, Row
 from hippoformer.evaluation.perplexity import encode, reading
-from hippoformer.model.statistics import memory_stats, salience_stats
+from hippoformer.model.outputs import memory_stats, salience_stats
 
 _OF_MEMORY = (
     "utilisation", "mean_priority", "mean_effective_priority", "mean_age", "mean_strength", "mean_credit",

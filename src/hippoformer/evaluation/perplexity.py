@@ -21,7 +21,7 @@ from torch import Tensor
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
 from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.tensors.ragged import place
+from hippoformer.ops import place
 from hippoformer.text import start_tokens, token_spans
 
 

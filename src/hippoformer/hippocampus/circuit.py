@@ -26,9 +26,7 @@ from hippoformer.hippocampus.replay import consolidate
 from hippoformer.hippocampus.salience import SMOOTHED, SalienceGate, last_of_each_row
 from hippoformer.hippocampus.selection import rule_of
 from hippoformer.hippocampus.state import MemoryState, Vote
-from hippoformer.tensors.masks import recall_mask
-from hippoformer.tensors.ragged import column_of, last_of
-from hippoformer.tensors.selection import put
+from hippoformer.ops import column_of, last_of, put, recall_mask
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Hippocampus(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Hippocampus":
         """What `to`, `half`, `cuda` and their like call: moves to other devices, and stays in float32 whatever the
-        base computes in (see `tensors.precision`).
+        base computes in (see `ops.project`).
         """
 
         def keep_dtype(tensor: Tensor) -> Tensor:

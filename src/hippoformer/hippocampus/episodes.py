@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.selection import rule_of
-from hippoformer.tensors.selection import put, take, winners
+from hippoformer.ops import put, take, winners
 
 # Tokens in a row that must come again for an episode to be repeated; a power of two.
 REPEATED = 16

@@ -25,7 +25,7 @@ from hippoformer.hippocampus.continuation import (
     text_before,
 )
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.tensors.precision import project
+from hippoformer.ops import project
 
 # Queries whose scores exist at once without gradients: few, so that they stay near a processor.
 _QUERY_BLOCK = 64

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, pad
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes, joined
-from hippoformer.tensors.selection import hashed_uniform
+from hippoformer.ops import hashed_uniform
 
 # An episode that never earned credit still has this much gain: rehearsal must be able to discover usefulness.
 _UNPROVEN_GAIN = 0.1

@@ -20,7 +20,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.tensors.precision import project
+from hippoformer.ops import project
 
 _LEAST_SURPRISE, _MOST_SURPRISE = 1e-4, 30.0
 # Width of the local pathway; tokens of the causal smoothing kernel.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
-from hippoformer.tensors.selection import hashed_uniform
+from hippoformer.ops import hashed_uniform
 
 
 class Candidates(Protocol):

@@ -6,7 +6,7 @@ frozen, and given the memory of another stream.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
 from hippoformer.hippocampus.state import MemoryState
 from hippoformer.model.adapters import active_adapters
-from hippoformer.model.interface import Model
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel
 from hippoformer.model.window import WindowCache
 
 
@@ -69,21 +69,19 @@ class HippoCache(WindowCache):
         window: WindowCache,
         memory: MemoryState,
         last_output: Tensor,
-        model: Model,
+        model: HippoFormerPreTrainedModel,
         passages: Passages | None = None,
     ) -> None:
         super().__init__(window.layers, window.tokens)
         self.model = model
         self.config: HippoFormerConfig = model.config
-        self.memory = memory
-        self.last_output, self.passages = last_output, passages
+        self.memory, self.last_output, self.passages = memory, last_output, passages
         self.vocab_size, self.dtype = model.config.vocab_size, model.dtype
         self.adapters = active_adapters(model.base)
         self.lengths = [0] * window.tokens.shape[0]
         self.columns = 0
         self.digest: Tensor | None = torch.zeros_like(window.tokens[:, 0], dtype=torch.int64)
-        self.frozen = False
-        self.written = False
+        self.frozen = self.written = False
         self.drift: dict[str, float | bool] = {}
         self.notes: dict[str, str] = {}
 
@@ -96,15 +94,9 @@ class HippoCache(WindowCache):
         """Columns read so far, as `generate` counts them."""
         return self.columns
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No limit on the stream."""
-        return -1
-
     def new_turn(self) -> None:
-        """Lets the next call be handed only what is new, without what was read before.
-
-        `generate` takes the first `get_seq_length()` columns of its input for what the cache has read. A stream of any
-        length need not be kept for that: after this call it counts from 0 again. Nothing is forgotten.
+        """Lets the next call be handed only what is new: `generate` takes the first `get_seq_length()` columns of its
+        input for what the cache has read, and after this call they count from 0 again. Nothing is forgotten.
         """
         self.columns = 0
         self.digest = torch.zeros_like(self.tokens[:, 0], dtype=torch.int64)
@@ -153,7 +145,7 @@ class HippoCache(WindowCache):
         self.__dict__.update(other.__dict__)
 
     def follow_model(self) -> None:
-        """Takes in that the base's embeddings were resized; called by every call that reads into this state.
+        """Follows resized embeddings; called by every call that reads into this state.
 
         Raises:
             InputError: the model's dtype, device or active adapters are no longer those that this state was read with,
@@ -184,28 +176,26 @@ class HippoCache(WindowCache):
 
     def change_of_model(self) -> str | None:
         """What makes the model compute other numbers than those that this state was read with; None if nothing does."""
-        dtype, adapters = self.model.dtype, active_adapters(self.model.base)
-        if dtype != self.dtype:
-            return f"its cache was read in {self.dtype}, the model is now in {dtype}"
-        if adapters != self.adapters:
+        if self.model.dtype != self.dtype:
+            return f"its cache was read in {self.dtype}, the model is now in {self.model.dtype}"
+        if (adapters := active_adapters(self.model.base)) != self.adapters:
             return f"its cache was read with adapters {list(self.adapters)}, now active are {list(adapters)}"
         return None
 
     @property
     def window_nbytes(self) -> int:
-        """Bytes of the window: keys, values and tokens of every slot."""
-        slots = sum(_nbytes(layer.keys) + _nbytes(layer.values) for layer in self.layers if layer.is_initialized)
-        return slots + _nbytes(self.tokens) + _nbytes(self.last_output)
+        """Bytes of the window: keys, values and tokens of every slot, and the last states."""
+        return _nbytes({name: tensor for name, tensor in self.tensors().items() if name.startswith("window.")})
 
     @property
     def memory_nbytes(self) -> int:
         """Bytes of the episodes, the marginals, and what encoding carries."""
-        return sum(_nbytes(tensor) for tensor in self.memory.tensors().values())
+        return _nbytes(self.memory.tensors())
 
     @property
     def marginals_nbytes(self) -> int:
         """Bytes of the marginals, which are part of the memory."""
-        return sum(_nbytes(tensor) for tensor in self.memory.marginals.tensors().values())
+        return _nbytes(self.memory.marginals.tensors())
 
     @property
     def passages_nbytes(self) -> int:
@@ -232,22 +222,13 @@ class HippoCache(WindowCache):
         fields = {name: t[row].tolist() for name, t in self.memory.episodes.tensors().items() if t.dim() == 2}
         working = self.config.buffer_size
         found: list[Episode] = []
-        context: list[int] = []
-        for slot, position in enumerate(fields["position"]):
+        for slot, (position, token) in enumerate(zip(fields["position"], fields["token"], strict=True)):
             if position < 0 or (stored_only and slot >= working):
                 continue
-            if not (found and found[-1].position == position - 1):
-                context = []
-            context = [*context, fields["token"][slot]]
-            found.append(
-                Episode(
-                    token=fields["token"][slot],
-                    context=tuple(context[-16:]),
-                    position=position,
-                    in_window=slot >= working,
-                    **{name: fields[name][slot] for name in ("salience", "priority", "age", "credit")},
-                )
-            )
+            joined = found and found[-1].position == position - 1
+            context = (*found[-1].context, token)[-16:] if joined else (token,)
+            numbers = {name: fields[name][slot] for name in ("salience", "priority", "age", "credit")}
+            found.append(Episode(token, context, position, in_window=slot >= working, **numbers))
         return found
 
     def retrieve(
@@ -257,7 +238,7 @@ class HippoCache(WindowCache):
         n_tokens: int = 256,
         beyond_window: bool = False,
     ) -> list[list[Passage]]:
-        """The passages of each row that fit a query best, by their words; any base, nothing trained.
+        """The passages of each row that fit a query best, by their words.
 
         Args:
             query_ids: (R, Q) a question, say. attention_mask: (R, Q), 0 at padding.
@@ -296,9 +277,8 @@ class HippoCache(WindowCache):
         stop: int | None = None,
         row: int = 0,
     ) -> list[Passage]:
-        """Deletes what a row remembers of something: passages, and the episodes read within them.
-
-        What the base still sees stays in its window until it leaves; the counts of single tokens (`marginals`) stay.
+        """Deletes what a row remembers of something: passages, and the episodes read within them. What the base still
+        sees stays until it leaves the window; the counts of single tokens (`marginals`) stay.
 
         Args:
             words: all passages that have all of these words. passages: these, as `retrieve` gave them.
@@ -313,23 +293,22 @@ class HippoCache(WindowCache):
         """
         kept = self._kept_passages()
         kept.of_row(row)  # refuses a row that is not there
-        within = (0 if start is None else start, self.lengths[row] if stop is None else stop)
         if [words is not None, passages is not None, (start, stop) != (None, None)].count(True) != 1:
             raise InputError("name what to forget in one way: words=, passages=, or start= and stop=")
+        spans: list[tuple[int, int]] = []
         if words is not None:
             gone = kept.forget(row, mentions(words, kept.spelling))
         elif passages is not None:
             starts = {passage.start for passage in passages}
             gone = kept.forget(row, lambda passage: passage.start in starts)
         else:
-            gone = kept.forget(row, lambda passage: within[0] < passage.stop and passage.start < within[1])
+            low, high = start or 0, self.lengths[row] if stop is None else stop
+            gone = kept.forget(row, lambda passage: low < passage.stop and passage.start < high)
+            spans.append((low, high))
         self.leave_inference_mode()
         position = self.memory.episodes.position[row]
         lost = torch.zeros_like(position, dtype=torch.bool)
-        for first, last in (
-            *((passage.start, passage.stop) for passage in gone),
-            *([within] if words is None and passages is None else []),
-        ):
+        for first, last in [*spans, *((passage.start, passage.stop) for passage in gone)]:
             lost |= (position >= first) & (position < last)
         self.memory = self.memory.without_episodes(row, lost)
         return gone
@@ -347,9 +326,8 @@ class HippoCache(WindowCache):
         self.frozen = frozen
 
     def adopt_memory(self, other: "HippoCache") -> None:
-        """Replaces store, passages and marginals by those of another cache of the same model.
-
-        Window and working episodes stay.
+        """Replaces store, passages and marginals by those of another cache of the same model; window and working
+        episodes stay.
 
         Args:
             other: of the same number of rows, or of one row that every row here gets.
@@ -392,11 +370,7 @@ class HippoCache(WindowCache):
 
     def detach(self) -> None:
         """Cuts the state from the graph that made it: gradients of later calls stop here."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-        self.last_output = self.last_output.detach()
-        self.memory = self.memory.map(Tensor.detach)
+        self.become(self._with_rows(Tensor.detach, range(self.batch_size)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name: `memory.*`, `window.*`."""
@@ -423,7 +397,7 @@ class HippoCache(WindowCache):
         self.model.save_memory(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model: Model) -> "HippoCache":
+    def load(cls, path: str | Path, model: HippoFormerPreTrainedModel) -> "HippoCache":
         """Reads a file written by `save`; see `hippoformer.model.memory_file.load_memory`."""
         return model.load_memory(path)
 
@@ -439,43 +413,28 @@ class HippoCache(WindowCache):
         return self._with_rows(lambda tensor: tensor.index_select(0, index.to(tensor.device)), index.tolist())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row i becomes what row beam_idx[i] was."""
+        """Row i becomes what row beam_idx[i] was, (J,) int64."""
         self.become(self.select_rows(beam_idx))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the chosen rows."""
-        self.become(self.select_rows(indices))
+    batch_select_indices = reorder_cache  # type: ignore[assignment]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, neighbours together."""
-        index = torch.arange(self.batch_size).repeat_interleave(repeats)
-        self.become(self.select_rows(index))
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: see `crop`."""
-        return False
+        self.become(self.select_rows(torch.arange(self.batch_size).repeat_interleave(repeats)))
 
     def crop(self, *args: object) -> None:
-        """Not possible: what consolidation did to a memory cannot be undone.
-
-        Raises:
-            InputError: always.
-        """
+        """Raises InputError: what consolidation did to a memory cannot be undone."""
         raise InputError(
             "a HippoCache cannot be cropped, so assisted generation and prompt look-up do not work with it: generate "
             "without an assistant, or keep a copy() of the cache from before"
         )
 
-    def _with_rows(self, function, rows: Sequence[int]) -> "HippoCache":  # type: ignore[no-untyped-def]
-        layers = []
-        for layer in self.layers:
-            new = copy.copy(layer)
-            if layer.is_initialized:
-                new.keys, new.values = function(layer.keys), function(layer.values)
-            layers.append(new)
+    def _with_rows(self, function: Callable[[Tensor], Tensor], rows: Sequence[int]) -> "HippoCache":
         new_cache = copy.copy(self)
-        new_cache.layers = layers
+        new_cache.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in new_cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = function(layer.keys), function(layer.values)
         new_cache.tokens, new_cache.last_output = function(self.tokens), function(self.last_output)
         new_cache.digest = None if self.digest is None else function(self.digest)
         new_cache.memory = self.memory.map(function)
@@ -500,5 +459,5 @@ def hashed(before: Tensor, ids: Tensor, length: Tensor) -> Tensor:
     return before * base[:, 0].pow(length) + terms.sum(1)
 
 
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _nbytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from hippoformer.model.base_models import is_repository
-from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import PINNED_MODELS
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
 
 _TEMPLATE = """---
 {metadata}

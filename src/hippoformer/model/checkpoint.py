@@ -33,8 +33,8 @@ from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.card import model_card
-from hippoformer.model.interface import Model
 from hippoformer.model.pinned_models import hub_failure
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
 
 WEIGHTS, CONFIG, BASE, CARD = SAFE_WEIGHTS_NAME, CONFIG_NAME, "base", "README.md"
 FORMER_WEIGHTS = "hippocampus.safetensors"

@@ -1,7 +1,5 @@
 """`generate` of transformers, with promises about the cache: it has read exactly the text returned."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,25 +10,19 @@ from transformers import GenerationMixin, StoppingCriteriaList
 
 from hippoformer.errors import InputError
 from hippoformer.model.cache import HippoCache
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel
 from hippoformer.model.rereading import reread
 
 
 @dataclass
 class GenerationNotes:
-    """What one call of `generate` notes.
+    """What one call of `generate` notes."""
 
-    Attributes:
-        ended: (R,) bool, rows that have come to their end and are padding from there on; None where no token ends one.
-        beams: in beam search, the state of all beams when they had read their prompts; `n_beams` rows a prompt.
-        n_columns: width of the prompts.
-        ends: (K,) tokens that end a row.
-    """
-
-    ended: Tensor | None = None
-    beams: HippoCache | None = None
-    n_beams: int = 1
-    n_columns: int = 0
-    ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    ended: Tensor | None = None  # (R,) bool, rows that are padding from here on; None where no token ends one
+    beams: HippoCache | None = None  # in beam search, the state of all beams when they had read their prompts
+    n_beams: int = 1  # rows of it a prompt
+    n_columns: int = 0  # width of the prompts
+    ends: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # (K,) tokens that end a row
 
 
 class _Noted(StoppingCriteriaList):
@@ -55,19 +47,14 @@ class _Noted(StoppingCriteriaList):
 GENERATION: ContextVar[GenerationNotes | None] = ContextVar("generation", default=None)
 
 
-class Generation(GenerationMixin):
+class Generation(HippoFormerPreTrainedModel, GenerationMixin):
     """The part of a HippoFormer that generates. What a call notes lives in a context variable, not on the model."""
-
-    memory_off: Callable[[], AbstractContextManager[None]]
-    new_cache: Callable[[int], HippoCache]
-    score: Callable[..., Tensor]
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *arguments: Any, **options: Any) -> Any:
-        """`generate` of transformers, with these promises about a `HippoCache` given as `past_key_values`.
-
-        Afterwards it has read the text returned, but for each row's last token: a row that ended before others is as it
-        was then, and after beam search the rows are those of the sequences returned, in their order.
+        """`generate` of transformers. Afterwards a `HippoCache` given as `past_key_values` has read the text returned,
+        but for each row's last token: a row that ended before others is as it was then, and after beam search the rows
+        are those of the sequences returned, in their order.
 
         Args:
             inputs: (R, T) prompt: all that the cache has read since its `new_turn`, and what is new, if anything.
@@ -121,11 +108,7 @@ class Generation(GenerationMixin):
         return output
 
     def _reread(self, beams: HippoCache, generation: GenerationNotes, sequences: Tensor) -> HippoCache:
-        """The state of the sequences (S, L) that beam search returned, read behind their prompts up to the last token.
-
-        Args:
-            beams: state of all beams when they had read their prompts.
-        """
+        """The state of the sequences (S, L) that beam search returned, read from their prompts to the last token."""
         n_prompts = beams.batch_size // generation.n_beams
         index = torch.arange(n_prompts).repeat_interleave(sequences.shape[0] // n_prompts) * generation.n_beams
         state, new = beams.select_rows(index), sequences[:, generation.n_columns : -1]
@@ -138,17 +121,14 @@ class Generation(GenerationMixin):
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
     ) -> Any:
         """That of transformers, if the prompt is one that the cache has read the beginning of."""
-        cache, mask, generation = (
-            model_kwargs.get("past_key_values"),
-            model_kwargs.get("attention_mask"),
-            GENERATION.get(),
-        )
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        generation = GENERATION.get()
         if generation is not None:
             generation.n_beams, generation.n_columns = generation_config.num_beams, input_ids.shape[1]
         given = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
-        if isinstance(cache, HippoCache) and given == input_ids.shape[1]:  # otherwise only what is new is given
-            cache.check_prompt(input_ids, mask)
         if isinstance(cache, HippoCache):
+            if given == input_ids.shape[1]:  # otherwise only what is new is given
+                cache.check_prompt(input_ids, mask)
             generation_config.prefill_chunk_size = None  # a call holds no more than a segment anyway
         return super()._prefill(input_ids, generation_config, model_kwargs, **options)  # type: ignore[arg-type, misc]
 
@@ -183,12 +163,8 @@ class Generation(GenerationMixin):
             past_key_values = self.new_cache(input_ids.shape[0])
         if next_sequence_length == 0:  # the cache has read the whole prompt
             input_ids, next_sequence_length = input_ids[:, :0], None
-        found = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        kwargs |= {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values}
+        found = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[arg-type, misc]
         generation = GENERATION.get()
         if generation is not None and past_key_values is not None:
             ended = generation.ended if generation.beams is None else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hippoformer.errors import InputError
 from hippoformer.model.cache import HippoCache
-from hippoformer.tensors.ragged import column_of
+from hippoformer.ops import column_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Rows:
     lengths: list[int]
     order: Tensor
 
+    @property
+    def real(self) -> Tensor:
+        """(R, T) bool, in the order of `ids`."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < column_of(self.lengths, self.ids.device)
+
     def following(self, labels: Tensor, vocab_size: int) -> Tensor:
         """(R, T) the label that each token should predict, -100 where none is counted.
 
@@ -39,23 +44,9 @@ class Rows:
             raise InputError(
                 f"labels have shape {tuple(labels.shape)}, expected that of input_ids {tuple(self.ids.shape)}"
             )
-        own = labels.to(self.order.device).gather(1, self.order)
-        padding = torch.arange(own.shape[1], device=own.device) >= column_of(self.lengths, own.device)
-        own = own.masked_fill(padding, -100)
+        own = labels.to(self.order.device).gather(1, self.order).masked_fill(~self.real, -100)
         _check_vocabulary(own[own != -100], vocab_size, "labels")
         return torch.cat((own[:, 1:], own.new_full((own.shape[0], 1), -100)), dim=1)
-
-
-def check_token_ids(input_ids: Tensor) -> None:
-    """Whether this can be token ids at all.
-
-    Raises:
-        InputError: no integers, or not (rows, tokens) with at least one of each.
-    """
-    if input_ids.is_floating_point() or input_ids.is_complex():
-        raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
 
 
 def squeeze_padding(
@@ -67,9 +58,13 @@ def squeeze_padding(
         input_ids: (R, T). attention_mask: (R, T), or (R, what the cache has read + T).
 
     Raises:
-        InputError: a cache of another kind or size, a mask of a wrong shape, ids outside the vocabulary, or a row that
-            has read nothing but padding.
+        InputError: no integers, or not (rows, tokens) with at least one of each; a cache of another kind or size, a
+            mask of a wrong shape, ids outside the vocabulary, or a row that has read nothing but padding.
     """
+    if input_ids.is_floating_point() or input_ids.is_complex():
+        raise InputError(f"input_ids must be integers, got {input_ids.dtype}: token ids have no fractions")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise InputError(f"input_ids must be (rows, tokens) with at least one of each, got {tuple(input_ids.shape)}")
     n_rows, n_columns = input_ids.shape
     if not isinstance(cache, HippoCache):
         raise InputError(f"past_key_values must be a HippoCache (model.new_cache()), got {type(cache).__name__}")

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, HippoFormerError, NonFiniteError, UnsupportedArchitectureError
 from hippoformer.model.weights import is_offloaded
-from hippoformer.tensors.rotation import Rotation, explain_shift
+from hippoformer.ops import Rotation, explain_shift
 
 SUPPORTED = (
     "Supported are decoders of transformers whose layers all keep ordinary key/value caches, with rotary positions "
@@ -43,21 +43,10 @@ class Windowed(Protocol):
     vocab_size: int
 
     @property
-    def device(self) -> torch.device:
-        """Where the base computes."""
-        ...
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits of final hidden states."""
-        ...
-
-    def new_cache(self, rows: int, device: torch.device) -> Any:
-        """Empty slots."""
-        ...
-
-    def read_at(self, cache: Any, ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
-        """Final hidden states of tokens that are read into slots."""
-        ...
+    def device(self) -> torch.device: ...
+    def head(self, hidden: Tensor) -> Tensor: ...
+    def new_cache(self, rows: int, device: torch.device) -> Any: ...
+    def read_at(self, cache: Any, ids: Tensor, fill: list[int], new: list[int]) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -86,13 +75,20 @@ def inspect_base(window: Windowed) -> list[Rotation] | None:
             )
     was_training = base.training
     base.eval()
+    # Two rows of different texts, so that a model which mixes rows or counts columns is found out.
+    ids = torch.arange(2 * _PROBE_TOKENS, device=window.device).view(2, -1) * 7 % window.vocab_size
+    logits = None
     try:
-        return _measure(window, name)
-    except torch.OutOfMemoryError:
+        logits = base(input_ids=ids, use_cache=False).logits
+        return _measure(window, ids, logits, name)
+    except (torch.OutOfMemoryError, HippoFormerError):
         raise
     except _FAILURES as error:
-        if isinstance(error, HippoFormerError):
-            raise
+        if logits is None:
+            raise ConfigurationError(
+                f"{name} does not run by itself ({error!r}): its device, dtype or quantisation must be mended before "
+                "it is wrapped"
+            ) from error
         raise UnsupportedArchitectureError(
             f"{name} cannot be read through a window ({error!r}). {SUPPORTED}"
         ) from error
@@ -100,24 +96,22 @@ def inspect_base(window: Windowed) -> list[Rotation] | None:
         base.train(was_training)
 
 
-def _measure(window: Windowed, name: str) -> list[Rotation] | None:
-    body = window.body
-    # Two rows of different texts, so that a model which mixes rows or counts columns is found out.
-    ids = torch.arange(2 * _PROBE_TOKENS, device=window.device).view(2, -1) * 7 % window.vocab_size
-    logits = _own_logits(window, ids, name)
+def _measure(window: Windowed, ids: Tensor, logits: Tensor, name: str) -> list[Rotation] | None:
+    """See `inspect_base`; `logits` are what the base itself makes of the probe."""
     here, expected = _keys_at(window, ids, 0)
     there, _ = _keys_at(window, ids, _PROBE_SHIFT)
     if not torch.isfinite(expected).all():
         raise NonFiniteError(f"{name} computes NaN or infinity from ordinary tokens: its weights are damaged")
 
-    tables = _frequency_tables(body, ids.device)
-    rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in zip(here, there, strict=True)]
-    has_table = any(
-        n.split(".")[-1] in _POSITION_TABLES for n, m in body.named_modules() if isinstance(m, nn.Embedding)
-    )
+    buffers = window.body.named_buffers()
+    tables = [b.float() for n, b in buffers if n.endswith("inv_freq") and "original" not in n]
+    tables.append(torch.zeros(0, device=ids.device))  # of layers without positions
+    pairs = list(zip(here, there, strict=True))
+    rotations = [explain_shift(old, new, _PROBE_SHIFT, tables) for old, new in pairs]
+    modules = window.body.named_modules()
+    has_table = any(n.split(".")[-1] in _POSITION_TABLES for n, m in modules if isinstance(m, nn.Embedding))
     if None in rotations and (any(rotations) or not has_table):
         noise = _noise(window, ids, here, expected)
-        pairs = zip(here, there, strict=True)
         rotations = [explain_shift(old, new, _PROBE_SHIFT, tables, _allowed(noise)) for old, new in pairs]
         if None in rotations:
             raise UnsupportedArchitectureError(
@@ -135,19 +129,6 @@ def _measure(window: Windowed, name: str) -> list[Rotation] | None:
                 )
     known = [rotation for rotation in rotations if rotation is not None]
     return known if len(known) == len(rotations) else None
-
-
-def _own_logits(window: Windowed, ids: Tensor, name: str) -> Tensor:
-    """What the base says of the probe by itself."""
-    try:
-        return window.base(input_ids=ids, use_cache=False).logits
-    except torch.OutOfMemoryError:
-        raise
-    except _FAILURES as error:
-        raise ConfigurationError(
-            f"{name} does not run by itself ({error!r}): its device, dtype or quantisation must be mended before it is "
-            "wrapped"
-        ) from error
 
 
 def _allowed(noise: float) -> float:
@@ -203,9 +184,3 @@ def _keys_at(window: Windowed, ids: Tensor, offset: int, cut: int = 0) -> tuple[
             f"layers. {SUPPORTED}"
         )
     return [layer.keys for layer in ordinary if layer.keys is not None], torch.cat(states, dim=1)
-
-
-def _frequency_tables(body: nn.Module, device: torch.device) -> list[Tensor]:
-    """All rotary frequency tables among the model's buffers, and the empty one for layers without positions."""
-    tables = [b.float() for n, b in body.named_buffers() if n.endswith("inv_freq") and "original" not in n]
-    return [*tables, torch.zeros(0, device=device)]

@@ -26,10 +26,10 @@ from hippoformer.hippocampus.drift import relative_drift
 from hippoformer.hippocampus.marginals import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
-from hippoformer.model.interface import Model
+from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
 from hippoformer.model.weights import base_fingerprint
 from hippoformer.model.window import window_fill
-from hippoformer.tensors.ragged import last_of
+from hippoformer.ops import last_of
 
 _FORMAT = "hippoformer-memory-1"
 _COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
@@ -258,6 +258,6 @@ def _reread_window(cache: HippoCache, model: Model) -> None:
     memory = cache.memory
     fill = [window_fill(done, model.config) for done in cache.lengths]
     if max(fill):
-        final, inner = model.window.reread(cache, cache.tokens[:, : max(fill)].long(), fill)
+        final, inner = model.window.read(cache, cache.tokens[:, : max(fill)].long(), [0] * len(fill), fill)
         cache.last_output = last_of(final, fill, cache.last_output)
         memory.last_hidden = last_of(inner, fill, memory.last_hidden)

@@ -7,42 +7,45 @@ stream.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
-from hippoformer.configuration import HippoFormerConfig, layers_of_depth
+from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
-from hippoformer.hippocampus.circuit import BaseReading, Hippocampus
+from hippoformer.hippocampus.circuit import BaseReading
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
-from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model import checkpoint
-from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
-from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.generation import GENERATION, Generation
-from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
+from hippoformer.model.inputs import Rows, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
-from hippoformer.model.outputs import HippoFormerOutput, Step
-from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.weights import vocabulary_size
-from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
-from hippoformer.tensors.ragged import column_of, last_of, piece, place
+from hippoformer.model.outputs import HippoFormerOutput, Step, memory_stats, salience_stats
+from hippoformer.ops import column_of, last_of, piece, place
 
 # Probes that keys are fitted to, and tokens at the beginning of each that are left out.
 _PROBES, _FIRST_TOKENS = 16, 4
 # Which parts of which model, by its id, are switched off in calls of the current thread.
 _SWITCHED_OFF: ContextVar[frozenset[tuple[int, str]]] = ContextVar("switched_off", default=frozenset())
+_PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
+# Arguments that transformers hands to any model and that have nothing to say here.
+_HARMLESS = {"position_ids", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
+# Why others cannot be served.
+_NOT_TAKEN = {
+    "inputs_embeds": "embeddings name no tokens, and the memory stores and recalls tokens: give input_ids",
+    "output_attentions": "a token attends to slots of a window that moves with each segment, so there is no matrix of "
+    "all tokens by all tokens: ask the base alone, model.base(input_ids, output_attentions=True)",
+}
 
 
-class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
+class HippoFormer(Generation, GenerationMixin):
     """Any causal language model of transformers with a bounded, learned, persistent memory.
 
     Args:
@@ -54,96 +57,6 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         UnsupportedArchitectureError, ConfigurationError, NonFiniteError, BaseModelNotFoundError.
     """
 
-    config: HippoFormerConfig
-    config_class = HippoFormerConfig
-    base_model_prefix = "base"
-    main_input_name = "input_ids"
-    _is_stateful = True  # what was consolidated cannot be rolled back: `generate` refuses assistants
-    _supports_sdpa = True
-
-    def __init__(self, config: HippoFormerConfig, base_model: PreTrainedModel | None = None) -> None:
-        if base_model is None:
-            attention = config._attn_implementation or "sdpa"
-            if torch.empty(0).device.type == "meta":
-                base_model = empty_base_model(config.base_model_name, attn_implementation=attention)
-            else:
-                base_model = load_base_model(config.base_model_name, attn_implementation=attention)
-        base_model = unwrap(base_model)
-        text = base_model.config.get_text_config(decoder=True)
-        check_foreign_adapters(base_model, config)
-        config.base_adapters = foreign_adapters(base_model)
-        window = WindowedBase(base_model, config)
-        config.vocab_size, config.hidden_size = window.vocab_size, window.hidden_size
-        config.num_hidden_layers = window.n_layers
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "_attn_implementation"):
-            setattr(config, name, getattr(text, name, None))
-        if config.memory_layer is None:
-            config.memory_layer = layers_of_depth(window.n_layers)
-        super().__init__(config)
-        if max(config.memory_layers) > window.n_layers:
-            raise ConfigurationError(f"memory_layer={config.memory_layer}, but the base has {window.n_layers} layers")
-        if config.lora is not None:
-            add_lora(base_model, config)
-        elif config.freeze_base:
-            base_model.requires_grad_(False)
-        self.base = base_model
-        self.hippocampus = Hippocampus(text.hidden_size, window.vocab_size, config).to(window.device)
-        self.window = window
-        self.spelling: Spelling | None = None
-        self.generation_config = base_model.generation_config
-        self._made_empty = base_model.device.type == "meta"
-        self.post_init()
-        self.eval()
-
-    # ---------------------------------------------------------------- weights
-
-    def init_weights(self) -> None:
-        """Draws all weights of a model that was made on the meta device and moved off it by `to_empty`.
-
-        Any other model has its weights, and keeps them.
-        """
-        if self._made_empty and self.device.type != "meta":
-            self.base.init_weights()
-            fresh = Hippocampus(self.config.hidden_size, self.config.vocab_size, self.config)
-            self.hippocampus.load_state_dict(fresh.state_dict())
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Sets the base's."""
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The base's language-model head."""
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Sets the base's language-model head."""
-        self.base.set_output_embeddings(new_embeddings)
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Not as transformers does it.
-
-        Raises:
-            ConfigurationError: always, naming what to call.
-        """
-        raise ConfigurationError(NO_CHECKPOINTING)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resizes the base's embeddings and head, as in transformers; the hippocampus and all caches follow."""
-        embeddings = self.base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.take_vocabulary()
-        return embeddings
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the base's embeddings."""
-        return self.config.vocab_size
-
     # ---------------------------------------------------------------- state
 
     def new_cache(self, batch_size: int = 1) -> HippoCache:
@@ -151,40 +64,12 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         if batch_size < 1:
             raise InputError(f"a cache needs at least one row, got batch_size={batch_size}")
         self.take_vocabulary()
-        device, dtype = self.device, self.dtype
-        memory = self.hippocampus.empty_state(batch_size, dtype, device)
-        last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=dtype, device=device)
+        memory = self.hippocampus.empty_state(batch_size, self.dtype, self.device)
+        last_output = torch.zeros(batch_size, self.config.hidden_size, dtype=self.dtype, device=self.device)
         passages = None
         if self.spelling is not None and self.config.passage_tokens:
             passages = Passages(batch_size, self.spelling, self.config.passage_tokens)
-        return HippoCache(self.window.new_cache(batch_size, device), memory, last_output, self, passages)
-
-    def set_tokenizer(self, tokenizer: Any, words: bool = True) -> None:
-        """Tells how the vocabulary is spelled, so that what is read can be kept as text (`HippoCache.passages`).
-
-        Args:
-            tokenizer: of the base. words: also tell recall which tokens are the same word (`Recall.set_words`), which
-                a saved hippocampus knows already.
-        """
-        self.spelling = Spelling.of(tokenizer, self.config.vocab_size)
-        if words:
-            self.hippocampus.recall.set_words(self.spelling.words(), self.spelling.endings())
-
-    @contextmanager
-    def memory_off(self) -> Iterator[None]:
-        """Within it, in this thread, the model is exactly its base with the same window and sinks: nothing is recalled
-        or stored.
-        """
-        with self._without("episodes", "marginals"):
-            yield
-
-    @contextmanager
-    def episodes_off(self) -> Iterator[None]:
-        """Within it, in this thread, nothing is recalled or stored; marginals, where they are kept, go on moving the
-        predictions.
-        """
-        with self._without("episodes"):
-            yield
+        return HippoCache(self.window.new_cache(batch_size, self.device), memory, last_output, self, passages)
 
     @contextmanager
     def _without(self, *parts: str) -> Iterator[None]:
@@ -193,6 +78,18 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             yield
         finally:
             _SWITCHED_OFF.reset(token)
+
+    def memory_off(self) -> AbstractContextManager[None]:
+        """Within it, in this thread, the model is exactly its base with the same window and sinks: nothing is recalled
+        or stored.
+        """
+        return self._without("episodes", "marginals")
+
+    def episodes_off(self) -> AbstractContextManager[None]:
+        """Within it, in this thread, nothing is recalled or stored; marginals, where they are kept, go on moving the
+        predictions.
+        """
+        return self._without("episodes")
 
     @property
     def episodes_on(self) -> bool:
@@ -217,41 +114,18 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         """The first line of `repr`."""
         return f"memory={self.memory!r}"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the base model, and so of its window and the episodes."""
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base model reads its tokens."""
-        return self.window.device
-
-    def take_vocabulary(self) -> None:
-        """Follows a base whose embeddings were resized (`base.resize_token_embeddings`), or whose dtype was changed;
-        called by every call.
-
-        New tokens are words of their own, which nothing was read of; states follow when they are read into.
-        """
-        self.window.follow_dtype()
-        size = vocabulary_size(self.base)
-        if size != self.config.vocab_size:
-            self.window.vocab_size = self.config.vocab_size = size
-            self.hippocampus.resize_vocabulary(size)
-            self.spelling = None if self.spelling is None else self.spelling.resized(size)
+    def _moves(self, cache: HippoCache) -> bool:
+        return cache.memory.marginals.are_kept and self.marginals_on
 
     # ---------------------------------------------------------------- reading
 
     def stream(self, ids: Tensor, lengths: list[int], cache: HippoCache) -> Iterator[Step]:
-        """Reads text step by step; the cache moves along, except for `cache.columns`, which counts what calls were
-        given.
+        """Reads text, a Step for each piece of a segment; the cache moves along, but for `cache.columns`, which counts
+        what calls were given.
 
         Args:
             ids: (R, L) int64 without padding on the left.
             lengths: real tokens of each row, at most L.
-
-        Yields:
-            One Step per piece of a segment.
         """
         start, segment_len = [0] * len(lengths), self.config.segment_len
         while any(s < n for s, n in zip(start, lengths, strict=True)):
@@ -263,9 +137,8 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             start = [s + n for s, n in zip(start, new, strict=True)]
 
     def _step(self, ids: Tensor, start: list[int], new: list[int], cache: HippoCache) -> Step:
-        with self.window.tapped() as states:
-            final = self.window.read(cache, ids, cache.lengths, new)
-        hidden, before = states(final), cache.memory
+        final, hidden = self.window.read(cache, ids, cache.lengths, new)
+        before = cache.memory
         if not torch.isfinite(hidden).all():
             raise NonFiniteError("the base model computed NaN or infinity: check its weights and its precision")
         # A row's very first token is predicted by nothing.
@@ -280,7 +153,7 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
                 raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load others")
             if found.residual is not None:
                 final = final + found.residual.to(final.dtype)
-                target = self._log_prob(cache.last_output, final, ids, predicted)
+                target = self.window.log_prob_of(_shifted(cache.last_output, final), ids)
             fused = mix_target(target, found.prior_mixture, found.prior_nothing, found.hit)
             target, cache.written = torch.where(predicted, fused, 0.0), True
             if cache.passages is not None and not cache.frozen:
@@ -294,30 +167,20 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         cache.last_output = last_of(final, new, cache.last_output)
         cache.lengths = reading.done
         self.window.end_segment(cache, cache.lengths, ended)
-        return Step(
-            start=start,
-            new=new,
-            base_log_prob=base,
-            prior_log_prob=prior,
-            target_log_prob=target,
-            hidden=hidden,
-            output=final,
-            window=self.window,
-            found=found,
-            shifts=(shift, cache.memory.marginals.shift) if self._moves(cache) else None,
-        )
+        shifts = (shift, cache.memory.marginals.shift) if self._moves(cache) else None
+        return Step(start, new, base, prior, target, hidden, final, self.window, found, shifts)
 
     def _base_log_probs(
         self, final: Tensor, ids: Tensor, new: list[int], cache: HippoCache, predicted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(R, N) log p of a step's tokens under the base, and as the row's marginals move it; these count the tokens,
-        unless the memory is frozen.
+        unless the memory is frozen. 0 where nothing predicts a token.
         """
         last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
+        states = _shifted(last, final)
         if not self._moves(cache):
-            log_prob = self._log_prob(last, final, ids, predicted)
+            log_prob = torch.where(predicted, self.window.log_prob_of(states, ids), 0.0)
             return log_prob, log_prob
-        states = torch.cat((last.unsqueeze(1), final[:, :-1]), dim=1)
         real = torch.arange(ids.shape[1], device=ids.device) < column_of(new, ids.device)
         marginals, counted = cache.memory.marginals, predicted & real
         plain, moved, expected = self.window.moved_log_prob_of(states, ids, marginals.shift, counted)
@@ -325,21 +188,9 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
         return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
 
-    def _log_prob(self, last: Tensor, states: Tensor, ids: Tensor, predicted: Tensor) -> Tensor:
-        """(R, N) log p of each token by the state (last (R, D), then states (R, N, D)) before it; 0 where not
-        predicted.
-        """
-        before = torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
-        return torch.where(predicted, self.window.log_prob_of(before, ids), 0.0)
-
-    def _moves(self, cache: HippoCache) -> bool:
-        return cache.memory.marginals.are_kept and self.marginals_on
-
+    @torch.no_grad()
     def score(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: HippoCache | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: HippoCache | None = None
     ) -> Tensor:
         """Log-probability of every token given the tokens of its row before it.
 
@@ -352,11 +203,10 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         Returns:
             (R, T - 1) float32, entry t - 1 for token t; 0 at padding and at each row's first token.
         """
-        with torch.no_grad():
-            rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
-            log_probs = torch.zeros(rows.ids.shape, device=rows.ids.device)
-            for step in self.stream(rows.ids, rows.lengths, cache):
-                place(log_probs, step.target_log_prob, step.start, step.new, rows.order)
+        rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
+        log_probs = torch.zeros(rows.ids.shape, device=rows.ids.device)
+        for step in self.stream(rows.ids, rows.lengths, cache):
+            place(log_probs, step.target_log_prob, step.start, step.new, rows.order)
         cache.count(rows.ids, rows.lengths)
         return log_probs[:, 1:]
 
@@ -403,30 +253,25 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
             return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
         rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
-        ids, lengths, order = rows.ids, rows.lengths, rows.order
-        n_columns = ids.shape[1]
         following = None if labels is None else rows.following(labels, self.config.vocab_size)
-        keep = n_columns if logits_to_keep == 0 or following is not None else min(logits_to_keep, n_columns)
-        # Of each row, how many real tokens come before the kept columns.
-        skipped = [
-            sum(1 for c in row[:n] if c < n_columns - keep) for row, n in zip(order.tolist(), lengths, strict=True)
-        ]
-
-        logits: Tensor | None = None
-        nll, counted = torch.zeros((), device=ids.device), 0
-        salience, importance = torch.zeros_like(ids, dtype=torch.float), torch.zeros_like(ids, dtype=torch.float)
-        replayed = 0
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         cache.wanted_states = output_hidden_states
-        hidden_states: list[Tensor | None] | None = None
-        for step in self.stream(ids, lengths, cache):
+        n_columns, order = rows.ids.shape[1], rows.order
+        keep = n_columns if logits_to_keep == 0 or following is not None else min(logits_to_keep, n_columns)
+        # Of each row, how many real tokens come before the kept columns.
+        skipped = (rows.real & (order < n_columns - keep)).sum(1).tolist()
+        salience, importance = (torch.zeros_like(rows.ids, dtype=torch.float) for _ in range(2))
+        logits: Tensor | None = None
+        hidden_states: tuple[Tensor | None, ...] | None = None
+        nll, counted, replayed = salience.new_zeros(()), 0, 0
+        for step in self.stream(rows.ids, rows.lengths, cache):
             if cache.hidden_states is not None:
                 if hidden_states is None:
-                    hidden_states = [
-                        None if part is None else part.new_zeros(*ids.shape, part.shape[-1])
+                    hidden_states = tuple(
+                        None if part is None else part.new_zeros(*rows.ids.shape, part.shape[-1])
                         for part in cache.hidden_states
-                    ]
+                    )
                 for whole, part in zip(hidden_states, cache.hidden_states, strict=True):
                     if whole is not None and part is not None:
                         place(whole, part, step.start, step.new, order)
@@ -444,44 +289,37 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
                     logits = log_probs  # one step, no padding: nothing to put together
                 else:
                     if logits is None:
-                        logits = log_probs.new_zeros(ids.shape[0], keep, log_probs.shape[-1])
+                        logits = log_probs.new_zeros(len(order), keep, log_probs.shape[-1])
                     place(logits, log_probs, start, new, order - (n_columns - keep))
             if step.found is not None:
                 place(salience, step.found.salience.detach().float(), step.start, step.new, order)
                 place(importance, step.found.importance.detach().float(), step.start, step.new, order)
-                if step.found.replayed is not None:
-                    replayed += int(step.found.replayed.sum())
-        cache.count(ids, lengths)
+                replayed += 0 if step.found.replayed is None else int(step.found.replayed.sum())
+        cache.count(rows.ids, rows.lengths)
         cache.wanted_states, cache.hidden_states = False, None
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
-        denominator = max(counted, 1) if denominator is None else denominator
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
         output = HippoFormerOutput(
-            loss=None if following is None else nll / denominator,
-            logits=logits if logits is not None else torch.zeros(ids.shape[0], keep, self.config.vocab_size),
+            loss=None if following is None else nll / (max(counted, 1) if denominator is None else denominator),
+            logits=logits if logits is not None else salience.new_zeros(len(order), keep, self.config.vocab_size),
             past_key_values=cache if use_cache else None,
-            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            hidden_states=hidden_states,
             salience_scores=salience if return_salience else None,
             importance_weights=importance if return_salience else None,
             memory_stats=memory_stats(cache, replayed) if return_memory_stats else None,
             drift_stats=dict(cache.drift) if return_memory_stats else None,
-            salience_stats=salience_stats(salience[real]) if return_memory_stats else None,
+            salience_stats=salience_stats(salience.gather(1, order)[rows.real]) if return_memory_stats else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _prepare(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: HippoCache | None
-    ) -> tuple[Rows, HippoCache]:
+    def _prepare(self, input_ids: Tensor, mask: Tensor | None, cache: HippoCache | None) -> tuple[Rows, HippoCache]:
         """The rows of a call without padding, and the state that they continue."""
-        check_token_ids(input_ids)
         if cache is None:
-            cache = self.new_cache(input_ids.shape[0])
+            cache = self.new_cache(*input_ids.shape[:1])
         elif isinstance(cache, HippoCache):
             cache.leave_inference_mode()
             cache.follow_model()
-        return squeeze_padding(input_ids, attention_mask, cache, self.config.vocab_size, self.device), cache
+        return squeeze_padding(input_ids, mask, cache, self.config.vocab_size, self.device), cache
 
     @torch.no_grad()
     def next_log_probs(self, cache: HippoCache) -> Tensor:
@@ -502,8 +340,6 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         mixture, nothing = vote.mixture.unsqueeze(1), vote.nothing.unsqueeze(1)
         return mix_distribution(log_probs, mixture, nothing, vote.weights.unsqueeze(1), vote.token).squeeze(1)
 
-    # ---------------------------------------------------------------- probes
-
     @torch.no_grad()
     def centre_keys(self) -> None:
         """Fits untrained keys to this base, by the states of its probes (`Recall.centre`).
@@ -515,17 +351,7 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         hidden = self.hippocampus.normed(self.window.hidden_of(ids.to(self.device).long()).float())
         self.hippocampus.recall.centre(hidden[:, min(_FIRST_TOKENS, ids.shape[1] - 1) :].flatten(0, 1))
 
-    @torch.no_grad()
-    def anchors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How this model encodes probes (A, L): keys (A L, K) and values (A L, U), float32."""
-        self.take_vocabulary()
-        recall = self.hippocampus.recall
-        hidden = self.hippocampus.normed(
-            self.window.hidden_of(ids.to(self.device).long()).to(recall.key_proj.weight.dtype)
-        )
-        return recall.encode_key(hidden).flatten(0, 1).float(), recall.encode_value(hidden).flatten(0, 1).float()
-
-    # ---------------------------------------------------------------- files and numbers
+    # ---------------------------------------------------------------- files
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -547,11 +373,12 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
                 `push_to_hub`.
             options: others that transformers' models take (shard sizes, file formats) change nothing here.
         """
+        if not is_main_process:
+            return
         folder = Path(save_directory)
-        if is_main_process:
-            checkpoint.save(self, folder, state_dict)
-            checkpoint.write_card(self, folder, folder.name)
-        if push_to_hub and is_main_process:
+        checkpoint.save(self, folder, state_dict)
+        checkpoint.write_card(self, folder, folder.name)
+        if push_to_hub:
             asked = {name: value for name, value in options.items() if name in _PUSH_OPTIONS}
             self.push_to_hub(repo_id or folder.name, **asked)
 
@@ -559,16 +386,12 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         """Uploads what `save_pretrained` writes, with a model card where the repository has none.
 
         Args:
-            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`.
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr`; no others.
 
         Returns:
             What the hub says about the commit.
-
-        Raises:
-            ConfigurationError: an option that does not exist.
         """
-        unknown = sorted(set(options) - _PUSH_OPTIONS)
-        if unknown:
+        if unknown := sorted(options.keys() - _PUSH_OPTIONS):
             raise ConfigurationError(
                 f"push_to_hub does not take {', '.join(unknown)}: expected {sorted(_PUSH_OPTIONS)}"
             )
@@ -615,47 +438,10 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         """What `HippoCache.load` does; see `memory_file.load_memory`."""
         return load_memory(self, path)
 
-    def merge_lora(self) -> PreTrainedModel:
-        """Makes the adapters part of the base's weights; the model reads on as before, and is saved with its own base.
 
-        Returns:
-            The base, an ordinary model of transformers: save it, and train a hippocampus on it with its weights frozen.
-
-        Raises:
-            ConfigurationError: no adapters.
-        """
-        if self.config.lora is None:
-            raise ConfigurationError("this model has no adapters to merge: lora is None")
-        merge_lora(self.base)
-        self.config.lora, self.config.freeze_base = None, False
-        return self.base
-
-    def get_num_trainable_params(self) -> int:
-        """Number of parameters that training changes."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def get_num_total_params(self) -> int:
-        """Number of parameters, base included."""
-        return sum(p.numel() for p in self.parameters())
-
-    def reset_memory(self) -> None:
-        """Kept from the original's interface: a model holds no memory here, the cache object does.
-
-        Raises:
-            InputError: always, naming what to call.
-        """
-        raise InputError("the memory is in the cache object: call cache.reset(), or start with model.new_cache()")
+def _shifted(last: Tensor, states: Tensor) -> Tensor:
+    """(R, N, D) the state before each token: `last` (R, D), then `states` (R, N, D) but for their last."""
+    return torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
 
 
 AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)
-
-
-_PUSH_OPTIONS = {"commit_message", "commit_description", "private", "token", "revision", "create_pr"}
-# Arguments that transformers hands to any model and that have nothing to say here.
-_HARMLESS = {"position_ids", "num_items_in_batch", "cache_position", "token_type_ids", "tokenizer"}
-# Why others cannot be served.
-_NOT_TAKEN = {
-    "inputs_embeds": "embeddings name no tokens, and the memory stores and recalls tokens: give input_ids",
-    "output_attentions": "a token attends to slots of a window that moves with each segment, so there is no matrix of "
-    "all tokens by all tokens: ask the base alone, model.base(input_ids, output_attentions=True)",
-}

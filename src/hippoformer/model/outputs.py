@@ -1,4 +1,4 @@
-"""What reading gives: the output of a call, and of one step of the stream."""
+"""What reading gives: the output of a call, of one step of the stream, and numbers about both."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -79,3 +79,37 @@ class Step:
             return log_probs
         nothing, weights = self.found.recollection.nothing[:, first:], self.found.recollection.weights[:, first:]
         return mix_distribution(log_probs, self.found.mixture[:, first:], nothing, weights, self.found.token)
+
+
+def memory_stats(cache: HippoCache, reactivated: int) -> dict[str, Any]:
+    """State of the store after a call, means over all rows, for `return_memory_stats` and for logs.
+
+    Returns:
+        utilisation (share of `buffer_size`), stored (episodes per row), mean priority, effective priority and age of
+        stored episodes (0 for an empty store), `reactivated` by replay in this call, and bytes of state.
+    """
+    n_stored = cache.config.buffer_size
+    store = cache.memory.episodes.slots(0, n_stored)
+    n_valid = store.valid.sum().clamp_min(1)
+    of_episodes = {
+        "mean_priority": store.priority,
+        "mean_effective_priority": store.effective_priority(cache.config.decay),
+        "mean_age": store.age,
+    }
+    return {
+        "stored": store.valid.sum(-1).tolist(),
+        "utilisation": float(store.valid.float().mean()) if n_stored else 0.0,
+        **{name: float(torch.where(store.valid, of, 0.0).sum() / n_valid) for name, of in of_episodes.items()},
+        "reactivated": reactivated,
+        "window_nbytes": cache.window_nbytes,
+        "memory_nbytes": cache.memory_nbytes,
+    }
+
+
+def salience_stats(salience: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and tagged share (above 0.5) of the salience of real tokens, a flat tensor."""
+    return {
+        "mean": float(salience.mean()),
+        "std": float(salience.std(unbiased=False)),
+        "tagged_share": float((salience > 0.5).float().mean()),
+    }

@@ -35,10 +35,9 @@ def as_text(passages: Sequence[Passage], spelling: Spelling) -> str:
 def reread(
     cache: HippoCache, query_ids: Tensor, attention_mask: Tensor | None = None, n_tokens: int = 256
 ) -> HippoCache:
-    """A copy of a state that has read again what fits a query, and in which the query can be read next.
+    """A copy of a state that has read again what fits a query and has left the window; the query can be read next.
 
-    Only what has left the window is read again. For a base without a chat template; a `Conversation` puts what it
-    retrieves into the user's turn.
+    For a base without a chat template; a `Conversation` puts what it retrieves into the user's turn.
 
     Args:
         cache: of R rows; it stays as it is. query_ids, attention_mask, n_tokens: as for `HippoCache.retrieve`.

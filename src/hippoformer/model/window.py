@@ -10,8 +10,10 @@ Models with learned absolute positions cannot turn their keys: they read the kep
 Nothing here goes by a model's name: `inspect_base` measures how each layer moves its keys.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,16 +27,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, InputError, UnsupportedArchitectureError
 from hippoformer.model.inspection import inspect_base
-from hippoformer.model.taps import listening
 from hippoformer.model.weights import computing_device, vocabulary_size
-from hippoformer.tensors.masks import additive, window_mask
-from hippoformer.tensors.rotation import Rotation
-from hippoformer.tensors.selection import put, take
+from hippoformer.ops import Rotation, additive, column_of, put, take, window_mask
 
 NO_CHECKPOINTING = (
     "transformers' gradient checkpointing takes the key/value cache away from the layers, and the window is one: leave "
     "it off, and call hippoformer.training.layers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
 )
+# Who listens to which layer in calls of the current thread. A layer gets one permanent hook, which looks its listener
+# up here, so that nothing of a call lives on the shared base.
+_LISTENERS: ContextVar[Mapping[nn.Module, Callable[[Any], None]]] = ContextVar("listeners")
+_HOOKING, _HOOKED = threading.Lock(), "_hippoformer_tap"
 # Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
 _HEAD_BLOCK = 64
 
@@ -64,6 +67,7 @@ class WindowLayer(CacheLayerMixin):
     """Key/value slots of one attention layer: (R, key/value heads, C + 1, head size), the last one spare."""
 
     is_sliding = False
+    is_croppable = False  # see HippoCache.crop
     keys: Tensor
     values: Tensor
 
@@ -73,13 +77,8 @@ class WindowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates the slots like the first keys and values, (R, heads, N, head size)."""
-
-        def slots(like: Tensor) -> Tensor:
-            return like.new_zeros(like.shape[0], like.shape[1], self.n_slots + 1, like.shape[3])
-
-        self.keys, self.values = slots(key_states), slots(value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        of = (key_states, value_states)
+        self.fill(*(like.new_zeros(*like.shape[:2], self.n_slots + 1, like.shape[3]) for like in of))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, placement: Placement, **_: object
@@ -93,8 +92,7 @@ class WindowLayer(CacheLayerMixin):
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Takes whole slot tensors, (R, heads, C + 1, head size)."""
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
         self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -109,9 +107,7 @@ class WindowLayer(CacheLayerMixin):
         """No limit on the stream."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` in the first releases of transformers 5, where it is abstract."""
-        return -1
+    get_max_cache_shape = get_max_length  # its name in the first releases of transformers 5, where it is abstract
 
 
 def _write(slots: Tensor, new: Tensor, placement: Placement) -> Tensor:
@@ -170,12 +166,12 @@ class WindowedBase:
         dtype, before = self.base.dtype, self._tables
         if dtype == self._dtype and all(getattr(module, name) is table for module, name, table in before):
             return
-        same = dtype == self._dtype
-        self._dtype, self._tables = dtype, _frequency_buffers(self.body)
+        tables = _frequency_buffers(self.body)
         # A wrapper may put other tensors of the same numbers there, and cannot run what the measurement runs.
-        same = same and len(before) == len(self._tables)
-        for (*_, old), (*_, new) in zip(before, self._tables, strict=False):
+        same = dtype == self._dtype and len(before) == len(tables)
+        for (*_, old), (*_, new) in zip(before, tables, strict=False):
             same = same and not old.is_meta and old.dtype == new.dtype and torch.equal(old, new.to(old.device))
+        self._dtype, self._tables = dtype, tables
         if not same:
             self.rotations = inspect_base(self)
 
@@ -190,22 +186,22 @@ class WindowedBase:
         tokens = torch.zeros(rows, self.config.window_slots + 1, dtype=torch.int32, device=device)
         return WindowCache([WindowLayer(self.config.window_slots) for _ in range(self.n_layers)], tokens)
 
-    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int]) -> Tensor:
+    def read(self, cache: "WindowCache", ids: Tensor, done: list[int], new: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states of up to a segment's worth of tokens; keys and values go into the cache.
 
         Args:
-            cache: the window of each row.
             ids: (R, N), padding on the right.
             done, new: tokens each row has read, and how many of the N are real.
 
         Returns:
-            (R, N, D), after the base's final norm.
+            (R, N, D), after the base's final norm; and (R, N, n D), what the hippocampus reads.
         """
-        fill = [window_fill(d, self.config) for d in done]
-        return self.read_at(cache, ids, fill, new)
+        with self.tapped() as states:
+            final = self.read_at(cache, ids, [window_fill(d, self.config) for d in done], new)
+        return final, states(final)
 
     def read_at(self, cache: "WindowCache", ids: Tensor, fill: list[int], new: list[int]) -> Tensor:
-        """The same from given slots on: `fill` says how many each row has in use.
+        """The final hidden states alone, from given slots on: `fill` says how many each row has in use.
 
         Raises:
             ConfigurationError: gradient checkpointing of transformers is on.
@@ -214,11 +210,10 @@ class WindowedBase:
             getattr(module, "gradient_checkpointing", False) for module in self.body.modules()
         ):
             raise ConfigurationError(NO_CHECKPOINTING)
-        device, n = ids.device, ids.shape[1]
-        column = torch.arange(n, device=device)
-        padded = column >= torch.tensor(new, device=device).unsqueeze(-1)
-        slots = torch.tensor(fill, device=device).unsqueeze(-1) + column
-        slots = slots.masked_fill(padded, self.config.window_slots)
+        n = ids.shape[1]
+        column = torch.arange(n, device=ids.device)
+        padded = column >= column_of(new, ids.device)
+        slots = (column_of(fill, ids.device) + column).masked_fill(padded, self.config.window_slots)
         limit = max(f + m for f, m in zip(fill, new, strict=True))
         same = len(set(fill)) == 1 and min(new) == n
         cache.placement = Placement(slots, limit, fill[0] if same else None)
@@ -263,8 +258,7 @@ class WindowedBase:
     def log_prob_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Log-probability (R, N) float32 of one token each under the head's distribution for hidden (R, N, D).
 
-        In blocks, so that the distributions over the vocabulary never exist all at once; with gradients each block is
-        computed again on the way back.
+        In blocks, so that the distributions over the vocabulary never exist all at once.
         """
 
         def of_block(states: Tensor, targets: Tensor) -> Tensor:
@@ -272,11 +266,7 @@ class WindowedBase:
             return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
         blocks = zip(hidden.flatten(0, 1).split(_HEAD_BLOCK), ids.flatten().split(_HEAD_BLOCK), strict=True)
-        if torch.is_grad_enabled():
-            parts = [checkpoint(of_block, states, targets, use_reentrant=False) for states, targets in blocks]
-        else:
-            parts = [of_block(states, targets) for states, targets in blocks]
-        return torch.cat(parts).view(ids.shape)
+        return torch.cat(_of_blocks(of_block, blocks)).view(ids.shape)
 
     def moved_log_prob_of(
         self, hidden: Tensor, ids: Tensor, shift: Tensor, counted: Tensor
@@ -305,11 +295,7 @@ class WindowedBase:
         factors = torch.exp(shift).unsqueeze(-1)  # (R, V, 1)
         columns = max(1, _HEAD_BLOCK // hidden.shape[0])
         blocks = zip(*(part.split(columns, dim=1) for part in (hidden, ids, counted)), strict=True)
-        if torch.is_grad_enabled():
-            parts = [checkpoint(of_block, *block, use_reentrant=False) for block in blocks]
-        else:
-            parts = [of_block(*block) for block in blocks]
-        plain, moved, expected = zip(*parts, strict=True)
+        plain, moved, expected = zip(*_of_blocks(of_block, blocks), strict=True)
         return torch.cat(plain, dim=1), torch.cat(moved, dim=1), torch.stack(expected).sum(0)
 
     def layer(self, number: int) -> nn.Module:
@@ -327,18 +313,10 @@ class WindowedBase:
             final = self.body(input_ids=ids, use_cache=False).last_hidden_state
         return states(final)
 
-    def reread(self, cache: "WindowCache", ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Fills the window anew from its tokens (R, N); returns the final hidden states, and what the hippocampus
-        reads.
-        """
-        with self.tapped() as states:
-            final = self.read_at(cache, ids, [0] * len(lengths), lengths)
-        return final, states(final)
-
     @contextmanager
     def tapped(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Listens to the memory layers during the one call within; gives a function from that call's final hidden
-        states (R, N, D) to those of the memory layers side by side (R, N, n D).
+        """Listens to the memory layers during the one call within, in this thread; gives a function from that call's
+        final hidden states (R, N, D) to those of the memory layers side by side (R, N, n D).
         """
         layers, outputs = self.config.memory_layers, dict[int, Tensor]()
 
@@ -349,8 +327,17 @@ class WindowedBase:
             parts = [final if layer == -1 else outputs[layer] for layer in layers]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-        with listening({self.layer(layer): partial(note, layer) for layer in layers if layer != -1}):
+        listeners = {self.layer(layer): partial(note, layer) for layer in layers if layer != -1}
+        with _HOOKING:
+            for module in listeners:
+                if not hasattr(module, _HOOKED):
+                    module.register_forward_hook(_tell_listener)
+                    setattr(module, _HOOKED, True)
+        token = _LISTENERS.set(listeners)
+        try:
             yield states
+        finally:
+            _LISTENERS.reset(token)
 
     def end_segment(self, cache: "WindowCache", done: list[int], rows: list[int]) -> None:
         """Drops what left the window of the given rows, each at a segment end, and moves the rest up."""
@@ -366,35 +353,40 @@ class WindowedBase:
         source = source.clamp_max(config.window_slots)
         everyone = len(rows) == cache.tokens.shape[0]
 
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor if everyone else tensor.index_select(0, index)
+        def picked(slots: Tensor) -> Tensor:
+            """Keys or values of the rows, moved up."""
+            slots = slots if everyone else slots.index_select(0, index)
+            return slots.gather(2, source[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
 
         def store(tensor: Tensor, new: Tensor) -> Tensor:
             return new if everyone else tensor.index_copy(0, index, new)
 
-        tokens = take(pick(cache.tokens), source)
+        tokens = take(cache.tokens if everyone else cache.tokens.index_select(0, index), source)
         cache.tokens = store(cache.tokens, tokens)
         if self.rotations is None:
             fresh = self.new_cache(len(rows), tokens.device)
             kept = config.sink_tokens + config.window
             self.read_at(fresh, tokens[:, :kept].long(), [0] * len(rows), [kept] * len(rows))
-            layers = [(layer.keys, layer.values) for layer in fresh.layers]
-        else:
-            layers = [
-                (self._turned(pick(layer.keys), source, moved, rotation), self._moved(pick(layer.values), source))
-                for layer, rotation in zip(cache.layers, self.rotations, strict=True)
-            ]
-        for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-            layer.keys, layer.values = store(layer.keys, keys), store(layer.values, values)
+            for layer, new in zip(cache.layers, fresh.layers, strict=True):
+                layer.keys, layer.values = store(layer.keys, new.keys), store(layer.values, new.values)
+            return
+        sinks = config.sink_tokens
+        for layer, rotation in zip(cache.layers, self.rotations, strict=True):
+            keys = picked(layer.keys)
+            keys = torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
+            layer.keys, layer.values = store(layer.keys, keys), store(layer.values, picked(layer.values))
 
-    @staticmethod
-    def _moved(slots: Tensor, source: Tensor) -> Tensor:
-        index = source[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3])
-        return slots.gather(2, index)
 
-    def _turned(self, keys: Tensor, source: Tensor, moved: Tensor, rotation: Rotation) -> Tensor:
-        keys, sinks = self._moved(keys, source), self.config.sink_tokens
-        return torch.cat((keys[:, :, :sinks], rotation.shift(keys[:, :, sinks:], -moved)), dim=2)
+def _of_blocks(function: Callable[..., Any], blocks: Iterable[tuple[Tensor, ...]]) -> list[Any]:
+    """A function of each block; with gradients it is computed again on the way back."""
+    if torch.is_grad_enabled():
+        return [checkpoint(function, *block, use_reentrant=False) for block in blocks]
+    return [function(*block) for block in blocks]
+
+
+def _tell_listener(layer: nn.Module, args: object, output: Any) -> None:
+    if listener := _LISTENERS.get({}).get(layer):
+        listener(output)
 
 
 def _frequency_buffers(body: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
