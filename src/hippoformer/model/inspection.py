@@ -40,6 +40,7 @@ class Windowed(Protocol):
     body: nn.Module
     config: HippoFormerConfig
     n_layers: int
+    cache_name: str
     vocab_size: int
 
     @property
@@ -189,7 +190,7 @@ def _keys_at(window: Windowed, ids: Tensor, offset: int, cut: int = 0) -> tuple[
     """
     cache, position_ids = DynamicCache(), torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + offset
     states = [
-        window.body(input_ids=part, position_ids=where, past_key_values=cache, use_cache=True).last_hidden_state
+        window.body(input_ids=part, position_ids=where, use_cache=True, **{window.cache_name: cache}).last_hidden_state
         for part, where in zip(ids.tensor_split([cut], 1), position_ids.tensor_split([cut], 1), strict=True)
         if part.shape[1]
     ]

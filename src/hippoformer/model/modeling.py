@@ -30,7 +30,7 @@ from hippoformer.model.cache import HippoCache
 from hippoformer.model.generation import GENERATION, Generation
 from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
-from hippoformer.model.outputs import HippoFormerOutput, Step
+from hippoformer.model.outputs import CACHE, HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
 from hippoformer.model.weights import vocabulary_size
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
@@ -357,6 +357,7 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         logits_to_keep: int = 0,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        cache: HippoCache | None = None,
         **kwargs: Any,
     ) -> HippoFormerOutput | tuple[Any, ...]:
         """Reads `input_ids` after whatever the cache has read.
@@ -365,7 +366,8 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             input_ids: (R, T).
             attention_mask: (R, T), or (R, what the cache has read + T); 0 marks padding, on either side.
             labels: (R, T), -100 where not counted; usually input_ids itself. Padding is never counted.
-            past_key_values: state to continue, updated in place; None starts anew.
+            past_key_values: state to continue, updated in place; None starts anew. cache: the same, in the words of
+                transformers from 5.24 on.
             use_cache: whether the output carries the state.
             return_salience, return_memory_stats: what else the output carries.
             logits_to_keep: only the last so many columns of logits; 0 for all.
@@ -377,6 +379,7 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
                 outside the vocabulary, a mask or labels of a wrong shape, a row that has read nothing but padding.
             NonFiniteError: NaN in what the base computes.
         """
+        past_key_values = past_key_values if cache is None else cache
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
         if unknown:
@@ -386,7 +389,8 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
             raise InputError("forward was given no input_ids: expected token ids of shape (rows, tokens)")
         if past_key_values is not None and input_ids.shape[1:] == (0,) and GENERATION.get() is not None:
             log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
-            return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
+            state: dict[str, Any] = {CACHE: past_key_values}
+            return HippoFormerOutput(logits=log_probs.unsqueeze(1), **state)
         rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
         ids, lengths, order = rows.ids, rows.lengths, rows.order
         n_columns = ids.shape[1]
@@ -443,10 +447,11 @@ class HippoFormer(PreTrainedModel, Generation, GenerationMixin):
         denominator = max(counted, 1) if denominator is None else denominator
         real = torch.zeros_like(ids, dtype=torch.bool)
         place(real, torch.ones_like(real), [0] * len(lengths), lengths, order)
+        state = {CACHE: cache if use_cache else None}
         output = HippoFormerOutput(
             loss=None if following is None else nll / denominator,
             logits=logits if logits is not None else torch.zeros(ids.shape[0], keep, self.config.vocab_size),
-            past_key_values=cache if use_cache else None,
+            **state,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
             salience_scores=salience if return_salience else None,
             importance_weights=importance if return_salience else None,
