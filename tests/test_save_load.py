@@ -14,7 +14,7 @@ from hippoformer.errors import CheckpointError, ConfigurationError, HippoFormerE
 from hippoformer.model import checkpoint
 from tiny import awake, same_state, state_of, text, tiny_base
 
-LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
+LORA = {"lora": {"r": 4, "lora_alpha": 8}}
 
 
 def with_adapters(seed: int = 3, size: float = 0.3, **options) -> HippoFormer:

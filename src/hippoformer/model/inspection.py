@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, HippoFormerError, NonFiniteError, UnsupportedArchitectureError
-from hippoformer.model.weights import is_offloaded
+from hippoformer.model.weights import offloaded_owner
 from hippoformer.tensors.rotation import Rotation, explain_shift
 
 SUPPORTED = (
@@ -81,7 +81,7 @@ def inspect_base(window: Windowed) -> list[Rotation] | None:
     if "position_ids" not in inspect.signature(body.forward).parameters:
         raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
     for weight, parameter in base.named_parameters():
-        if parameter.is_meta and not is_offloaded(base, weight):
+        if parameter.is_meta and offloaded_owner(base, weight) is None:
             raise ConfigurationError(
                 f"{name} has no weights: {weight} is on the meta device; load them (from_pretrained) before wrapping"
             )

@@ -24,7 +24,6 @@ from hippoformer.hippocampus.fusion import mix_distribution, mix_target
 from hippoformer.hippocampus.passages import Passages
 from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model import checkpoint
-from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.generation import GENERATION, Generation
@@ -32,7 +31,14 @@ from hippoformer.model.inputs import Rows, check_token_ids, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import CACHE, HippoFormerOutput, Step
 from hippoformer.model.statistics import memory_stats, salience_stats
-from hippoformer.model.weights import vocabulary_size
+from hippoformer.model.weights import (
+    add_lora,
+    check_foreign_adapters,
+    foreign_adapters,
+    merge_lora,
+    unwrap,
+    vocabulary_size,
+)
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
 from hippoformer.tensors.ragged import column_of, last_of, piece, place
 
