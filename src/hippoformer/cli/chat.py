@@ -129,10 +129,9 @@ def _offer_to_save(conversation: Any, ask: Callable[[str], str] | None) -> None:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """An error that was explained is one line, and the talk goes on."""
     try:
         yield
-    except HippoFormerError as error:
+    except HippoFormerError as error:  # was explained: one line, and the talk goes on
         print(f"Error: {error}")
 
 
