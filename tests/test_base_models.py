@@ -88,29 +88,29 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     """Write a Llama as llama.cpp's converter does: rows of queries and keys interleaved for its kind of rotation."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Tiny Llama Mix1")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - len(SPECIAL))
-    )
-    writer.add_token_merges([" ".join(pair) for pair in MERGES])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    entries = {
+        "name": "Tiny Llama Mix1",
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "rope_dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": VOCABULARY,
+        "token_types": [control] * len(SPECIAL) + [normal] * (len(VOCABULARY) - len(SPECIAL)),
+        "token_merges": [" ".join(pair) for pair in MERGES],
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0},
+        "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    }
+    for name, value in entries.items():
+        getattr(writer, f"add_{name}")(value)
     parts = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",

@@ -196,7 +196,10 @@ def test_a_push_uploads_the_memory_and_a_card(api: type[StandInApi], tmp_path: P
     assert 'hippoformer.load("someone/memory")' in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_card_in_the_repository_is_kept_and_a_branch_made(api: type[StandInApi]) -> None:
+def test_a_card_in_the_repository_or_folder_is_kept_and_a_branch_made(api: type[StandInApi], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    awake().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
     api.existing = ("README.md",)
     awake().push_to_hub("me/memory", revision="v2", create_pr=True)
     assert sorted(api.files) == ["config.json", "generation_config.json", "model.safetensors"]
@@ -232,10 +235,6 @@ def test_a_gathered_state_is_saved_in_place_of_the_shards(options: dict[str, Any
         assert torch.equal(HippoFormer.from_pretrained(tmp_path)(ids).logits, expected)
 
 
-def card_of(**options: Any) -> ModelCard:
-    return model_card(awake(**options), "someone/memory")
-
-
 @pytest.mark.parametrize(
     ("options", "base", "relation"),
     [
@@ -246,7 +245,7 @@ def card_of(**options: Any) -> ModelCard:
     ],
 )
 def test_the_card_names_the_base(options: dict[str, Any], base: str | None, relation: str | None) -> None:
-    card = card_of(**options)
+    card = model_card(awake(**options), "someone/memory")
     again = ModelCard(str(card))  # its metadata can be read back
     assert again.data.base_model == base
     assert again.data.to_dict().get("base_model_relation") == relation
@@ -256,13 +255,7 @@ def test_the_card_names_the_base(options: dict[str, Any], base: str | None, rela
 
 def test_the_card_tells_the_facts() -> None:
     options = {"lora": {"r": 4, "target_modules": ["v_proj"]}, "buffer_size": 1234}
-    card = str(card_of(**options))
+    card, plain = (str(model_card(awake(**given), "someone/memory")) for given in (options, {}))
     for fact in (f"| {awake(**options).get_num_trainable_params():,} |", "| 12, 2, 6 tokens |", "1,234, chosen by"):
         assert fact in card
-    assert "LoRA adapters" in card and "| trained | yes |" in card and "LoRA" not in str(card_of())
-
-
-def test_a_card_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
-    awake().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+    assert "LoRA adapters" in card and "| trained | yes |" in card and "LoRA" not in plain

@@ -88,7 +88,7 @@ def test_a_trained_base_is_saved_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 @torch.no_grad()
 def test_other_architectures_come_back(name: str, tmp_path: Path) -> None:
-    model, ids = awake(name, memory_layer=1), text(rows=1, length=50)
+    model, ids = awake(name, memory_layer=1, residual_readout=False), text(rows=1, length=50)
     model.save_pretrained(tmp_path)
     assert torch.equal(HippoFormer.from_pretrained(tmp_path, base_model=tiny_base(name))(ids).logits, model(ids).logits)
 
@@ -276,11 +276,18 @@ def test_memories_of_older_formats_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 10}, {"buffer_size": 8}, {"segment_len": 4}, {"recall_head_dim": 4}, {"memory_layer": 1}]
+    "options",
+    [
+        {"window": 10},
+        {"buffer_size": 8},
+        {"segment_len": 4},
+        {"recall_head_dim": 4},
+        {"memory_layer": 1, "residual_readout": False},
+    ],
 )
 def test_a_memory_of_another_shape_is_refused(options: dict, tmp_path: Path) -> None:
     read_some(awake()).save(tmp_path / "memory.safetensors")
-    (name,) = options
+    name, *_ = options
     with pytest.raises(MemoryFileError, match=name):
         HippoCache.load(tmp_path / "memory.safetensors", awake(**options))
 

@@ -14,18 +14,10 @@ from hippoformer.errors import HippoFormerError
 # Function below hippoformer, the extra whose packages it may need, and what it does.
 COMMANDS = {
     "demo": ("cli.demo.main", "demo", "read a long text in constant memory, and find facts in it again"),
-    "ask": (
-        "cli.memory.ask",
-        "",
-        "answer questions about a text or a saved memory, and show the passages behind each answer",
-    ),
+    "ask": ("cli.memory.ask", "", "answer questions about a text or a saved memory, with the passages behind each"),
     "chat": ("cli.chat.main", "chat", "talk with a model that remembers what has left its window"),
     "memory": ("cli.memory.show", "", "show what a saved memory holds: hippoformer memory show FILE"),
-    "eval": (
-        "cli.eval.main",
-        "evaluate",
-        "measure a model on texts: hippoformer eval perplexity, hippoformer eval recall",
-    ),
+    "eval": ("cli.eval.main", "evaluate", "measure a model on texts: eval perplexity, eval recall"),
     "train": ("train.main", "train", "train a hippocampus on texts"),
     "lm-eval": ("lm_eval.main", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),
 }

@@ -137,11 +137,9 @@ def _errors_shown() -> Iterator[None]:
 
 def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
     """Whether the conversation is now kept elsewhere, or given up."""
-    usage = [line for line in COMMANDS if line.split()[0] == name]
-    if not usage or (argument is None) == (" " in usage[0]):
-        print(
-            f"There is no {name} like this: {usage[0]}" if usage else f"There is no {name}: see /help, or say /{name}"
-        )
+    usage = next((line for line in COMMANDS if line.split()[0] == name), "")
+    if not usage or (argument is None) == (" " in usage):
+        print(f"There is no {name} like this: {usage}" if usage else f"There is no {name}: see /help, or say /{name}")
         return False
     match name:
         case "/help":
@@ -151,8 +149,8 @@ def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
             print(f"{_read(conversation)}, bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories")
             print(episodes_table(cache, conversation.tokenizer, "of this conversation", cache.config.decay, limit=10))
         case "/why":
-            lines = passage_lines(conversation) or ["On nothing but what the model still sees and recalls."]
-            print(*lines, sep="\n")
+            nothing = ["On nothing but what the model still sees and recalls."]
+            print(*passage_lines(conversation) or nothing, sep="\n")
         case "/forget":
             conversation.forget()
             print("Forgotten.")

