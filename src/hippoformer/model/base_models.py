@@ -35,7 +35,6 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, s
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tokenizers import pre_tokenizers
-from torch.utils.benchmark import Timer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -380,9 +379,10 @@ def faster_dtype(stored: torch.dtype, config: PreTrainedConfig) -> torch.dtype:
 
 def seconds(dtype: torch.dtype, rows: int, hidden: int, intermediate: int) -> float:
     """Shortest processor time of a matrix product (rows, hidden) x (hidden, intermediate), on one thread."""
-    matrices = (
-        1 if rows > 1 else min(_MOST_WEIGHTS, math.ceil(_WEIGHT_BYTES / (hidden * intermediate * dtype.itemsize)))
-    )
+    from torch.utils.benchmark import Timer  # slow to import
+
+    nbytes = hidden * intermediate * dtype.itemsize
+    matrices = 1 if rows > 1 else min(_MOST_WEIGHTS, math.ceil(_WEIGHT_BYTES / nbytes))
     names = {"states": torch.ones(rows, hidden, dtype=dtype), "linear": torch.nn.functional.linear}
     names["weights"] = [torch.ones(intermediate, hidden, dtype=dtype) for _ in range(matrices)]
     timer = Timer("for weight in weights: linear(states, weight)", timer=time.thread_time, globals=names, num_threads=1)
