@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hippoformer
-from hippoformer.model.pinned_models import SMOLLM2_135M
+from hippoformer.model.base_models import SMOLLM2_135M
 from tiny_texts import LETTERS, byte_tokenizer, text
 
 ROOT = Path(__file__).resolve().parents[1]

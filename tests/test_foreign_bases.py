@@ -1,6 +1,4 @@
-"""Bases that were not loaded in the ordinary way, or that changed after they were wrapped: they work, or an error names
-the cause.
-"""
+"""Bases that were loaded otherwise, or changed after they were wrapped: they work, or an error names the cause."""
 
 import copy
 from pathlib import Path
@@ -299,9 +297,7 @@ def test_a_learned_prompt_is_refused_by_its_cause() -> None:
 
 
 class Int8Weight(torch.Tensor):
-    """A weight of int8 and a scale for each row, which can be multiplied with and nothing else: as torchao's, tensors
-    made of tensors.
-    """
+    """A weight of int8 and a scale for each row, which can only be multiplied with: made of tensors, as torchao's."""
 
     @staticmethod
     def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> "Int8Weight":
@@ -328,9 +324,7 @@ class Int8Weight(torch.Tensor):
 
 
 class CoarseLinear(nn.Module):
-    """int8 weights in a buffer, and activations rounded to int8 by one scale for the whole batch: what a row becomes
-    depends on the others.
-    """
+    """int8 weights in a buffer, and activations rounded by one scale for the batch: rows depend on each other."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 import hippoformer
 from hippoformer import HippoFormer, HippoFormerConfig
 from hippoformer.errors import ConfigurationError
-from hippoformer.model import checkpoint, pinned_models
-from hippoformer.model.card import model_card
+from hippoformer.model import base_models, checkpoint
+from hippoformer.model.checkpoint import model_card
 from tiny import awake, text, tiny_base
 from tiny_texts import tiny_load, tiny_tokenizer
 
@@ -95,7 +95,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(pinned_models, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(base_models, "get_hf_file_metadata", fail)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -196,7 +196,10 @@ def test_a_push_uploads_the_memory_and_a_card(api: type[StandInApi], tmp_path: P
     assert 'hippoformer.load("someone/memory")' in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_card_in_the_repository_is_kept_and_a_branch_made(api: type[StandInApi]) -> None:
+def test_a_card_in_the_repository_or_folder_is_kept_and_a_branch_made(api: type[StandInApi], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    awake().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
     api.existing = ("README.md",)
     awake().push_to_hub("me/memory", revision="v2", create_pr=True)
     assert sorted(api.files) == ["config.json", "generation_config.json", "model.safetensors"]
@@ -211,7 +214,7 @@ def test_a_trained_base_goes_up_too(api: type[StandInApi]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_lora": True, "lora_r": 4}, {"freeze_base": False}], ids=["frozen", "lora", "trained base"]
+    "options", [{}, {"lora": {"r": 4}}, {"freeze_base": False}], ids=["frozen", "lora", "trained base"]
 )
 @torch.no_grad()
 def test_a_gathered_state_is_saved_in_place_of_the_shards(options: dict[str, Any], tmp_path: Path) -> None:
@@ -232,21 +235,17 @@ def test_a_gathered_state_is_saved_in_place_of_the_shards(options: dict[str, Any
         assert torch.equal(HippoFormer.from_pretrained(tmp_path)(ids).logits, expected)
 
 
-def card_of(**options: Any) -> ModelCard:
-    return model_card(awake(**options), "someone/memory")
-
-
 @pytest.mark.parametrize(
     ("options", "base", "relation"),
     [
         ({"base_model_name": "someone/base"}, "someone/base", "adapter"),
-        ({"base_model_name": "smollm2-135m"}, pinned_models.SMOLLM2_135M.hub_repository, "adapter"),
+        ({"base_model_name": "smollm2-135m"}, base_models.SMOLLM2_135M.hub_repository, "adapter"),
         ({"base_model_name": "someone/base", "freeze_base": False}, "someone/base", "finetune"),
         ({"base_model_name": "/home/me/secret-base"}, None, None),
     ],
 )
 def test_the_card_names_the_base(options: dict[str, Any], base: str | None, relation: str | None) -> None:
-    card = card_of(**options)
+    card = model_card(awake(**options), "someone/memory")
     again = ModelCard(str(card))  # its metadata can be read back
     assert again.data.base_model == base
     assert again.data.to_dict().get("base_model_relation") == relation
@@ -256,13 +255,7 @@ def test_the_card_names_the_base(options: dict[str, Any], base: str | None, rela
 
 def test_the_card_tells_the_facts() -> None:
     options = {"lora": {"r": 4, "target_modules": ["v_proj"]}, "buffer_size": 1234}
-    card = str(card_of(**options))
+    card, plain = (str(model_card(awake(**given), "someone/memory")) for given in (options, {}))
     for fact in (f"| {awake(**options).get_num_trainable_params():,} |", "| 12, 2, 6 tokens |", "1,234, chosen by"):
         assert fact in card
-    assert "LoRA adapters" in card and "| memory | trained |" in card and "LoRA" not in str(card_of())
-
-
-def test_a_card_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
-    awake().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+    assert "LoRA adapters" in card and "| memory | trained |" in card and "LoRA" not in plain

@@ -13,8 +13,10 @@ from hippoformer import HippoCache, HippoFormer
 from hippoformer.errors import CheckpointError, ConfigurationError, HippoFormerError, MemoryFileError
 from hippoformer.model import checkpoint
 from tiny import awake, same_state, state_of, text, tiny_base
+from tiny_texts import text as words
+from tiny_texts import tiny_load
 
-LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
+LORA = {"lora": {"r": 4, "lora_alpha": 8}}
 
 
 def with_adapters(seed: int = 3, size: float = 0.3, **options) -> HippoFormer:
@@ -86,7 +88,7 @@ def test_a_trained_base_is_saved_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 @torch.no_grad()
 def test_other_architectures_come_back(name: str, tmp_path: Path) -> None:
-    model, ids = awake(name, memory_layer=1), text(rows=1, length=50)
+    model, ids = awake(name, memory_layer=1, residual_readout=False), text(rows=1, length=50)
     model.save_pretrained(tmp_path)
     assert torch.equal(HippoFormer.from_pretrained(tmp_path, base_model=tiny_base(name))(ids).logits, model(ids).logits)
 
@@ -136,12 +138,8 @@ def test_a_memory_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert not same_state(before, state_of(cache)), "saving changed the cache"
     loaded = HippoCache.load(path, model)
     assert not same_state(before, state_of(loaded))
-    assert (loaded.lengths, loaded.columns, loaded.frozen, loaded.written) == (
-        cache.lengths,
-        cache.columns,
-        cache.frozen,
-        cache.written,
-    )
+    for name in ("lengths", "columns", "frozen", "written"):
+        assert getattr(loaded, name) == getattr(cache, name)
     assert loaded.memory.stored_bound == cache.memory.stored_bound
     assert loaded.drift == {"keys": 0.0, "values": 0.0, "calibrated": False}
     assert loaded.episodes(1) == cache.episodes(1)
@@ -251,31 +249,64 @@ def test_a_memory_file_that_was_tampered_with_is_refused(damage: str, tmp_path: 
         HippoCache.load(path, model)
 
 
+@torch.no_grad()
+def test_memories_of_older_formats_are_read(tmp_path: Path) -> None:
+    """Episodes had a strength; passages were counted when they were retrieved, had a peak, and were not compared."""
+    (model, tokenizer), path = tiny_load(), tmp_path / "memory.safetensors"
+    cache = model.new_cache()
+    model.score(tokenizer(words(0, 300), return_tensors="pt").input_ids, past_key_values=cache)
+    cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["memory.strength"] = torch.ones_like(tensors["memory.priority"])
+    places, worth = tensors["passages.places"], tensors["passages.worth"]
+    assert len(places) > 3
+    tensors["passages.places"] = torch.cat((places[:, :4], places[:, :1]), dim=1)  # row, start, length, retrieved, at
+    tensors["passages.worth"] = torch.stack((worth[:, 0], worth[:, 0], worth[:, -1]), dim=1)  # mean, peak, priority
+    del tensors["passages.novelty"], tensors["passages.counts"]
+    save_file(tensors, path, metadata)
+    loaded = HippoCache.load(path, model)
+    assert not same_state(state_of(cache), state_of(loaded)) and loaded.episodes() == cache.episodes()
+    found, kept = loaded.passages.of_row(0), cache.passages.of_row(0)
+    assert [(p.start, p.token_ids.tolist()) for p in found] == [(p.start, p.token_ids.tolist()) for p in kept]
+    ahead = tokenizer(words(1, 60), return_tensors="pt").input_ids
+    one, two = (model(ahead, past_key_values=state).logits for state in (loaded, cache))
+    assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize(
-    "options", [{"window": 10}, {"buffer_size": 8}, {"segment_len": 4}, {"recall_head_dim": 4}, {"memory_layer": 1}]
+    "options",
+    [
+        {"window": 10},
+        {"buffer_size": 8},
+        {"segment_len": 4},
+        {"recall_head_dim": 4},
+        {"memory_layer": 1, "residual_readout": False},
+    ],
 )
 def test_a_memory_of_another_shape_is_refused(options: dict, tmp_path: Path) -> None:
     read_some(awake()).save(tmp_path / "memory.safetensors")
-    (name,) = options
+    name, *_ = options
     with pytest.raises(MemoryFileError, match=name):
         HippoCache.load(tmp_path / "memory.safetensors", awake(**options))
 
 
 def test_a_memory_of_another_base_is_refused(tmp_path: Path) -> None:
     """The same shapes, but weights that have nothing in common: no map could carry it over."""
-    model = awake(n_anchors=32)
+    model = awake()
     read_some(model).save(tmp_path / "memory.safetensors")
-    stranger = awake(model_seed=11, n_anchors=32)
+    stranger = awake(model_seed=11)
     with pytest.raises(MemoryFileError, match="unrelated"):
         HippoCache.load(tmp_path / "memory.safetensors", stranger)
     for name in ("gpt2", "qwen3"):
         with pytest.raises(HippoFormerError):
-            HippoCache.load(tmp_path / "memory.safetensors", awake(name, model_seed=5, n_anchors=32))
+            HippoCache.load(tmp_path / "memory.safetensors", awake(name, model_seed=5))
 
 
 # ---------------------------------------------------------------- drift
 
-KEEP_ALL = {"buffer_size": 64, "max_replay_rounds": 0, "priority_threshold": 0.0, "n_anchors": 256, "anchor_len": 8}
+KEEP_ALL = {"buffer_size": 64, "max_replay_rounds": 0, "capture_span": 0}
 
 
 def keys_by_position(cache: HippoCache) -> dict[int, torch.Tensor]:
@@ -293,7 +324,8 @@ def error_to(truth: dict[int, torch.Tensor], keys: dict[int, torch.Tensor]) -> f
 @torch.no_grad()
 def test_a_drifted_model_maps_the_memory_into_its_code(moved: str, tmp_path: Path) -> None:
     """Written by a model, read after its weights moved: nearer to what the new one would have written than before."""
-    options = KEEP_ALL | {"lora_target_modules": ("down_proj", "o_proj"), "drift_threshold": 0.1}
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["down_proj", "o_proj"]}
+    options = KEEP_ALL | {"lora": lora, "drift_threshold": 0.1}
     old = with_adapters(size=0.05, **options)
     cache = read_some(old, rows=1, length=60)
     path = tmp_path / "memory.safetensors"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from script_files import load_script
+import support_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = """
@@ -44,7 +44,7 @@ def test_only_what_passed_is_marked_as_working(tmp_path: Path) -> None:
     command += ["-p", "no:cacheprovider", f"--junitxml={tmp_path}/report.xml", str(tmp_path)]
     paths = os.pathsep.join(str(ROOT / name) for name in ("tests", "src"))  # conftest.py imports from both
     subprocess.run(command, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, check=False)
-    assert load_script("support_table").render(tmp_path / "report.xml").splitlines() == [
+    assert support_table.render(tmp_path / "report.xml").splitlines() == [
         "## Base architectures",
         "",
         "| architecture | sampling | beam search | greedy |",

@@ -19,9 +19,9 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, HippoFormerError
-from hippoformer.model.adapters import load_lora_state, lora_state
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.modeling import HippoFormer
+from hippoformer.model.weights import load_lora_state, lora_state
 
 _BASE, _LORA_BASE = "base_model.", "base_model.base_model.model."
 # Tensors that every such file has, and their shapes: D hidden size, M buffer size.

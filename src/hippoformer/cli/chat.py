@@ -6,14 +6,13 @@ In a terminal a turn may have several lines, and a paste is one turn. Of a pipe 
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hippoformer.cli.arguments import ModelArguments, parse
-from hippoformer.cli.ask import passage_lines
-from hippoformer.cli.memory import episodes_table
+from hippoformer.cli.memory import episodes_table, passage_lines
 from hippoformer.errors import HippoFormerError
 
 COMMANDS = {
@@ -49,9 +48,9 @@ def main(words: Sequence[str]) -> None:
     chosen, how = parse("chat", main.__doc__, words, ModelArguments, ChatArguments)
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     ask = _terminal_input() if in_terminal else input
-    from transformers import set_seed
+    from transformers import TextStreamer, set_seed
 
-    from hippoformer.chat import Conversation
+    from hippoformer.chat import Conversation, Interrupt
 
     model, tokenizer = chosen.load(seed=how.seed)
     options: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "do_sample": how.temperature > 0}
@@ -61,6 +60,7 @@ def main(words: Sequence[str]) -> None:
     if how.memory is not None:
         conversation.load(how.memory)
     set_seed(how.seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     kept = conversation.turns
     while True:
         try:
@@ -75,7 +75,9 @@ def main(words: Sequence[str]) -> None:
                 if _command(conversation, *said.split(maxsplit=1)):
                     kept = conversation.turns
             elif said:
-                _reply(conversation, said[1:] if said.startswith("//") and _is_command(said[1:]) else said)
+                text = said[1:] if said.startswith("//") and _is_command(said[1:]) else said
+                with Interrupt() as pressed:
+                    conversation.say(text, streamer=streamer, stopping_criteria=[pressed])
     if conversation.turns != kept:
         _offer_to_save(conversation, ask if in_terminal else None)
 
@@ -113,48 +115,31 @@ def _is_command(said: str) -> bool:
 
 
 def _offer_to_save(conversation: Any, ask: Callable[[str], str] | None) -> None:
-    """Nothing that was said is lost without a word."""
+    """Nothing that was said is lost without a word; `ask` is None where nobody can answer."""
     turns = f"{conversation.turns} turn{'s' if conversation.turns != 1 else ''}"
     if ask is None:
         print(f"The conversation of {turns} was not saved: /save FILE keeps one.", file=sys.stderr)
-    while ask is not None:
-        try:
-            name = ask(f"Save the conversation of {turns} as (Enter: not at all): ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        with _errors_shown():
-            if name:
+        return
+    with suppress(EOFError, KeyboardInterrupt):
+        while name := ask(f"Save the conversation of {turns} as (Enter: not at all): ").strip():
+            with _errors_shown():
                 _command(conversation, "/save", name)
-            return
+                return
 
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    """An error that was explained is one line, and the talk goes on."""
     try:
         yield
-    except HippoFormerError as error:
+    except HippoFormerError as error:  # was explained: one line, and the talk goes on
         print(f"Error: {error}")
-
-
-def _reply(conversation: Any, text: str) -> None:
-    """Prints a reply as it comes."""
-    from transformers import TextStreamer
-
-    from hippoformer.chat import Interrupt
-
-    streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with Interrupt() as pressed:
-        conversation.say(text, streamer=streamer, stopping_criteria=[pressed])
 
 
 def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
     """Whether the conversation is now kept elsewhere, or given up."""
-    usage = [line for line in COMMANDS if line.split()[0] == name]
-    if not usage or (argument is None) == (" " in usage[0]):
-        print(
-            f"There is no {name} like this: {usage[0]}" if usage else f"There is no {name}: see /help, or say /{name}"
-        )
+    usage = next((line for line in COMMANDS if line.split()[0] == name), "")
+    if not usage or (argument is None) == (" " in usage):
+        print(f"There is no {name} like this: {usage}" if usage else f"There is no {name}: see /help, or say /{name}")
         return False
     match name:
         case "/help":
@@ -164,8 +149,8 @@ def _command(conversation: Any, name: str, argument: str | None = None) -> bool:
             print(f"{_read(conversation)}, bytes: {cache.nbytes:,}, {cache.memory_nbytes:,} of them memories")
             print(episodes_table(cache, conversation.tokenizer, "of this conversation", cache.config.decay, limit=10))
         case "/why":
-            lines = passage_lines(conversation) or ["On nothing but what the model still sees and recalls."]
-            print(*lines, sep="\n")
+            nothing = ["On nothing but what the model still sees and recalls."]
+            print(*passage_lines(conversation) or nothing, sep="\n")
         case "/forget":
             conversation.forget()
             print("Forgotten.")

@@ -33,11 +33,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def evaluate(command: str, name: str, module: ModuleType, words: Sequence[str]) -> None:
-    """Runs the evaluation of a module as a command line says; prints its table, and writes its record.
-
-    Raises:
-        HippoFormerError: what the model, the texts, the options or the output file lack.
-    """
+    """Runs the evaluation of a module as a command line says; prints its table, and writes its record."""
     chosen, texts, result, options = parse(
         command, module.__doc__, words, ModelArguments, TextArguments, OutputArguments, module.Options
     )

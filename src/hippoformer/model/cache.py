@@ -18,8 +18,8 @@ from hippoformer.errors import InputError
 from hippoformer.hippocampus.passages import Passage, Passages
 from hippoformer.hippocampus.retrieval import mentions, retrieve
 from hippoformer.hippocampus.state import MemoryState
-from hippoformer.model.adapters import active_adapters
 from hippoformer.model.pretrained import HippoFormerPreTrainedModel
+from hippoformer.model.weights import active_adapters
 from hippoformer.model.window import WindowCache
 
 

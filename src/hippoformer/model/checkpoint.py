@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,11 +28,9 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.model.adapters import foreign_adapters, load_lora_state, lora_state
-from hippoformer.model.base_models import load_base_model
-from hippoformer.model.card import model_card
-from hippoformer.model.pinned_models import hub_failure
+from hippoformer.model.base_models import PINNED_MODELS, hub_failure, is_repository, load_base_model
 from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
+from hippoformer.model.weights import foreign_adapters, load_lora_state, lora_state
 
 WEIGHTS, CONFIG, BASE, CARD = SAFE_WEIGHTS_NAME, CONFIG_NAME, "base", "README.md"
 FORMER_WEIGHTS = "hippocampus.safetensors"
@@ -42,13 +38,37 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 # What the auto classes and pipelines of transformers add to any call, and has nothing to say here.
 _HARMLESS = {"_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "trust_remote_code"}
 
+_TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+A hippocampus for {base}: a bounded episodic memory inside a language model, which reads text of any length in constant
+space. Inside: {contents}.
+
+| | |
+| --- | --- |
+{facts}
+
+## How to load it
+
+```python
+import hippoformer
+from hippoformer.text import encode
+
+model, tokenizer = hippoformer.load("{name}")
+cache = model.new_cache(batch_size=1)  # all that will be remembered
+ids = encode(tokenizer, "Some long text.", bos=True)
+print(tokenizer.decode(model.generate(ids, past_key_values=cache, max_new_tokens=20)[0]))
+```
+
+`AutoModelForCausalLM.from_pretrained("{name}")` works as well once `hippoformer` is imported. {where_the_base_is}
+"""
+
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically: the old file stays until the new one is whole.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
+    """Writes a safetensors file atomically: the old one stays until the new one is whole; else CheckpointError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -66,11 +86,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Writes the folder described above, without a card; weights first, so that a config never stands beside missing
-    weights.
+    """Writes the folder described above, without a card; weights first: a config never stands beside missing ones.
 
-    Args:
-        state: what to write instead of the model's own tensors, by their names in its state dict.
+    `state` is written instead of the model's own tensors, by their names in its state dict.
     """
     model.take_vocabulary()
     if foreign := foreign_adapters(model.base):
@@ -93,12 +111,6 @@ def save(model: Model, folder: Path, state: dict[str, Tensor] | None = None) -> 
     model.config.save_pretrained(folder)
 
 
-def write_card(model: Model, folder: Path, name: str) -> None:
-    """Writes the model card, unless there is one."""
-    if not (folder / CARD).exists():
-        model_card(model, name).save(folder / CARD)
-
-
 def push(
     model: Model,
     repository: str,
@@ -108,14 +120,7 @@ def push(
     revision: str | None = None,
     **commit: Any,
 ) -> Any:
-    """Uploads a model's files in one commit; a card that the repository has already is left alone.
-
-    Args:
-        commit: `commit_message`, `commit_description`, `create_pr`.
-
-    Returns:
-        What the hub says about the commit.
-    """
+    """Uploads a model's files in one commit and returns what the hub says; a card that is there is left alone."""
     api = HfApi(token=token)
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -129,6 +134,59 @@ def push(
         return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, **commit)
 
 
+def model_card(model: Model, name: str) -> ModelCard:
+    """The card of a model that is about to be saved, which `name` (a hub repository, or a folder) will load.
+
+    All of it is read off the model; the texts it was trained on, and the licence, are left for the author to add.
+    """
+    config = model.config
+    own_base = not config.freeze_base and config.lora is None
+    lora = ["LoRA adapters"] if config.lora is not None else []
+    named, pinned = config.base_model_name, PINNED_MODELS.get(config.base_model_name)
+    on_hub = not Path(named).expanduser().is_dir() and is_repository(named)
+    repository = pinned.hub_repository if pinned else named if on_hub else None
+    data = ModelCardData(
+        base_model=repository,
+        base_model_relation=None if repository is None else "finetune" if own_base else "adapter",
+        library_name="hippoformer",
+        pipeline_tag="text-generation",
+        tags=["hippoformer", "memory", "long-context", *(["lora"] if lora else [])],
+    )
+    shown = named if repository is not None else Path(named).name
+    added = [*model.hippocampus.parameters(), *(p for name, p in model.base.named_parameters() if "lora_" in name)]
+    facts = {
+        "base": f"`{shown}`, {'trained along' if own_base else 'frozen'}",
+        "parameters besides the base's": f"{sum(parameter.numel() for parameter in added):,}",
+        "memory": "trained" if model.hippocampus.fusion.is_trained else "untrained",
+        "window, sinks, segment": f"{config.window}, {config.sink_tokens}, {config.segment_len} tokens",
+        "episodes of a row": f"{config.buffer_size:,}, chosen by {config.selection}",
+        "keys": f"{config.recall_n_heads} heads x {config.recall_head_dim}, of layer {config.memory_layer}",
+    }
+    contents = ["the hippocampus", *lora, "the base, whose weights were trained" if own_base else "not the base"]
+    where = "The base is fetched from where its name says."
+    if own_base:
+        where = "The base comes along, in the folder `base`."
+    elif repository is None:
+        where = f"The base is a local folder, `{shown}`, that is on no hub: give it as `base_model=`."
+    return ModelCard(
+        _TEMPLATE.format(
+            metadata=data.to_yaml(),
+            title=name.rstrip("/").split("/")[-1],
+            base=f"[{shown}](https://huggingface.co/{repository})" if repository else f"`{shown}`",
+            contents=", ".join(contents),
+            facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+            name=name,
+            where_the_base_is=where,
+        )
+    )
+
+
+def write_card(model: Model, folder: Path, name: str) -> None:
+    """Writes the model card, unless there is one."""
+    if not (folder / CARD).exists():
+        model_card(model, name).save(folder / CARD)
+
+
 def is_saved_model(folder: Path) -> bool:
     """Whether a folder holds a HippoFormer, by its config: other models, too, have a config.json and weights."""
     try:
@@ -139,11 +197,7 @@ def is_saved_model(folder: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """Where the weights of a saved model are.
-
-    Raises:
-        CheckpointError: not a saved HippoFormer, or one without weights.
-    """
+    """Where the weights of a saved model are; CheckpointError where there is no saved HippoFormer, or no weights."""
     found = [folder / name for name in (WEIGHTS, FORMER_WEIGHTS) if (folder / name).is_file()]
     if not found or not is_saved_model(folder):
         raise CheckpointError(
@@ -162,7 +216,7 @@ def load(
     """Builds the model of a saved folder or hub repository.
 
     Args:
-        cls: the class of the model. base_model: used instead of the base that the config names.
+        cls: the model's class. base_model: used instead of the base that the config names.
         options: of the config, to change (window, buffer_size, ...); a whole `config` instead of the saved one;
             `dtype` and `attn_implementation` of the base; `device_map`, one device; `subfolder`, `revision`, `token`,
             `cache_dir`, `force_download`, `local_files_only`, `output_loading_info` as in transformers.
@@ -217,30 +271,21 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if device is not None:
         model.to(device)
-    if not with_info:
-        return model
     known = ("hippocampus.", "lora.") if config.lora is not None else ("hippocampus.",)
     info: dict[str, Any] = {name: set() for name in ("missing_keys", "mismatched_keys", "error_msgs")}
-    return model, info | {"unexpected_keys": {name for name in tensors if not name.startswith(known)}}
+    info["unexpected_keys"] = {name for name in tensors if not name.startswith(known)}
+    return (model, info) if with_info else model
 
 
 def restore(model: Model, tensors: dict[str, Tensor]) -> None:
-    """Puts saved tensors into a model.
-
-    Raises:
-        CheckpointError: names or shapes that do not fit.
-    """
+    """Puts saved tensors into a model; CheckpointError for names or shapes that do not fit."""
     _restore_hippocampus(model, tensors)
     if model.config.lora is not None:
         load_lora_state(model.base, {n.removeprefix("lora."): t for n, t in tensors.items() if n.startswith("lora.")})
 
 
 def load_hippocampus(model: Model, name_or_path: str | Path) -> None:
-    """Gives a model the hippocampus of a saved folder or hub repository, and nothing else of it.
-
-    Raises:
-        CheckpointError: none there, a damaged one, or one of other shapes.
-    """
+    """Gives a model the hippocampus of a saved folder or hub repository, and nothing else. Errors as `load`."""
     _restore_hippocampus(model, _tensors(weights_file(_folder(name_or_path, "", {}))))
 
 
@@ -277,11 +322,10 @@ def _folder(name_or_path: str | Path, subfolder: str, hub: dict[str, Any]) -> Pa
     parts = (CONFIG, WEIGHTS, FORMER_WEIGHTS, GENERATION_CONFIG_NAME, f"{BASE}/*")
     wanted = [str(Path(subfolder) / part) for part in parts]
     try:
-        validate_repo_id(str(name_or_path))  # what can only be a path is not sent to the hub
         if hub_failure(str(name_or_path), wanted[0], hub.get("revision")) is not None:
             hub = hub | {"local_files_only": True}
         return Path(snapshot_download(str(name_or_path), allow_patterns=wanted, **hub)) / subfolder
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (OSError, ValueError) as error:  # ValueError: what can only be a path is not sent to the hub
         raise CheckpointError(f"{name_or_path} is neither a folder nor a reachable hub repository: {error}") from error
 
 

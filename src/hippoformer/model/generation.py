@@ -10,6 +10,7 @@ from transformers import GenerationMixin, StoppingCriteriaList
 
 from hippoformer.errors import InputError
 from hippoformer.model.cache import HippoCache
+from hippoformer.model.outputs import CACHE
 from hippoformer.model.pretrained import HippoFormerPreTrainedModel
 from hippoformer.model.rereading import reread
 
@@ -66,9 +67,11 @@ class Generation(HippoFormerPreTrainedModel, GenerationMixin):
             InputError: a prompt that is shorter than what the cache has read, or begins with something else; rereading
                 without a cache that keeps passages, or with several sequences for a prompt.
         """
+        if "past_key_values" in options:
+            options[CACHE] = options.pop("past_key_values")
         if n_tokens := options.pop("reread_tokens", 0):
             return self._generate_after_rereading(inputs, n_tokens, *arguments, **options)
-        generation, cache = GenerationNotes(), options.get("past_key_values")
+        generation, cache = GenerationNotes(), options.get(CACHE)
         token = GENERATION.set(generation)
         try:
             output = super().generate(inputs, *arguments, **options)  # type: ignore[misc]
@@ -76,15 +79,13 @@ class Generation(HippoFormerPreTrainedModel, GenerationMixin):
             GENERATION.reset(token)
         sequences = output if isinstance(output, Tensor) else output.sequences
         if cache is None and not isinstance(output, Tensor):
-            cache = output.past_key_values
+            cache = getattr(output, CACHE)
         if generation.beams is not None and isinstance(cache, HippoCache):
             cache.become(self._reread(generation.beams, generation, sequences))
         return output
 
-    def _generate_after_rereading(
-        self, inputs: Tensor | None, n_tokens: int, *arguments: Any, past_key_values: Any = None, **options: Any
-    ) -> Any:
-        cache, mask = past_key_values, options.pop("attention_mask", None)
+    def _generate_after_rereading(self, inputs: Tensor | None, n_tokens: int, *arguments: Any, **options: Any) -> Any:
+        cache, mask = options.pop(CACHE, None), options.pop("attention_mask", None)
         prompt = inputs if inputs is not None else options.pop("input_ids", None)
         if not isinstance(cache, HippoCache) or prompt is None or prompt.shape[0] != cache.batch_size:
             raise InputError("rereading needs a prompt, and as past_key_values a HippoCache with a row for each prompt")
@@ -121,8 +122,7 @@ class Generation(HippoFormerPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
     ) -> Any:
         """That of transformers, if the prompt is one that the cache has read the beginning of."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        generation = GENERATION.get()
+        cache, mask, generation = model_kwargs.get(CACHE), model_kwargs.get("attention_mask"), GENERATION.get()
         if generation is not None:
             generation.n_beams, generation.n_columns = generation_config.num_beams, input_ids.shape[1]
         given = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
@@ -156,17 +156,19 @@ class Generation(HippoFormerPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Gives `generate` a HippoCache at its first step, and the cache no token behind the end of a row."""
-        if past_key_values is None and kwargs.get("use_cache", True):
-            past_key_values = self.new_cache(input_ids.shape[0])
+        cache = past_key_values if cache is None else cache
+        if cache is None and kwargs.get("use_cache", True):
+            cache = self.new_cache(input_ids.shape[0])
         if next_sequence_length == 0:  # the cache has read the whole prompt
             input_ids, next_sequence_length = input_ids[:, :0], None
-        kwargs |= {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values}
+        kwargs |= {"next_sequence_length": next_sequence_length, CACHE: cache}
         found = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[arg-type, misc]
         generation = GENERATION.get()
-        if generation is not None and past_key_values is not None:
+        if generation is not None and cache is not None:
             ended = generation.ended if generation.beams is None else None
             if ended is not None and found["input_ids"].shape[1] == 1:
                 found["attention_mask"] = (~ended).long().unsqueeze(-1)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, HippoFormerError, NonFiniteError, UnsupportedArchitectureError
-from hippoformer.model.weights import is_offloaded
+from hippoformer.model.weights import offloaded_owner
 from hippoformer.ops import Rotation, explain_shift
 
 SUPPORTED = (
@@ -40,6 +40,7 @@ class Windowed(Protocol):
     body: nn.Module
     config: HippoFormerConfig
     n_layers: int
+    cache_name: str
     vocab_size: int
 
     @property
@@ -69,7 +70,7 @@ def inspect_base(window: Windowed) -> list[Rotation] | None:
     if "position_ids" not in inspect.signature(body.forward).parameters:
         raise UnsupportedArchitectureError(f"{name} does not take position_ids. {SUPPORTED}")
     for weight, parameter in base.named_parameters():
-        if parameter.is_meta and not is_offloaded(base, weight):
+        if parameter.is_meta and offloaded_owner(base, weight) is None:
             raise ConfigurationError(
                 f"{name} has no weights: {weight} is on the meta device; load them (from_pretrained) before wrapping"
             )
@@ -170,7 +171,7 @@ def _keys_at(window: Windowed, ids: Tensor, offset: int, cut: int = 0) -> tuple[
     """
     cache, position_ids = DynamicCache(), torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) + offset
     states = [
-        window.body(input_ids=part, position_ids=where, past_key_values=cache, use_cache=True).last_hidden_state
+        window.body(input_ids=part, position_ids=where, use_cache=True, **{window.cache_name: cache}).last_hidden_state
         for part, where in zip(ids.tensor_split([cut], 1), position_ids.tensor_split([cut], 1), strict=True)
         if part.shape[1]
     ]

@@ -11,9 +11,8 @@ from transformers.utils.hub import cached_file
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError
 from hippoformer.model import checkpoint
-from hippoformer.model.base_models import is_repository, load_base_model, load_tokenizer
+from hippoformer.model.base_models import PINNED_MODELS, hub_failure, is_repository, load_base_model, load_tokenizer
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.model.pinned_models import PINNED_MODELS, hub_failure
 
 _MADE_ON_THE_SPOT = ("untrained", "off")
 

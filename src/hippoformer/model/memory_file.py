@@ -32,7 +32,7 @@ from hippoformer.model.window import window_fill
 from hippoformer.ops import last_of
 
 _FORMAT = "hippoformer-memory-1"
-_COUNTERS = ("lengths", "columns", "frozen", "written", "stored_bound")
+_COUNTERS = ("lengths", "columns", "frozen", "written")
 _NOTE, _PASSAGES = "note.", "passages."  # before the names of the cache's notes, and of the passages' tensors
 _ANCHORS = ("anchors.ids", "anchors.keys", "anchors.values")
 # Anchors this far from where they were, in units of their own spread, have nothing in common with them any more.
@@ -45,16 +45,18 @@ _SHAPING = (
 
 
 def fingerprint(model: Model) -> dict[str, str]:
-    """Digests of what a memory's numbers depend on: base with adapters, hippocampus, and the shaping options."""
-    return {
-        "base": base_fingerprint(model.base),
-        "hippocampus": base_fingerprint(model.hippocampus),
-        "shape": _shape(model),
-    }
+    """Digests of what a memory's numbers depend on besides the shaping options: base with adapters, and hippocampus."""
+    return {"base": base_fingerprint(model.base), "hippocampus": base_fingerprint(model.hippocampus)}
 
 
-def _shape(model: Model) -> str:
-    return json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True)
+def _prints(model: Model, with_digests: bool = True) -> dict[str, str | None]:
+    """Fingerprint of a model: the shaping options, and the digests as far as they can be computed."""
+    shape = json.dumps({name: getattr(model.config, name) for name in _SHAPING}, sort_keys=True)
+    prints: dict[str, str | None] = {"base": None, "hippocampus": None, "shape": shape}
+    if with_digests:
+        with _left_out("fingerprint"):
+            prints |= fingerprint(model)
+    return prints
 
 
 @contextmanager
@@ -73,21 +75,19 @@ def save_memory(model: Model, cache: HippoCache, path: str | Path) -> None:
         CheckpointError: the file could not be written; an earlier one at this place is unchanged.
     """
     tensors, change = cache.tensors(), cache.change_of_model()
-    prints: dict[str, str | None] = {"base": None, "hippocampus": None, "shape": _shape(model)}
     if cache.passages is not None:
         tensors |= {f"{_PASSAGES}{name}": tensor for name, tensor in cache.passages.tensors().items()}
     if change is not None:
         warnings.warn(f"{path} cannot say by which model it was written: {change}", stacklevel=4)
     else:
-        with _left_out("fingerprint"):
-            prints |= fingerprint(model)
         with _left_out("drift anchors"):
             ids = model.hippocampus.drift_calibrator.anchor_ids
             tensors |= dict(zip(_ANCHORS, (ids, *model.anchors(ids)), strict=True))
-    counters = {name: getattr(cache, name) for name in _COUNTERS if name != "stored_bound"}
+    counters = {name: getattr(cache, name) for name in _COUNTERS}
     counters["stored_bound"] = cache.memory.stored_bound
     counters["digest"] = None if cache.digest is None else cache.digest.tolist()
-    metadata = {"format": _FORMAT, "counters": json.dumps(counters), "fingerprint": json.dumps(prints)}
+    metadata = {"format": _FORMAT, "counters": json.dumps(counters)}
+    metadata["fingerprint"] = json.dumps(_prints(model, with_digests=change is None))
     metadata |= {f"{_NOTE}{name}": text for name, text in cache.notes.items()}
     write_tensors(Path(path), tensors, metadata)
 
@@ -105,14 +105,13 @@ def load_memory(model: Model, path: str | Path) -> HippoCache:
             has nothing in common with this one's; without anchors, by another model.
     """
     tensors, counters, theirs, notes = _read(Path(path))
-    mine: dict[str, str | None] = {"base": None, "hippocampus": None, "shape": _shape(model)}
-    ours, other = json.loads(_shape(model)), json.loads(theirs["shape"])
+    mine = _prints(model, with_digests=False)
+    ours, other = json.loads(str(mine["shape"])), json.loads(theirs["shape"])
     differing = [n for n in ours if ours[n] != other.get(n) and n != "vocab_size"]
     if differing:
         found = ", ".join(f"{n}={other.get(n)} (model: {ours[n]})" for n in differing)
         raise MemoryFileError(f"{path} was written by a model of another shape: {found}; load that model")
-    with _left_out("fingerprint"):
-        mine |= fingerprint(model)
+    mine = _prints(model)
     cache: HippoCache = model.new_cache(len(counters["lengths"]))
     _fit_tensors(tensors, cache, str(path))
     _restore_passages(cache, tensors, str(path))
@@ -124,13 +123,17 @@ def load_memory(model: Model, path: str | Path) -> HippoCache:
         tensors |= {name: tensors[name].to(tensor.dtype) for name, tensor in cache.tensors().items()}
         outside_window = {n: t for n, t in tensors.items() if not n.endswith((".keys", ".values"))}
         cache.restore(outside_window, counters["stored_bound"])
-    cache.lengths, cache.columns = counters["lengths"], counters["columns"]
+    for name in _COUNTERS:
+        setattr(cache, name, counters[name])
     digest = counters.get("digest")
-    cache.digest = None if digest is None else torch.tensor(digest, device=model.device)
-    cache.frozen, cache.written, cache.notes = counters["frozen"], counters["written"], notes
+    cache.digest, cache.notes = None if digest is None else torch.tensor(digest, device=model.device), notes
     if not cache.drift:
         cache.drift = _translate(cache, tensors, model, str(path), known)
-        _reread_window(cache, model)
+        fill = [window_fill(done, model.config) for done in cache.lengths]
+        if max(fill):  # keys and values of the window by this model, from its tokens
+            final, inner = model.window.read(cache, cache.tokens[:, : max(fill)].long(), [0] * len(fill), fill)
+            cache.last_output = last_of(final, fill, cache.last_output)
+            cache.memory.last_hidden = last_of(inner, fill, cache.memory.last_hidden)
     return cache
 
 
@@ -150,7 +153,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]
     try:
         counters, prints = json.loads(metadata["counters"]), json.loads(metadata["fingerprint"])
         counts = [*counters["lengths"], counters["columns"], counters["stored_bound"]]
-        complete = all(name in counters for name in _COUNTERS) and prints.keys() >= {"base", "hippocampus", "shape"}
+        complete = counters.keys() >= {*_COUNTERS} and prints.keys() >= {"base", "hippocampus", "shape"}
         if not complete or not counters["lengths"] or not all(isinstance(n, int) and n >= 0 for n in counts):
             raise ValueError("something is missing or below 0")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -196,15 +199,12 @@ def _restore_passages(cache: HippoCache, tensors: dict[str, Tensor], path: str) 
     """Puts the passages of a file into the cache, as far as both have any."""
     kept = {n.removeprefix(_PASSAGES): t for n, t in tensors.items() if n.startswith(_PASSAGES)}
     if cache.passages is None or not kept:
-        if cache.passages is not None:
-            lacking = f"{path} was written without passages: what was read is not found by its words; read it again"
-            warnings.warn(lacking, stacklevel=6)
-        elif kept:
-            lacking = (
-                f"{path} holds passages, but this model keeps none: what was read is not found by its words. Call "
-            )
-            lacking += "model.set_tokenizer(tokenizer) before loading, and leave passage_tokens above 0"
-            warnings.warn(lacking, stacklevel=6)
+        why = f"{path} was written without passages: read it again"
+        if cache.passages is None:
+            why = f"{path} holds passages, but this model keeps none: call model.set_tokenizer(tokenizer) before "
+            why += "loading, and leave passage_tokens above 0"
+        if kept or cache.passages is not None:
+            warnings.warn(f"what was read is not found by its words; {why}", stacklevel=6)
         return
     try:
         cache.passages.restore(kept)
@@ -219,11 +219,7 @@ def _translate(
 ) -> dict[str, float | bool]:
     """Carries a memory written in another code into this model's, as far as the anchors tell how.
 
-    Args:
-        known: that it is another code, and not merely that nothing says whether it is.
-
-    Returns:
-        What was measured.
+    `known`: that it is another code, and not merely that nothing says whether it is. Returns what was measured.
     """
     if "anchors.ids" not in tensors:
         if known:
@@ -251,13 +247,3 @@ def _translate(
     for name, fitted in maps.items():
         drift[f"{name}_calibrated"] = drift[name] if fitted is None else fitted.left
     return drift | {"calibrated": any(fitted is not None for fitted in maps.values())}
-
-
-def _reread_window(cache: HippoCache, model: Model) -> None:
-    """Keys and values of the window by this model, from its tokens."""
-    memory = cache.memory
-    fill = [window_fill(done, model.config) for done in cache.lengths]
-    if max(fill):
-        final, inner = model.window.read(cache, cache.tokens[:, : max(fill)].long(), [0] * len(fill), fill)
-        cache.last_output = last_of(final, fill, cache.last_output)
-        memory.last_hidden = last_of(inner, fill, memory.last_hidden)

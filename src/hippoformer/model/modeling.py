@@ -27,7 +27,7 @@ from hippoformer.model.cache import HippoCache
 from hippoformer.model.generation import GENERATION, Generation
 from hippoformer.model.inputs import Rows, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
-from hippoformer.model.outputs import HippoFormerOutput, Step, memory_stats, salience_stats
+from hippoformer.model.outputs import CACHE, HippoFormerOutput, Step, memory_stats, salience_stats
 from hippoformer.ops import column_of, last_of, piece, place
 
 # Probes that keys are fitted to, and tokens at the beginning of each that are left out.
@@ -222,6 +222,7 @@ class HippoFormer(Generation, GenerationMixin):
         logits_to_keep: int = 0,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
+        cache: HippoCache | None = None,
         **kwargs: Any,
     ) -> HippoFormerOutput | tuple[Any, ...]:
         """Reads `input_ids` after whatever the cache has read.
@@ -230,7 +231,8 @@ class HippoFormer(Generation, GenerationMixin):
             input_ids: (R, T).
             attention_mask: (R, T), or (R, what the cache has read + T); 0 marks padding, on either side.
             labels: (R, T), -100 where not counted; usually input_ids itself. Padding is never counted.
-            past_key_values: state to continue, updated in place; None starts anew.
+            past_key_values: state to continue, updated in place; None starts anew. cache: the same, in the words of
+                transformers from 5.24 on.
             use_cache: whether the output carries the state.
             return_salience, return_memory_stats: what else the output carries.
             logits_to_keep: only the last so many columns of logits; 0 for all.
@@ -242,6 +244,7 @@ class HippoFormer(Generation, GenerationMixin):
                 outside the vocabulary, a mask or labels of a wrong shape, a row that has read nothing but padding.
             NonFiniteError: NaN in what the base computes.
         """
+        past_key_values = past_key_values if cache is None else cache
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         unknown = sorted(k for k, v in kwargs.items() if k not in _HARMLESS and v is not None and v is not False)
         if unknown:
@@ -251,7 +254,8 @@ class HippoFormer(Generation, GenerationMixin):
             raise InputError("forward was given no input_ids: expected token ids of shape (rows, tokens)")
         if past_key_values is not None and input_ids.shape[1:] == (0,) and GENERATION.get() is not None:
             log_probs = self.next_log_probs(past_key_values)  # the whole prompt has been read already
-            return HippoFormerOutput(logits=log_probs.unsqueeze(1), past_key_values=past_key_values)
+            state: dict[str, Any] = {CACHE: past_key_values}
+            return HippoFormerOutput(logits=log_probs.unsqueeze(1), **state)
         rows, cache = self._prepare(input_ids, attention_mask, past_key_values)
         following = None if labels is None else rows.following(labels, self.config.vocab_size)
         if output_hidden_states is None:
@@ -299,10 +303,11 @@ class HippoFormer(Generation, GenerationMixin):
         cache.wanted_states, cache.hidden_states = False, None
         use_cache = use_cache if use_cache is not None else past_key_values is not None or not self.training
         denominator = kwargs.get("num_items_in_batch")
+        state = {CACHE: cache if use_cache else None}
         output = HippoFormerOutput(
             loss=None if following is None else nll / (max(counted, 1) if denominator is None else denominator),
             logits=logits if logits is not None else salience.new_zeros(len(order), keep, self.config.vocab_size),
-            past_key_values=cache if use_cache else None,
+            **state,
             hidden_states=hidden_states,
             salience_scores=salience if return_salience else None,
             importance_weights=importance if return_salience else None,

@@ -1,26 +1,29 @@
 """What reading gives: the output of a call, of one step of the stream, and numbers about both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hippoformer.hippocampus.circuit import StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.window import WindowedBase
 
+# transformers renames the cache in 5.24, as an argument of its models and of `generate` and in what they return.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
 
 @dataclass
-class HippoFormerOutput(ModelOutput):
+class HippoFormerOutput(CausalLMOutputWithPast):
     """What `HippoFormer.forward` returns.
 
     Attributes:
         loss: mean -log p of the labels, or None without labels.
         logits: (R, T, V) float32 normalised log-probabilities of the fused distribution; 0 at padding.
-        past_key_values: the state, when `use_cache`.
+        past_key_values: the state, when `use_cache`; in transformers from 5.24 on also `cache`.
         hidden_states: the base's, with `output_hidden_states`: of the embeddings and of every layer (the last after the
             final norm, and before a residual that enters there), each (R, T, D); 0 at padding.
         salience_scores: (R, T) salience of the transition into each token, with `return_salience`.
@@ -28,10 +31,7 @@ class HippoFormerOutput(ModelOutput):
         memory_stats, drift_stats, salience_stats: dictionaries of numbers, with `return_memory_stats`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: HippoCache | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None  # type: ignore[assignment]
     salience_scores: Tensor | None = None
     importance_weights: Tensor | None = None
     memory_stats: dict[str, Any] | None = None

@@ -12,9 +12,15 @@ from hippoformer.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.errors import ConfigurationError, InputError
 from hippoformer.hippocampus.circuit import Hippocampus
 from hippoformer.hippocampus.spelling import Spelling
-from hippoformer.model.adapters import add_lora, check_foreign_adapters, foreign_adapters, merge_lora, unwrap
 from hippoformer.model.base_models import empty_base_model, load_base_model
-from hippoformer.model.weights import vocabulary_size
+from hippoformer.model.weights import (
+    add_lora,
+    check_foreign_adapters,
+    foreign_adapters,
+    merge_lora,
+    unwrap,
+    vocabulary_size,
+)
 from hippoformer.model.window import NO_CHECKPOINTING, WindowedBase
 
 

@@ -10,6 +10,7 @@ Models with learned absolute positions cannot turn their keys: they read the kep
 Nothing here goes by a model's name: `inspect_base` measures how each layer moves its keys.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ class WindowedBase:
     def __init__(self, base: PreTrainedModel, config: HippoFormerConfig) -> None:
         self.base, self.config = base, config
         self.body: nn.Module = base.base_model
+        renamed = "cache" in inspect.signature(type(self.body).forward).parameters  # from transformers 5.24 on
+        self.cache_name = "cache" if renamed else "past_key_values"
         text = base.config.get_text_config(decoder=True)
         self.n_layers: int = text.num_hidden_layers
         self.vocab_size = vocabulary_size(base)
@@ -222,8 +225,8 @@ class WindowedBase:
             input_ids=ids,
             attention_mask=self._masks(slots, limit, padded),
             position_ids=slots.clamp_max(self.config.window_slots - 1),  # the spare slot is not a position
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_name: cache},
             **({} if cache.wanted_states is False else {"output_hidden_states": cache.wanted_states}),
         )
         cache.placement = None
