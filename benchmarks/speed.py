@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, HfArgumentParser
 
+from evaluation.common.results import Result, Row
 from hippoformer.cli.arguments import ModelArguments, check_output
-from hippoformer.evaluation import Result, Row
 from hippoformer.files import write_json
 from hippoformer.hippocampus import circuit
 from hippoformer.hippocampus.episodes import Episodes

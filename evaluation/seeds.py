@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.common.results import Result, Row
 from evaluation.common.statistics import over_seeds
 from hippoformer.cli.arguments import check_output
 from hippoformer.errors import HippoFormerError, InputError
-from hippoformer.evaluation import FORMAT, Result, Row
-from hippoformer.files import provenance, write_json
+from hippoformer.files import FORMAT, provenance, write_json
 
 
 def aggregate(files: Sequence[Path]) -> Result:

@@ -9,13 +9,13 @@ import torch
 
 from evaluation.babilong import run as babilong
 from evaluation.babilong.stories import hidden_questions, hide, sentences
+from evaluation.common.results import Result
 from evaluation.questions.asking import ask
 from evaluation.questions.sources import named_questions
 from hippoformer import HippoFormer
 from hippoformer.data import Document
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import Result
 from hippoformer.model.rereading import reread
 from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
 

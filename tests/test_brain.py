@@ -8,9 +8,9 @@ import torch
 
 from evaluation.brain import run as brain
 from evaluation.brain.words import token_classes, word_class
+from evaluation.common.results import Result
 from evaluation.salience.run import SURPRISE, TRAINED, UNTRAINED, gate
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result
 from hippoformer.training.credit import reconfigured
 from tiny_texts import documents, tiny_load
 

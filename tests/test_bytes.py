@@ -16,6 +16,7 @@ from evaluation.bytes.kv_selection import SelectedKeys
 from evaluation.bytes.other_models import OtherModel, load_other
 from evaluation.bytes.run import Options, run
 from evaluation.common.causality import check
+from evaluation.perplexity import run as perplexity
 from hippoformer import HippoFormer
 from hippoformer.data import Document
 from hippoformer.errors import (
@@ -26,7 +27,7 @@ from hippoformer.errors import (
     TextError,
     UnsupportedArchitectureError,
 )
-from hippoformer.evaluation import perplexity
+from hippoformer.evaluation import encode_all
 from tiny import fresh, small_config, text, tiny_base
 from tiny_texts import LETTERS, byte_tokenizer, documents, tiny_load, tiny_tokenizer
 
@@ -119,7 +120,7 @@ def test_figures_are_those_of_the_text(folders: dict[str, str]) -> None:
         if theirs.metric in ("bits/byte", "word perplexity", "perplexity", "window, bytes", "memory, bytes"):
             assert found[name, theirs.metric].value == pytest.approx(theirs.value, rel=1e-5), theirs
     bits = result.details["bits/byte"]
-    encoded = perplexity.encode_all(load_other(folders["gpt2"])[1], TEXTS)
+    encoded = encode_all(load_other(folders["gpt2"])[1], TEXTS)
     sizes = [document.utf8_bytes for document in encoded]
     together = sum(b * n for b, n in zip(bits[names[5]], sizes, strict=True)) / sum(sizes)
     assert found[names[5], "bits/byte"].value == pytest.approx(together)

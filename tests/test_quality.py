@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.common.results import Result
 from evaluation.quality import run as quality
 from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, distinct, text_scores, token_f1
 from evaluation.questions.asking import continued, read_texts
 from hippoformer.errors import ConfigurationError, InputError, TextError
-from hippoformer.evaluation import Result
 from tiny_texts import documents, tiny_load
 
 TEXTS = documents(260, 90, 400)

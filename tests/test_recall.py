@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.recall import run as recall
+from evaluation.recall.needles import KINDS, draw_needle, haystack
 from evaluation.recall_variants import run as recall_variants
 from hippoformer.data import Document
-from hippoformer.data.needles import KINDS, draw_needle, haystack
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import recall
 from hippoformer.model.rereading import reread
 from tiny_texts import documents, tiny_load, tiny_tokenizer
 

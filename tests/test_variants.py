@@ -9,10 +9,10 @@ from scipy import stats
 
 from evaluation.common.variants import VariantOptions, ablations, models, with_options
 from evaluation.dynamics import run as dynamics
+from evaluation.perplexity import run as perplexity
 from evaluation.variants.run import Options, run
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import perplexity
 from tiny_texts import SEGMENT, documents, tiny_load
 
 

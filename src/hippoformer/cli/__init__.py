@@ -17,7 +17,7 @@ COMMANDS = {
     "ask": ("cli.ask", "", "answer questions about a text or a saved memory, and show the passages behind each answer"),
     "chat": ("cli.chat", "chat", "talk with a model that remembers what has left its window"),
     "memory": ("cli.memory", "", "show what a saved memory holds: hippoformer memory show FILE"),
-    "eval": ("cli.eval", "evaluate", "measure a model on texts: hippoformer eval perplexity, hippoformer eval recall"),
+    "eval": ("cli.eval", "train", "measure perplexity of texts with and without memory: hippoformer eval perplexity"),
     "train": ("train", "train", "train a hippocampus on texts"),
     "lm-eval": ("lm_eval", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),
 }

@@ -90,7 +90,7 @@ class TextArguments:
             ConfigurationError: neither was named. TextError: one of them is not there.
         """
         from hippoformer.data import read_documents
-        from hippoformer.data.benchmarks import benchmark_documents
+        from hippoformer.data.datasets import benchmark_documents
 
         if not self.text and not self.dataset:
             raise ConfigurationError("no text was named: give --text FILE_OR_FOLDER, or --dataset NAME")
