@@ -95,11 +95,6 @@ def test_a_recurrent_state_carries_everything(folders: dict[str, str], piece: in
     assert other.nbytes == nbytes and nbytes[0] > 0
 
 
-def test_an_adapter_is_its_base_and_more(folders: dict[str, str]) -> None:
-    base, adapted = load_other(folders["llama"])[0], load_other(folders["adapter"])[0]
-    assert not torch.allclose(base.scores(SHORT), adapted.scores(SHORT), atol=1e-3)
-
-
 def test_all_of_them_look_at_the_past_alone(folders: dict[str, str]) -> None:
     for name, window, overlap in (("gpt2", 16, None), ("llama", 16, 3), ("mamba", None, None)):
         assert check(load_other(folders[name], window, overlap)[0], IDS)["future"] == 0.0

@@ -1,9 +1,6 @@
 """lm-evaluation-harness reads as we do: same streams, same numbers, nothing carried from one request to the next."""
 
-import functools
 import json
-import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,38 +63,6 @@ def write_task(tmp_path: Path, task: str, field: str, records: list[str]) -> Non
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({field: record}) + "\n" for record in records))
     task += f"task: local\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
     (tmp_path / "task.yaml").write_text(task, encoding="utf-8")
-
-
-def test_wikitext_equals_our_own_evaluation(
-    load: tuple[HippoFormer, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The harness's own task wikitext, its pages from a local file: word perplexity and bits per byte are ours."""
-    import lm_eval.tasks
-    import lm_eval.tasks.wikitext.preprocess_wikitext as wikitext
-
-    # The harness's other ten thousand tasks take a quarter of a minute to list.
-    everything = lm_eval.tasks.TaskManager.__init__
-    few = functools.partialmethod(everything, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks.TaskManager, "__init__", few)
-    pages = [f" = Title {i} = \n \n {text(i, 300).strip()} . \n" for i in range(3)]
-    task = f"include: {Path(wikitext.__file__).with_name('wikitext.yaml')}\ndataset_name: null\n"
-    write_task(tmp_path, task + "training_split: null\nvalidation_split: null\n", "page", pages)
-    monkeypatch.setattr(sys, "argv", [])  # the command sets it
-    command = ["lm-eval", "--model", "hippoformer", "--model_args", "pretrained=tiny", "--device", "cpu"]
-    command += ["--batch_size", "2", "--include_path", str(tmp_path), "--tasks", "local"]
-    assert main([*command, "--output_path", str(tmp_path / "out")]) == 0
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(file.read_text())["results"]["local"]
-
-    read = [wikitext.wikitext_detokenizer({"page": page}) for page in pages]
-    documents = [Document(str(i), page, "test") for i, page in enumerate(read)]
-    scored = evaluation.measure(*load, documents, evaluation.Options(["memory"], batch_size=2))["memory"]
-    nll = sum(one.nll for one in scored)
-    # The harness counts words and bytes of the page before its own clean-up of the text.
-    words = sum(len(re.split(r"\s+", page)) for page in pages)
-    assert results["word_perplexity,none"] == pytest.approx(math.exp(nll / words), rel=1e-6)
-    size = sum(len(page.encode()) for page in pages)
-    assert results["bits_per_byte,none"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
 
 
 def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import torch
 from evaluation.common.results import Result
 from evaluation.quality import run as quality
 from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, distinct, text_scores, token_f1
-from evaluation.questions.asking import continued, read_texts
 from hippoformer.errors import ConfigurationError, InputError, TextError
 from tiny_texts import documents, tiny_load
 
@@ -43,16 +42,6 @@ def test_what_is_written_is_what_generate_writes(loaded: tuple, result: Result) 
         made["off"] = model.generate(ids, max_new_tokens=NEW, eos_token_id=None, **options)
     for condition, of in made.items():
         assert result.details["samples"][0][condition] == tokenizer.decode(of[0, CONTEXT:])
-
-
-def test_rows_of_other_lengths_do_not_meet(loaded: tuple) -> None:
-    model, tokenizer = loaded
-    rows = [tokenizer(text.text).input_ids[:n] for text, n in ((TEXTS[0], 100), (TEXTS[1], 37))]
-
-    def written(rows: list[list[int]]) -> list[list[int]]:
-        return continued(model, read_texts(model, [row[:-1] for row in rows]), [row[-1:] for row in rows], 5)
-
-    assert written(rows) == [written([row])[0] for row in rows]
 
 
 def test_figures_follow_from_the_samples(result: Result) -> None:

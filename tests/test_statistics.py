@@ -72,12 +72,6 @@ def test_intervals_agree_with_a_plain_loop(paired: bool, monkeypatch: pytest.Mon
     assert bootstrap(change if paired else perplexity, *samples, seed=8, resamples=4000) != again
 
 
-@pytest.mark.parametrize("samples", [([], []), ([1.0], [1, 2]), ([math.nan, 1.0], [1, 2])])
-def test_figures_that_are_no_sample(samples: tuple[list[float], list[int]]) -> None:
-    with pytest.raises(InputError, match="one a document"):
-        bootstrap(perplexity, *samples)
-
-
 def test_a_paired_test_is_chosen_by_the_differences() -> None:
     base = DRAW.normal(size=20)
     chosen = paired_test(base + NORMAL, base)
@@ -140,6 +134,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         (lambda: paired_test([1.0, 2.0], [1.0]), "same documents"),
         (lambda: unpaired_test([1.0, np.nan], [1.0]), "finite"),
         (lambda: over_seeds([]), "no seed"),
+        (lambda: bootstrap(perplexity, [], []), "one a document"),
+        (lambda: bootstrap(perplexity, [1.0], [1, 2]), "one a document"),
+        (lambda: bootstrap(perplexity, [math.nan, 1.0], [1, 2]), "one a document"),
     ):
         with pytest.raises(InputError, match=message):
             wrong()

@@ -11,7 +11,7 @@ from hippoformer.evaluation import encode, reading
 from hippoformer.model.statistics import memory_stats, salience_stats
 
 _OF_MEMORY = ("utilisation", "mean_priority", "mean_effective_priority", "mean_age", "reactivated")
-_OF_EPISODES = ("position", "token", "salience", "priority", "age", "strength", "credit")
+_OF_EPISODES = ("position", "token", "salience", "priority", "age")
 
 
 @dataclass
