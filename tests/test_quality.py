@@ -71,8 +71,6 @@ def test_nothing_to_continue(loaded: tuple) -> None:
         quality.run(*loaded, TEXTS, quality.Options(2, CONTEXT, 0))
 
 
-# ---------------------------------------------------------------- metrics
-
 SAID = ["the cat sat on the mat today", "we saw a dog run home"]
 REFERENCES = ["the cat lay on the mat", "we saw a dog run home again and again"]
 

@@ -58,10 +58,7 @@ def test_what_was_recalled_is_what_followed_before() -> None:
 
 
 def test_letters_of_several_tokens_belong_to_the_first(model: HippoFormer) -> None:
-    wide = Document("wide", "naïve café 日本 " * 3, "made up")
-    read = trace.run(model, tiny_tokenizer(), [wide], trace.Options(limit_tokens=20)).details["tokens"]
-    assert len(read["text"]) == 20 and wide.text.startswith("".join(read["text"]))
     started = byte_tokenizer(["<s>"], start="<s>", bos_token="<s>")
-    assert trace.token_texts(started, wide, 4) == ["", "n", "a", "ï"]
+    assert trace.token_texts(started, Document("wide", "naïve café", "made up"), 5) == ["", "n", "a", "ï", ""]
     with pytest.raises(TextError, match="two tokens"):
         trace.run(model, tiny_tokenizer(), [Document("short", "a", "made up")], trace.Options())

@@ -3,8 +3,6 @@
 Every document is read in order from an empty state. Each token after the first is scored once, and averages are over
 tokens, never over documents. Words and bytes are those of the text that the scored tokens cover. What `memory` gains
 over `window-only` is owed to episodes, and to those of this document if `other-document` does not gain it as well.
-
-Shapes: R rows (documents side by side), T tokens.
 """
 
 import math
@@ -26,9 +24,8 @@ from hippoformer.text import start_tokens, token_spans
 class Condition(NamedTuple):
     """With what memory a document is read; conditions that differ only in `log_prob` share one reading.
 
-    Attributes:
-        log_prob, nbytes: fields of `Step` and of the cache. frozen: the memory is read only.
-        other_document: first, as many tokens of others are read; their memory then stands behind an empty window.
+    `log_prob` and `nbytes` are fields of `Step` and of the cache; `other_document`: as many tokens of others are read
+    first, and their memory stands behind an empty window.
     """
 
     log_prob: str = "target_log_prob"
@@ -134,9 +131,7 @@ def score(
 ) -> Iterator[Scored]:  # fmt: skip
     """Reads every document from an empty state under every condition, those of similar length side by side.
 
-    Args:
-        model: a HippoFormer. documents: each with a token to score. conditions: of `CONDITIONS`.
-        others: what `other-document` reads first: of these the documents after the scored one, then those before it.
+    `others` are what `other-document` reads first: of these the documents after the scored one, then those before it.
 
     Raises:
         ConfigurationError: no other document. NonFiniteError: a scored token has probability zero or NaN.

@@ -39,11 +39,8 @@ _OF_HARNESS = ("add_bos_token", "enable_thinking", "chat_template_args", "think_
 class HippoFormerLM(HFLM):
     """A HippoFormer as the harness sees it; everything comes from `--model_args`.
 
-    Args:
-        pretrained: as for `hippoformer.load`. condition: memory, off, or window-only.
-        dtype, device, batch_size: batch_size rows are read side by side.
-        options: those of the harness's own class that `_OF_HARNESS` names, and options of `HippoFormerConfig`. With
-            prefix_token_id the first token of a rolling document is scored too, also where the tokenizer puts no start.
+    `options` are those of the harness's own class that `_OF_HARNESS` names, and options of `HippoFormerConfig`. With
+    prefix_token_id the first token of a rolling document is scored too, also where the tokenizer puts no start.
 
     Raises:
         ConfigurationError: an unknown condition or dtype, or a batch size that is no number.
