@@ -1,6 +1,6 @@
 """Speed of a HippoFormer against its base: with memory, with memory off (the same window), and as transformers runs it.
 
-    python benchmarks/speed.py --model smollm2-135m --dtype bfloat16 --output results/speed.json
+    python -m benchmarks.speed --model smollm2-135m --dtype bfloat16 --output results/speed.json
 
 Texts are random token ids, since no branch of the model depends on what a token says. Conditions alternate, so that a
 slow minute of the machine meets all of them. Figures are medians; the file has every timing. `transformers` is the base
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, HfArgumentParser
 
+from evaluation.common.results import Result, Row
 from hippoformer.cli.arguments import ModelArguments, check_output
-from hippoformer.evaluation import Result, Row
 from hippoformer.files import write_json
 from hippoformer.hippocampus import circuit
 from hippoformer.hippocampus.episodes import Episodes

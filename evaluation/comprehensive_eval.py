@@ -17,11 +17,11 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from evaluation.common.results import Row, table
 from evaluation.registry import EVALUATIONS
 from hippoformer.cli.arguments import ModelArguments, TextArguments, check_output
 from hippoformer.errors import ConfigurationError, HippoFormerError
-from hippoformer.evaluation import FORMAT, Row, table
-from hippoformer.files import write_json
+from hippoformer.files import FORMAT, write_json
 
 # What is run by default, and with which options: they suit two CPU cores and WikiText-2's test set.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dynamics": {"limit_tokens": 32_768},
     "variants": {"documents": 12, "limit_tokens": 4_096},
     "brain": {"documents": 12, "limit_tokens": 4_096},
-    "generation": {},
+    "quality": {},
     "recall": {"distances": [1_000, 4_000], "facts": 4, "streams": 2},
 }
 
@@ -67,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
     (arguments,) = parser.parse_args_into_dataclasses(None if words is None else list(words))
     try:
         check_output(arguments.output)
-        names = arguments.parts or [name for name in DEFAULTS if name in EVALUATIONS]
+        names = arguments.parts or list(DEFAULTS)
         if unknown := [name for name in names if name not in EVALUATIONS]:
             raise ConfigurationError(f"parts {', '.join(unknown)}: choose among {', '.join(EVALUATIONS)}")
         datasets = [] if arguments.text else arguments.datasets

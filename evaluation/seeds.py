@@ -4,17 +4,19 @@ A bootstrap over documents says how much the texts matter; only training again s
 that all files have becomes its mean with a t interval; n is the number of seeds.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import HfArgumentParser
+
+from evaluation.common.results import Result, Row
 from evaluation.common.statistics import over_seeds
 from hippoformer.cli.arguments import check_output
 from hippoformer.errors import HippoFormerError, InputError
-from hippoformer.evaluation import FORMAT, Result, Row
-from hippoformer.files import provenance, write_json
+from hippoformer.files import FORMAT, provenance, write_json
 
 
 def aggregate(files: Sequence[Path]) -> Result:
@@ -45,12 +47,18 @@ def _read(file: Path) -> dict[tuple[str, str, str, str], float]:
         ) from error
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """0 on success, 2 on an error that was explained."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.seeds", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args(words)
+@dataclass
+class Options:
+    """What to put together."""
+
+    files: list[Path] = field(metadata={"help": "result files of one evaluation, one a seed"})
+    output: Path | None = field(default=None, metadata={"help": "JSON file"})
+
+
+def main(words: Sequence[str]) -> int:
+    """Puts together the files that the words of a command line name; 0 on success, 2 on an error that was explained."""
+    given = words if words[:1] and words[0].startswith("-") else ["--files", *words]
+    (arguments,) = HfArgumentParser((Options,), description=__doc__).parse_args_into_dataclasses(given)  # type: ignore[arg-type]
     try:
         check_output(arguments.output)
         result = aggregate(arguments.files)
@@ -66,4 +74,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,15 +9,15 @@ import torch
 
 from evaluation.babilong import run as babilong
 from evaluation.babilong.stories import hidden_questions, hide, sentences
+from evaluation.common.results import Result
 from evaluation.questions.asking import ask
 from evaluation.questions.sources import named_questions
 from hippoformer import HippoFormer
 from hippoformer.data import Document
 from hippoformer.data.questions import Question, read_questions
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import Result
 from hippoformer.model.rereading import reread
-from tiny_texts import byte_tokenizer, tiny_load, tiny_tokenizer
+from tiny_texts import tiny_load, tiny_tokenizer
 
 PLACES = ("bathroom", "hallway", "garden", "office", "kitchen")
 BOOKS = [
@@ -120,14 +120,6 @@ def test_every_condition_is_what_it_says() -> None:
             {name: -float(value) for name, value in expected.items()}, rel=1e-4
         )
     assert len({round(one.nats, 3) for one in replies[0].values()}) == 5, "and they are not the same"
-
-
-def test_a_window_begins_with_the_start_token() -> None:
-    started = byte_tokenizer(["<end>"], start="<end>", bos_token="<end>", eos_token="<end>", pad_token="<end>")
-    contexts = [BOOKS[0].text[:500], BOOKS[0].text[500 - 63 : 500], BOOKS[0].text[500 - 64 : 500]]
-    questions = [Question(f"q{i}", context, "Where?", ("here",)) for i, context in enumerate(contexts)]
-    replies = ask(loud(), started, questions, 2, windows=(64,))
-    assert len({reply["window 64"].nats for reply in replies}) == 1
 
 
 def evaluated(babi: Path, **options: Any) -> Result:

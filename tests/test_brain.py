@@ -8,9 +8,9 @@ import torch
 
 from evaluation.brain import run as brain
 from evaluation.brain.words import token_classes, word_class
+from evaluation.common.results import Result
 from evaluation.salience.run import SURPRISE, TRAINED, UNTRAINED, gate
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result
 from hippoformer.training.credit import reconfigured
 from tiny_texts import documents, tiny_load
 
@@ -99,24 +99,15 @@ def test_a_ratio_of_nothing_is_no_figure(loaded: tuple) -> None:
         brain.run(*loaded, TEXTS[2:], brain.Options())
 
 
-def test_coherence_of_known_series() -> None:
-    assert brain.coherence(np.arange(50.0)) == pytest.approx(1.0)
-    assert brain.coherence(np.array([0.0, 1.0] * 20)) == pytest.approx(0.0)
-    assert brain.coherence(np.ones(5)) is None
-
-
-def test_words_of_closed_classes_are_function_words() -> None:
-    assert {word_class(word) for word in ("Of", "THEIR", "won't", "it's", "shouldn’t")} == {"function"}
-    assert [word_class(word) for word in ("house", "o'clock", "x9", "1984")] == [
-        "content",
-        "content",
-        "content",
-        "other",
-    ]
-
-
 def test_a_token_has_the_class_of_the_word_that_it_shares_most_with() -> None:
     text = "The café, of 25 cats"
     offsets = [(0, 0), (0, 3), (3, 6), (6, 8), (8, 9), (9, 13), (9, 20), (13, 15)]
     found = ["", "function", "content", "content", "other", "function", "content", "other"]
     assert token_classes(text, offsets) == found
+
+
+def test_coherence_and_word_classes() -> None:
+    assert brain.coherence(np.arange(50.0)) == pytest.approx(1.0)
+    assert brain.coherence(np.array([0.0, 1.0] * 20)) == pytest.approx(0.0) and brain.coherence(np.ones(5)) is None
+    assert {word_class(word) for word in ("Of", "THEIR", "won't", "it's", "shouldn’t")} == {"function"}
+    assert [word_class(word) for word in ("o'clock", "x9", "1984")] == ["content", "content", "other"]

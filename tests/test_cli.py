@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,17 +13,11 @@ import torch
 import hippoformer
 from hippoformer import cli
 from hippoformer.errors import HippoFormerError, MemoryFileError
+from hippoformer.evaluation import Options
 from hippoformer.model.cache import Episode, HippoCache
 
 TEXT = "= One =\n\nSome text.\n= Two =\n\nOther text.\n"
 PERPLEXITY = ("eval", "perplexity", "--model", "m")
-
-
-@dataclass
-class Options:
-    """Of a stand-in evaluation."""
-
-    batch_size: int = field(default=4, metadata={"help": "rows"})
 
 
 @pytest.fixture
@@ -36,14 +29,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["load"] = {"name": name, **options}
         return SimpleNamespace(to=lambda device: f"model on {device}"), "tokenizer"
 
-    def run(model: Any, tokenizer: str, documents: list[Any], options: Options) -> Any:
+    def measure(model: Any, tokenizer: str, documents: list[Any], options: Options) -> Any:
         seen["run"] = (model, tokenizer, [document.title for document in documents], options)
-        return SimpleNamespace(table=lambda: "| the table |", record=lambda *given: {"name": given[0]})
+        return {"memory": [4.0], "off": [5.0]}
 
-    module = ModuleType("hippoformer.evaluation.perplexity")
-    module.__doc__, module.run, module.Options = "Reads.", run, Options  # type: ignore[attr-defined]
     monkeypatch.setattr(hippoformer, "load", load, raising=False)
-    monkeypatch.setitem(sys.modules, "hippoformer.evaluation.perplexity", module)
+    monkeypatch.setattr("hippoformer.cli.eval.measure", measure)
+    monkeypatch.setattr("hippoformer.cli.eval.figures", lambda of: {"perplexity": of[0]})
+    monkeypatch.setattr("hippoformer.cli.eval.result_file", lambda *given: {"name": given[0], "rows": given[3]})
     return seen
 
 
@@ -63,22 +56,23 @@ def test_an_evaluation_with_every_option(
         *(*PERPLEXITY, "--text", text, "--text", second, "--window", 256, "--sink_tokens", 2, "--batch-size", 3),
         *("--buffer-size", 64, "--decay-rate", 0.75, "--device", "cpu", "--dtype", "bfloat16", "--output", output),
     )
-    assert done.code == 0 and "| the table |" in done.out, done
+    assert done.code == 0 and "| memory    | 4          | -20            |" in done.out, done
     assert calls["load"] == {
         **{"name": "m", "window": 256, "sink_tokens": 2, "buffer_size": 64, "decay_rate": 0.75},
         "dtype": "bfloat16",
     }
-    assert calls["run"] == ("model on cpu", "tokenizer", ["One", "Two", "second"], Options(3))
-    assert json.loads(output.read_text(encoding="utf-8")) == {"name": "perplexity"}
+    assert calls["run"] == ("model on cpu", "tokenizer", ["One", "Two", "second"], Options(batch_size=3))
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert record["name"] == "perplexity" and [row["value"] for row in record["rows"]] == [4.0, pytest.approx(-20), 5.0]
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_options_not_given_are_left_to_the_model_and_the_machine(
-    calls: dict[str, Any], command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, there: bool
+    calls: dict[str, Any], text: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert command(*PERPLEXITY).code == 0
-    assert calls["load"] == {"name": "m"} and calls["run"][2:] == ([], Options())
+    assert command(*PERPLEXITY, "--text", text).code == 0
+    assert calls["load"] == {"name": "m"} and calls["run"][2:] == (["One", "Two"], Options())
     assert (calls["run"][0] == "model on cuda") == there
 
 
@@ -103,7 +97,7 @@ def test_errors_are_one_line_and_exit_code_2(
 def test_lines_that_name_no_command_or_option(calls: dict[str, Any], command: Callable[..., Any]) -> None:
     assert command("sing") == (2, "", f"Error: there is no command sing: choose one of {', '.join(cli.COMMANDS)}\n")
     for words in (
-        ("eval", "recoil"),
+        ("eval", "recall", *PERPLEXITY[2:]),
         (*PERPLEXITY[:2], "--text", "a"),
         (*PERPLEXITY, "--windw", 3),
         (*PERPLEXITY, "--dtype", "int3"),
@@ -115,16 +109,16 @@ def test_lines_that_name_no_command_or_option(calls: dict[str, Any], command: Ca
 
 @pytest.mark.parametrize("failure", [HippoFormerError("no\n  such model"), RuntimeError("a bug")])
 def test_only_errors_of_the_package_are_shortened(
-    monkeypatch: pytest.MonkeyPatch, failure: Exception, calls: dict[str, Any], command: Callable[..., Any]
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, text: Path, command: Callable[..., Any]
 ) -> None:
     def load(name: str, **options: Any) -> None:
         raise failure
 
     monkeypatch.setattr(hippoformer, "load", load, raising=False)
-    with pytest.raises(type(failure)):
-        command(*(["--debug"] if isinstance(failure, HippoFormerError) else []), *PERPLEXITY)
     if isinstance(failure, HippoFormerError):
-        assert command(*PERPLEXITY) == (2, "", "Error: no such model\n")
+        assert command(*PERPLEXITY, "--text", text) == (2, "", "Error: no such model\n")
+    with pytest.raises(type(failure)):
+        command(*(["--debug"] if isinstance(failure, HippoFormerError) else []), *PERPLEXITY, "--text", text)
 
 
 @pytest.mark.parametrize("extra", [name for name, (_, extra, _) in cli.COMMANDS.items() if extra])

@@ -8,10 +8,10 @@ import torch
 
 import hippoformer
 from evaluation.__main__ import main
+from evaluation.common.results import Result
 from evaluation.drift import run as drift
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation import Result
 from tiny import tiny_base
 from tiny_texts import documents, tiny_load
 

@@ -63,7 +63,7 @@ def test_every_evaluation_says_what_it_asks() -> None:
 
 MINE = '''"""How long the texts are."""
 from dataclasses import dataclass
-from hippoformer.evaluation import Result, Row
+from evaluation.common.results import Result, Row
 
 @dataclass
 class Options:

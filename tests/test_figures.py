@@ -1,7 +1,6 @@
 """Every figure is drawn from result files as the evaluations write them, and says what it lacks."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from matplotlib.figure import Figure
 
 from evaluation.visualization import __main__ as visualization
 from evaluation.visualization.figures import FIGURES
-from hippoformer.errors import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -68,23 +66,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert written == {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}, "the same bytes"
     for wrong in (["--names", "brian"], ["--formats", "gif"]):
         assert visualization.main([*words, *wrong]) == 2
-
-
-def test_what_is_no_result_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match="no result file"):
-        visualization.read_results(tmp_path)
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ResultError, match=r"broken\.json cannot be read"):
-        visualization.read_results(tmp_path)
-
-
-def test_pages_quote_files_that_are_there() -> None:
-    quoted: set[str] = set()
-    for page in ("docs/results.md", "docs/figures.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        quoted |= {
-            f"{name}.json"
-            for name in re.findall(r"`([a-z0-9_]+_(?:test|validation|articles|novels|recall|novel))`", text)
-        }
-        quoted |= set(re.findall(r"\(\.\./results/([^)]+)\)", text))
-    assert len(quoted) > 20 and [name for name in sorted(quoted) if not (RESULTS / name).exists()] == []

@@ -1,9 +1,6 @@
 """lm-evaluation-harness reads as we do: same streams, same numbers, nothing carried from one request to the next."""
 
-import functools
 import json
-import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from hippoformer import HippoFormer
+from hippoformer import HippoFormer, evaluation
 from hippoformer.cli import main
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation import evaluate_perplexity
 from tiny_texts import byte_tokenizer, text, tiny_load
 
 pytest.importorskip("lm_eval")
@@ -44,7 +40,7 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def load(loaded: tuple[HippoFormer, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[HippoFormer, Any]:
     """The tiny model instead of what `pretrained` names."""
-    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: loaded)
+    monkeypatch.setattr("hippoformer.lm_eval.load", lambda name, **options: loaded)
     return loaded
 
 
@@ -55,8 +51,9 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def lm(**options: Any) -> Any:
-    import hippoformer.evaluation.harness  # noqa: F401, registers
     from lm_eval.api.registry import get_model
+
+    import hippoformer.lm_eval  # noqa: F401, registers
 
     return get_model("hippoformer")(pretrained="tiny", device="cpu", **options)
 
@@ -68,36 +65,6 @@ def write_task(tmp_path: Path, task: str, field: str, records: list[str]) -> Non
     (tmp_path / "task.yaml").write_text(task, encoding="utf-8")
 
 
-def test_wikitext_equals_our_own_evaluation(
-    load: tuple[HippoFormer, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The harness's own task wikitext, its pages from a local file: word perplexity and bits per byte are ours."""
-    import lm_eval.tasks
-    import lm_eval.tasks.wikitext.preprocess_wikitext as wikitext
-
-    # The harness's other ten thousand tasks take a quarter of a minute to list.
-    everything = lm_eval.tasks.TaskManager.__init__
-    few = functools.partialmethod(everything, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks.TaskManager, "__init__", few)
-    pages = [f" = Title {i} = \n \n {text(i, 300).strip()} . \n" for i in range(3)]
-    task = f"include: {Path(wikitext.__file__).with_name('wikitext.yaml')}\ndataset_name: null\n"
-    write_task(tmp_path, task + "training_split: null\nvalidation_split: null\n", "page", pages)
-    command = ["lm-eval", "--model", "hippoformer", "--model_args", "pretrained=tiny", "--device", "cpu"]
-    command += ["--batch_size", "2", "--include_path", str(tmp_path), "--tasks", "local"]
-    assert main([*command, "--output_path", str(tmp_path / "out")]) == 0
-    (file,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(file.read_text())["results"]["local"]
-
-    read = [wikitext.wikitext_detokenizer({"page": page}) for page in pages]
-    documents = [Document(str(i), page, "test") for i, page in enumerate(read)]
-    ours = evaluate_perplexity(*load, documents, conditions=["memory"], batch_size=2)["memory"]
-    # The harness counts words and bytes of the page before its own clean-up of the text.
-    words = sum(len(re.split(r"\s+", page)) for page in pages)
-    assert results["word_perplexity,none"] == pytest.approx(math.exp(ours.nll / words), rel=1e-6)
-    size = sum(len(page.encode()) for page in pages)
-    assert results["bits_per_byte,none"] == pytest.approx(ours.nll / math.log(2) / size, rel=1e-6)
-
-
 def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a start token every token is scored, so the two count the same words and bytes."""
     from lm_eval import simple_evaluate
@@ -105,7 +72,7 @@ def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: p
 
     model, _ = tiny_load()
     tokenizer = byte_tokenizer(["<s>"], start="<s>", bos_token="<s>", eos_token="<s>", pad_token="<s>")
-    monkeypatch.setattr("hippoformer.evaluation.harness.load", lambda name, **options: (model, tokenizer))
+    monkeypatch.setattr("hippoformer.lm_eval.load", lambda name, **options: (model, tokenizer))
     task = "output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     task += "metric_list:\n  - metric: word_perplexity\n  - metric: bits_per_byte\n"
     write_task(tmp_path, task, "text", DOCUMENTS)
@@ -114,9 +81,10 @@ def test_plain_documents_equal_our_own_evaluation(tmp_path: Path, monkeypatch: p
     found = simple_evaluate("hippoformer", tasks=["local"], task_manager=manager, **options)
     results = found["results"]["local"]
     documents = [Document(str(i), t, "test") for i, t in enumerate(DOCUMENTS)]
-    ours = evaluate_perplexity(model, tokenizer, documents, conditions=["memory"])["memory"]
-    assert results["word_perplexity,none"] == pytest.approx(ours.word_perplexity, rel=1e-6)
-    assert results["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-6)
+    scored = evaluation.measure(model, tokenizer, documents, evaluation.Options(["memory"]))["memory"]
+    ours = evaluation.figures(scored)
+    assert results["word_perplexity,none"] == pytest.approx(ours["word perplexity"], rel=1e-6)
+    assert results["bits_per_byte,none"] == pytest.approx(ours["bits/byte"], rel=1e-6)
     assert found["config"]["condition"] == "memory" and found["config"]["model_name"] == "tiny"
 
 

@@ -43,13 +43,7 @@ def test_draws_depend_on_seed_and_place_alone() -> None:
     assert one.text != two.text
     assert [d.text for d in plant_facts([TEXT, TEXT], facts=3, gap=(100, 200), seed=3)] == [one.text, two.text]
     assert plant_facts([TEXT], facts=3, gap=(100, 200), seed=4)[0].text != one.text
-
-
-def test_short_documents_come_back_as_they_are() -> None:
     short = Document("short", "a\nb\n", "here")
     assert plant_facts([short], facts=3, gap=(100, 200), seed=0)[0].text == short.text
-
-
-def test_impossible_requests_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="gap"):
         plant_facts([TEXT], facts=1, gap=(5, 4), seed=0)

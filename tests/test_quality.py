@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.common.results import Result
 from evaluation.quality import run as quality
 from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, distinct, text_scores, token_f1
-from evaluation.questions.asking import continued, read_texts
 from hippoformer.errors import ConfigurationError, InputError, TextError
-from hippoformer.evaluation import Result
 from tiny_texts import documents, tiny_load
 
 TEXTS = documents(260, 90, 400)
@@ -45,16 +44,6 @@ def test_what_is_written_is_what_generate_writes(loaded: tuple, result: Result) 
         assert result.details["samples"][0][condition] == tokenizer.decode(of[0, CONTEXT:])
 
 
-def test_rows_of_other_lengths_do_not_meet(loaded: tuple) -> None:
-    model, tokenizer = loaded
-    rows = [tokenizer(text.text).input_ids[:n] for text, n in ((TEXTS[0], 100), (TEXTS[1], 37))]
-
-    def written(rows: list[list[int]]) -> list[list[int]]:
-        return continued(model, read_texts(model, [row[:-1] for row in rows]), [row[-1:] for row in rows], 5)
-
-    assert written(rows) == [written([row])[0] for row in rows]
-
-
 def test_figures_follow_from_the_samples(result: Result) -> None:
     samples = result.details["samples"]
     rows = {(row.condition, row.metric): row.value for row in result.rows}
@@ -81,8 +70,6 @@ def test_nothing_to_continue(loaded: tuple) -> None:
     with pytest.raises(ConfigurationError, match="positive"):
         quality.run(*loaded, TEXTS, quality.Options(2, CONTEXT, 0))
 
-
-# ---------------------------------------------------------------- metrics
 
 SAID = ["the cat sat on the mat today", "we saw a dog run home"]
 REFERENCES = ["the cat lay on the mat", "we saw a dog run home again and again"]

@@ -1,6 +1,5 @@
 """Questions: read from every source they come from, answered as `generate` would, scored against the best answer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,6 @@ import datasets
 import pytest
 import torch
 
-import hippoformer
-from evaluation.__main__ import main
 from evaluation.quality.metrics import text_scores
 from evaluation.questions import run as questions
 from evaluation.questions.sources import named_questions, write_questions
@@ -130,13 +127,3 @@ def test_answers_are_those_of_generate_up_to_the_line_s_end(tmp_path: Path) -> N
     for wrong in ({"questions": []}, {"questions": ["q"], "new_tokens": 0}, {"questions": ["q"], "reread_tokens": -1}):
         with pytest.raises(ConfigurationError, match="at least 1"):
             questions.run(model, tokenizer, [], questions.Options(**wrong))
-
-
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hippoformer, "load", lambda name, **options: tiny_load(name, residual_readout=False, **options))
-    write_questions(tmp_path / "mine.jsonl", QUESTIONS[:1])
-    words = ["questions", "--model", "tiny", "--questions", str(tmp_path / "mine.jsonl")]
-    assert main([*words, "--new_tokens", "3", "--output", str(tmp_path / "out.json")]) == 0
-    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["evaluation"] == "questions"
-    assert main([*words, "--write", str(tmp_path / "copy.jsonl")]) == 0
-    assert (tmp_path / "copy.jsonl").read_text() == (tmp_path / "mine.jsonl").read_text()

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,20 +14,6 @@ spec = importlib.util.spec_from_file_location("speed", PATH)
 assert spec is not None and spec.loader is not None
 speed = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(speed)
-
-
-def test_runs_alternate_and_the_first_turn_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: float(sum(map(len, log)))))
-    seconds = speed.alternate(3, {"on": lambda: log.append("on"), "off": lambda: log.append("off")})
-    assert log == ["off", "on", "on", "off", "off", "on", "on", "off"]
-    assert seconds == {"on": [2.0] * 3, "off": [3.0] * 3}
-
-
-def test_rates_are_of_medians_and_ratios_of_memory() -> None:
-    rows = speed.rates("x", 100, {"memory": [1.0, 2.0, 50.0], "off": [1.0], "transformers": [4.0]})
-    assert [row.value for row in rows] == [50.0, 100.0, 25.0, 0.5, 2.0]
-    assert rows[3].condition == "memory / off"
 
 
 def test_every_condition_scores_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,9 @@ from scipy import stats
 
 from evaluation.common.variants import VariantOptions, ablations, models, with_options
 from evaluation.dynamics import run as dynamics
+from evaluation.perplexity import run as perplexity
 from evaluation.variants.run import Options, run
-from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import perplexity
 from tiny_texts import SEGMENT, documents, tiny_load
 
 
@@ -60,18 +59,8 @@ def test_rows_compare_in_pairs() -> None:
         for name, of in result.details["nll"].items()
     }
     p = [stats.wilcoxon(nats[name], nats["as it is"]).pvalue for name in ("random", "small")]
-    assert found["random", "p against as it is"].value == pytest.approx(
-        min(1.0, 2 * max(p) if p[0] == p[1] else p[0] * 2)
-    )
-
-
-def test_an_ablation_changes_something() -> None:
-    replays, rests = HippoFormerConfig(max_replay_rounds=10, decay_rate=0.8), HippoFormerConfig(max_replay_rounds=0)
-    assert "no replay" in ablations(replays) and "replay" not in ablations(replays)
-    assert "replay" in ablations(rests) and "no replay" not in ablations(rests)
-    assert "decay 0.8" not in ablations(replays) and "decay 0.8" in ablations(rests)
-    assert "importance 1 to 3" not in ablations(HippoFormerConfig(importance_weight_range=(1.0, 3.0)))
-    assert next(iter(ablations(rests))) == "as it is" and len(ablations(rests)) >= 15
+    holm = 2 * p[0] if p[0] <= p[1] else max(p[0], 2 * p[1])
+    assert found["random", "p against as it is"].value == pytest.approx(min(1.0, holm))
 
 
 def test_every_ablation_runs() -> None:
@@ -119,7 +108,6 @@ def test_the_memory_is_looked_at_after_every_segment() -> None:
         output = model(part, past_key_values=cache, return_memory_stats=True)
         stored = {episode.position for episode in cache.episodes(0, stored_only=True)}
         assert (segment["stored"], segment["written"]) == (len(stored), len(stored - before))
-        assert segment["merged"] == output.memory_stats["merged"]
         assert segment["mean_priority"] == pytest.approx(output.memory_stats["mean_priority"], rel=1e-4)
         before = stored
     assert {int(episode["position"]) for episode in result.details["retained"]} == before

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.babilong.stories import hidden_questions, sentences
+from evaluation.common.results import Result, Row
 from evaluation.common.statistics import share
 from evaluation.questions.asking import Reply, ask
 from evaluation.questions.sources import write_questions
 from hippoformer.data.documents import Document
 from hippoformer.data.questions import Question
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation import Result, Row
 from hippoformer.text import token_ids
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from evaluation.brain.words import CLASSES, CONTENT, FUNCTION, token_classes
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap
 from evaluation.salience.run import SURPRISE, TRAINED, UNTRAINED, Gated, Options, gate, read
 from hippoformer.data.documents import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import encode, reading
+from hippoformer.evaluation import encode, reading
 from hippoformer.text import start_tokens, token_spans
 from hippoformer.training.credit import reconfigured
 

@@ -15,12 +15,12 @@ import numpy as np
 from evaluation.bytes.kv_selection import SelectedKeys
 from evaluation.bytes.other_models import load_other
 from evaluation.common.causality import check, check_model
-from evaluation.common.statistics import corrected, paired_test
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, corrected, paired_test, ratio
 from evaluation.common.variants import with_options
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import EncodedDocument, encode, score
+from hippoformer.evaluation import EncodedDocument, Scored, encode, figures, score
 
 
 @dataclass
@@ -55,18 +55,18 @@ class _Contestant:
         elif self.condition is None:
             check(self.model, document.input_ids)
 
-    def score(self, document: EncodedDocument) -> tuple[float, int, int, float]:
-        """(nats, bytes of window, bytes of memory, seconds) of a document."""
+    def score(self, document: EncodedDocument) -> Scored:
+        """A document, read from its beginning."""
         if self.condition is not None:
-            (found,) = score(self.model, [document], (self.condition,))
-            return found.nll, found.window_nbytes, found.memory_nbytes, found.seconds
+            return next(score(self.model, [document], (self.condition,)))
         began = time.perf_counter()
-        nll = -float(self.model.scores(document.input_ids).cpu().double().sum())
-        if not math.isfinite(nll):
+        log_probs = self.model.scores(document.input_ids).cpu()
+        if not log_probs.isfinite().all():
             raise NonFiniteError(
                 f"a token of {document.document.title!r} has probability zero or NaN under {self.name}"
             )
-        return nll, *self.model.nbytes, time.perf_counter() - began
+        window, memory = self.model.nbytes
+        return Scored(document, self.name, log_probs, window, memory, time.perf_counter() - began)
 
 
 def _contestants(model: Any, tokenizer: Any, options: Options) -> Iterator[_Contestant]:
@@ -108,9 +108,9 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     for contestant in contestants:  # whoever fails, fails before hours of reading
         contestant.check(read[contestant.name][kept[0]])
     scored = {c.name: [c.score(read[c.name][i]) for i in kept] for c in contestants}
-    nats = {name: np.array([of[0] for of in found]) for name, found in scored.items()}
+    nats = {name: np.array([one.nll for one in found]) for name, found in scored.items()}
     nbytes = {name: np.array([read[name][i].utf8_bytes for i in kept]) for name in names}
-    rows = [row for name in names for row in _rows(name, [read[name][i] for i in kept], scored[name], options.seed)]
+    rows = [row for name in names for row in _rows(name, scored[name], nats[name], nbytes[name], options.seed)]
     bits = {name: nats[name] / math.log(2) / nbytes[name] for name in names}
     reference, *others = names
     tests = corrected([paired_test(bits[name], bits[reference]) for name in others])
@@ -128,28 +128,14 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     )
 
 
-def _rows(
-    name: str, read: Sequence[EncodedDocument], scored: Sequence[tuple[float, int, int, float]], seed: int
-) -> list[Row]:
-    nats, window, memory, seconds = (np.array(column) for column in zip(*scored, strict=True))
-    n, words, tokens = len(read), sum(d.words for d in read), sum(d.tokens_scored for d in read)
-    a_word = nats.sum() / words if words else math.inf
-    bits = bootstrap(_mean, nats / math.log(2), [d.utf8_bytes for d in read], seed=seed)
-    return [
-        Row(name, "bits/byte", *bits, n=n),
-        Row(name, "word perplexity", math.exp(a_word) if a_word < 700 else None, n=n),
-        Row(name, "perplexity", math.exp(nats.sum() / tokens), n=n),
-        Row(name, "window, bytes", int(window.max()), n=n),
-        Row(name, "memory, bytes", int(memory.max()), n=n),
-        Row(name, "state, bytes", int(window.max() + memory.max()), n=n),
-        Row(name, "tokens/s", sum(len(d.input_ids) for d in read) / max(float(seconds.sum()), 1e-9), n=n),
-    ]
-
-
-def _mean(sums: Any, weights: Any, axis: int = -1) -> Any:
-    return sums.sum(axis) / weights.sum(axis)
+def _rows(name: str, scored: Sequence[Scored], nats: Any, nbytes: Any, seed: int) -> list[Row]:
+    found, n = figures(scored), len(scored)
+    state = max(one.window_nbytes for one in scored) + max(one.memory_nbytes for one in scored)
+    bits = bootstrap(ratio, nats / math.log(2), nbytes, seed=seed)
+    rows = [Row(name, metric, value, n=n) for metric, value in found.items() if metric != "bits/byte"]
+    return [Row(name, "bits/byte", *bits, n=n), *rows, Row(name, "state, bytes", state, n=n)]
 
 
 def _change(nats: Any, nbytes: Any, their_nats: Any, their_bytes: Any, axis: int = -1) -> Any:
     """By how many percent the bits per byte differ; below 0 is better."""
-    return 100 * (_mean(nats, nbytes, axis) / _mean(their_nats, their_bytes, axis) - 1)
+    return 100 * (ratio(nats, nbytes, axis) / ratio(their_nats, their_bytes, axis) - 1)

@@ -1,1 +1,1 @@
-"""What the evaluations share. Rows, intervals and the scoring loop are the package's: `hippoformer.evaluation`."""
+"""What the evaluations share. The scoring loop is the package's: `hippoformer.evaluation`."""

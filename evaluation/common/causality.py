@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hippoformer.errors import CausalityError, InputError
-from hippoformer.evaluation.perplexity import reading
+from hippoformer.evaluation import reading
 
 _PIECE = 40  # tokens
 _BEFORE_END = 24  # of them before a segment ends: which episodes replay merges then may depend on rounding

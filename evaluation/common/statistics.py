@@ -1,19 +1,92 @@
-"""Tests of a difference, effect sizes, corrections for several tests at once. Documents or questions are the units.
+"""Intervals, tests of a difference, effect sizes, corrections; documents or questions are the units."""
 
-Intervals of single figures are `hippoformer.evaluation.bootstrap`.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from evaluation.common.results import Row
 from hippoformer.errors import ConfigurationError, InputError
-from hippoformer.evaluation import LEVEL, Row, share
 
-__all__ = ["TestResult", "corrected", "over_seeds", "paired_test", "share", "unpaired_test"]
+RESAMPLES = 10_000
+LEVEL = 0.95
+_BATCH_NUMBERS = 10_000_000  # numbers that one batch of resamples holds: 80 MB
+
+
+def bootstrap(
+    statistic: Callable[..., Any], *samples: ArrayLike, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float | None, float | None]:
+    """A statistic with its percentile bootstrap interval over documents (Efron 1979).
+
+    Tokens of one document depend on each other, documents hardly do.
+
+    Args:
+        statistic: called with all samples and `axis`, over which it reduces.
+        samples: one figure a document each, (D,); resampled together (paired).
+
+    Returns:
+        (value, low, high); no ends for a single document, which cannot be resampled.
+
+    Raises:
+        InputError: no document, lengths that differ, or a figure that is not finite.
+    """
+    arrays = [_finite(sample) for sample in samples]
+    if not arrays[0].size or any(array.shape != arrays[0].shape for array in arrays):
+        raise InputError(f"samples of {[len(a) for a in arrays]} figures; expected as many in each, one a document")
+    value, documents = float(statistic(*arrays, axis=-1)), len(arrays[0])
+    if documents < 2:
+        return value, None, None
+    found = stats.bootstrap(
+        arrays,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        confidence_level=LEVEL,
+        batch=max(1, min(resamples, _BATCH_NUMBERS // documents)),
+        rng=np.random.default_rng(seed),
+    )
+    return value, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def share(hits: Sequence[bool]) -> tuple[float, float, float]:
+    """Percent of cases that hit, and the ends of the interval by Wilson's formula (Wilson 1927)."""
+    interval = stats.binomtest(sum(hits), len(hits)).proportion_ci(LEVEL, "wilson")
+    return 100 * sum(hits) / len(hits), 100 * float(interval.low), 100 * float(interval.high)
+
+
+def ratio(sums: Any, weights: Any, axis: int = -1) -> Any:
+    """The mean of figures that are sums over so many units each, (D,)."""
+    return np.sum(sums, axis) / np.sum(weights, axis)
+
+
+def perplexity(nll: Any, tokens: Any, axis: int = -1) -> Any:
+    """exp of nats per token over all documents together; nll and tokens are (D,)."""
+    return np.exp(ratio(nll, tokens, axis))
+
+
+def change(nll: Any, reference: Any, tokens: Any, axis: int = -1) -> Any:
+    """By how many percent the perplexity differs from that of the reference on the same tokens; below 0 is better."""
+    return 100 * np.expm1(ratio(nll - reference, tokens, axis))
+
+
+def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference: str, seed: int = 0) -> Iterator[Row]:
+    """Perplexity of each condition, and where the reference is among them the change against it.
+
+    Args:
+        nll: condition → nats of each document, (D,). tokens: (D,) scored. seed: of the bootstrap.
+    """
+    for name, own in nll.items():
+        yield Row(name, "perplexity", *bootstrap(perplexity, own, tokens, seed=seed), n=len(tokens))
+        if name != reference and (against := nll.get(reference)):
+            found = bootstrap(change, own, against, tokens, seed=seed)
+            yield Row(name, f"against {reference}, %", *found, n=len(tokens))
+            better = sum(mine < other for mine, other in zip(own, against, strict=True))
+            yield Row(name, "documents better", better, n=len(tokens))
 
 
 @dataclass(frozen=True)

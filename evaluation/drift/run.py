@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 import hippoformer
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, perplexity, ratio
+from evaluation.recall.needles import KINDS, haystack
+from evaluation.recall.run import ask
 from hippoformer.data.documents import Document
-from hippoformer.data.needles import KINDS, haystack
 from hippoformer.errors import CheckpointError, ConfigurationError
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import perplexity, reading
-from hippoformer.evaluation.recall import ask
+from hippoformer.evaluation import reading
 from hippoformer.model.base_models import load_base_model
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.loading import saved_hippocampus
@@ -105,13 +106,13 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
     for name, (right, nats, nll) in found.items():
         rows += [
             Row(name, "right, %", *bootstrap(_percent, right, asked, seed=options.seed), n=n),
-            Row(name, "nats/answer", *bootstrap(_ratio, nats, asked, seed=options.seed), n=n),
+            Row(name, "nats/answer", *bootstrap(ratio, nats, asked, seed=options.seed), n=n),
             Row(name, "perplexity of the continuation", *bootstrap(perplexity, nll, tokens, seed=options.seed), n=n),
         ]
     for what, place, units in (("nats/answer", 1, asked), ("nats/token", 2, tokens)):
         own_nats, calibrated, as_written = (found[name][place] for name in (OWN, CALIBRATED, WRITTEN))
         cost = as_written - own_nats
-        rows.append(Row("cost of drift", what, *bootstrap(_ratio, cost, units, seed=options.seed), n=n))
+        rows.append(Row("cost of drift", what, *bootstrap(ratio, cost, units, seed=options.seed), n=n))
         if cost.sum() > 0:
             recovered = bootstrap(_percent, as_written - calibrated, cost, seed=options.seed)
             rows.append(Row("recovered, %", what, *recovered, n=n))
@@ -166,9 +167,5 @@ def round_weights(base: Any, bits: int) -> None:
                 group.copy_(((group.float() - low) / step).round() * step + low)
 
 
-def _ratio(part: Any, whole: Any, axis: int = -1) -> Any:
-    return np.sum(part, axis) / np.sum(whole, axis)
-
-
 def _percent(part: Any, whole: Any, axis: int = -1) -> Any:
-    return 100 * _ratio(part, whole, axis)
+    return 100 * ratio(part, whole, axis)

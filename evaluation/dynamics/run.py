@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.common.results import Result, Row
 from hippoformer.data import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result, Row
-from hippoformer.evaluation.perplexity import encode, reading
+from hippoformer.evaluation import encode, reading
 from hippoformer.model.outputs import memory_stats, salience_stats
 
-_OF_MEMORY = (
-    "utilisation", "mean_priority", "mean_effective_priority", "mean_age", "mean_strength", "mean_credit",
-    "reactivated", "merged", "forgotten",
-)  # fmt: skip
-_OF_EPISODES = ("position", "token", "salience", "priority", "age", "strength", "credit")
+_OF_MEMORY = ("utilisation", "mean_priority", "mean_effective_priority", "mean_age", "reactivated")
+_OF_EPISODES = ("position", "token", "salience", "priority", "age")
 
 
 @dataclass
@@ -59,9 +56,7 @@ def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Opti
         retained = [
             {name: getattr(episode, name) for name in _OF_EPISODES} for episode in cache.episodes(0, stored_only=True)
         ]
-    summed = ("written", "reactivated", "merged", "forgotten")
     rows = [Row("memory", f"{name}, last segment", value, n=1) for name, value in segments[-1].items()]
-    rows += [
-        Row("memory", f"{name}, in all", sum(segment[name] for segment in segments), n=len(segments)) for name in summed
-    ]
+    for name in ("written", "reactivated"):
+        rows.append(Row("memory", f"{name}, in all", sum(segment[name] for segment in segments), n=len(segments)))
     return Result(rows, {"title": longest.title, "segments": segments, "retained": retained})

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.common.causality import check_model
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, compare, ratio
+from hippoformer import evaluation
 from hippoformer.data import Document
-from hippoformer.evaluation import Result, Row, bootstrap, perplexity
 
 _NGRAMS = (1, 2, 3)
 _FIRST_POSITION = 128
@@ -27,30 +29,37 @@ Edges = list[tuple[int, int]]
 
 
 @dataclass
-class Options(perplexity.Options):
+class Options(evaluation.Options):
     """How a perplexity is measured, and whether by position."""
 
+    seed: int = field(default=0, metadata={"help": "of the bootstrap over documents"})
     by_position: bool = field(default=False, metadata={"help": "also the gain by position and by distance"})
 
 
 def run(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> Result:
-    """The rows of `hippoformer.evaluation.perplexity`, and with `by_position` the gain of each condition.
+    """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it, and with
+    `by_position` where each gains.
 
     Raises:
-        CausalityError: the model looks ahead. Others as in the package.
+        CausalityError: the model looks ahead. TextError: no token to score. Others as `hippoformer.evaluation.score`.
     """
-    leak = check_model(model, perplexity.encode_all(tokenizer, documents, options.limit_tokens)[0].input_ids)
-    scores: list[perplexity.Scored] = []
-    result = perplexity.run(model, tokenizer, documents, options, scores.append)
+    leak = check_model(model, evaluation.encode_all(tokenizer, documents, options.limit_tokens)[0].input_ids)
+    scored = evaluation.measure(model, tokenizer, documents, options)
+    nll = {name: [one.nll for one in of] for name, of in scored.items()}
+    read = [one.document for one in next(iter(scored.values()))]
+    rows = list(compare(nll, [document.tokens_scored for document in read], "off", options.seed))
+    for name, of in scored.items():
+        rows += [Row(name, metric, value, n=len(of)) for metric, value in list(evaluation.figures(of).items())[1:]]
     if options.by_position and "off" in options.conditions:
-        scores.sort(key=lambda scored: scored.document.index)
-        nats: dict[str, list[Array]] = {name: [] for name in options.conditions}
-        for scored in scores:
-            nats[scored.condition].append(-scored.log_probs.double().numpy())
-        ids = [scored.document.input_ids.tolist() for scored in scores if scored.condition == "off"]
-        result.rows += by_position(nats, ids, model.config.window, options.seed)
-    result.details["leak check"] = leak
-    return result
+        nats = {name: [-one.log_probs.double().numpy() for one in of] for name, of in scored.items()}
+        ids = [document.input_ids.tolist() for document in read]
+        rows += by_position(nats, ids, model.config.window, options.seed)
+    per_document = [
+        {"title": d.document.title, "tokens": d.tokens_scored, "words": d.words, "bytes": d.utf8_bytes}
+        | {"nll": {name: of[i] for name, of in nll.items()}}
+        for i, d in enumerate(read)
+    ]
+    return Result(rows, {"documents": per_document, "leak check": leak})
 
 
 def by_position(
@@ -123,7 +132,7 @@ def _cells(
             own = _sums(of, values, low, high)
             yield Row(condition, f"{label}: perplexity", float(np.exp(own.sum() / counts.sum())), n=int(there.sum()))
             if condition != "off":
-                gain = bootstrap(_mean, (off - own)[there], counts[there], seed=seed)
+                gain = bootstrap(ratio, (off - own)[there], counts[there], seed=seed)
                 yield Row(condition, f"{label}: gain, nats/token", *gain, n=int(there.sum()))
 
 
@@ -132,9 +141,5 @@ def _sums(nats: Sequence[Array], values: Sequence[NDArray[Any]], low: int, high:
     return np.array([of[(value >= low) & (value < high)].sum() for of, value in zip(nats, values, strict=True)])
 
 
-def _mean(sums: Array, counts: Array, axis: int = -1) -> Any:
-    return sums.sum(axis) / counts.sum(axis)
-
-
 def _later_gain(early: Array, late: Array, n_early: Array, n_late: Array, axis: int = -1) -> Any:
-    return late.sum(axis) / n_late.sum(axis) - early.sum(axis) / n_early.sum(axis)
+    return ratio(late, n_late, axis) - ratio(early, n_early, axis)

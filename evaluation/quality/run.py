@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.common.statistics import corrected, paired_test
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, corrected, paired_test
 from evaluation.quality.metrics import TEXT_METRICS, corpus_bleu, text_scores
 from evaluation.questions.asking import continued, read_texts
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError, TextError
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import encode, reading
+from hippoformer.evaluation import encode, reading
 
 CONDITIONS = ("memory", "off")
 

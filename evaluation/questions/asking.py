@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hippoformer.data.questions import Question
-from hippoformer.evaluation.perplexity import reading
+from hippoformer.evaluation import reading
 from hippoformer.model.rereading import left_padded, reread
 from hippoformer.text import start_tokens, token_ids
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap
 from evaluation.quality.metrics import text_scores
 from evaluation.quality.run import compare, means
 from evaluation.questions.asking import ask
 from evaluation.questions.sources import named_questions, write_questions
 from hippoformer.data.documents import Document
 from hippoformer.errors import ConfigurationError
-from hippoformer.evaluation import Result, Row, bootstrap
 
 
 @dataclass

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.common.statistics import corrected, paired_test
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, corrected, paired_test
 from evaluation.common.variants import VariantOptions, models
+from evaluation.recall import run as recall
 from hippoformer.data import Document
-from hippoformer.evaluation import Result, Row, bootstrap, recall
 
 
 @dataclass

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap
 from hippoformer.data.documents import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import encode, reading
+from hippoformer.evaluation import encode, reading
 from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.training.credit import measure_credit
 from hippoformer.training.hidden_states import ReadDocument

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.common.results import Result, Row
 from hippoformer.data.documents import Document
 from hippoformer.errors import TextError
-from hippoformer.evaluation import Result, Row
-from hippoformer.evaluation.perplexity import encode, reading
+from hippoformer.evaluation import encode, reading
 from hippoformer.text import start_tokens, token_spans
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.common.statistics import corrected, paired_test
+from evaluation.common.results import Result, Row
+from evaluation.common.statistics import bootstrap, change, compare, corrected, paired_test
 from evaluation.common.variants import VariantOptions, models
 from hippoformer.data import Document
-from hippoformer.evaluation import Result, Row, bootstrap
-from hippoformer.evaluation.perplexity import change, compare, encode_all, score
+from hippoformer.evaluation import encode_all, score
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from evaluation.visualization.figures import FIGURES, STYLE
 from hippoformer.errors import HippoFormerError, ResultError
-from hippoformer.evaluation import FORMAT
+from hippoformer.files import FORMAT
 
 
 @dataclass

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,18 +20,14 @@ import torch
 from hippoformer.data.documents import Document
 from hippoformer.errors import HippoFormerError
 
+FORMAT = "hippoformer.rows/1"
 PACKAGES = ("hippoformer", "torch", "transformers", "tokenizers", "peft", "safetensors", "datasets", "numpy", "scipy")
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Writes JSON; after a crash or on a full disk the file is either the old one or the whole new one.
 
-    Args:
-        path: of the file. content: what goes in. indent: spaces a level; None writes one line.
-
-    Raises:
-        HippoFormerError: the file cannot be written; an earlier file is unchanged.
-        ValueError: NaN or infinity in the content, which JSON cannot hold.
+    Raises HippoFormerError for a file that cannot be written, ValueError for NaN or infinity, which JSON cannot hold.
     """
     path = Path(path)
     separators = (",", ":") if indent is None else None
@@ -53,63 +49,58 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], indent:
         temporary.unlink(missing_ok=True)
 
 
-def provenance(
-    documents: Iterable[Document] | None = None, command: str = "", seed: int | None = None
+def result_file(
+    evaluation: str, model: Any, settings: Any, rows: Iterable[dict[str, Any]], documents: Sequence[Document] | None
 ) -> dict[str, Any]:
-    """Facts about this run, ready for JSON.
+    """The content of a result file: rows with the names of evaluation and model, and where they came from."""
+    names = {"evaluation": evaluation, "model": str(model.config.base_model_name)}
+    config = json.loads(json.dumps(model.config.to_dict(), default=str), parse_constant=str)  # infinity by its name
+    return {
+        "format": FORMAT,
+        "rows": [names | row | {name: row.get(name) or given for name, given in names.items()} for row in rows],
+        "model": {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device), "config": config},
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "provenance": provenance(documents),
+    }
 
-    Args:
-        documents: the data; their sha256, number, size and sources are recorded.
-        command: the command that ran; the process's own command line where it is empty. seed: of the run.
 
-    Returns:
-        date (UTC), command, seed, commit (None outside a checkout), dirty (src or evaluation have uncommitted changes),
-        python, packages (None: not installed), platform, cpu, cpus, torch_threads, gpu (None without one), data.
-    """
+def provenance(documents: Iterable[Document] | None = None) -> dict[str, Any]:
+    """Facts about this run, ready for JSON; `dirty`: src or evaluation have uncommitted changes."""
     commit, dirty = _commit(Path(__file__).resolve().parents[2])
+    cpus = info.read_text("utf-8", errors="replace").splitlines() if (info := Path("/proc/cpuinfo")).is_file() else []
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command or _command(),
-        "seed": seed,
+        "command": _command(),
         "commit": commit,
         "dirty": dirty,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": next((line.partition(": ")[2] for line in cpus if line.startswith("model name")), platform.machine()),
+        "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "data": None if documents is None else _describe_data(list(documents)),
+        "data": None if documents is None else _describe_data(documents),
     }
 
 
-def _describe_data(documents: list[Document]) -> dict[str, Any]:
-    digest = hashlib.sha256()
+def _describe_data(documents: Iterable[Document]) -> dict[str, Any]:
+    digest, count, size, sources = hashlib.sha256(), 0, 0, dict[str, None]()
     for document in documents:
-        digest.update(document.text.encode("utf-8"))
-    return {
-        "sha256": digest.hexdigest(),
-        "documents": len(documents),
-        "utf8_bytes": sum(len(document.text.encode("utf-8")) for document in documents),
+        data = document.text.encode("utf-8")
+        digest.update(data)
+        count, size = count + 1, size + len(data)
         # Records of one .jsonl file differ by their line number only; the file is named once.
-        "sources": list(dict.fromkeys(re.sub(r":\d+$", "", document.source) for document in documents)),
-    }
+        sources[re.sub(r":\d+$", "", document.source)] = None
+    return {"sha256": digest.hexdigest(), "documents": count, "utf8_bytes": size, "sources": list(sources)}
 
 
 def _command() -> str:
-    """The process's command line as a user would type it, without where Python and the program lie."""
-    program = sys.argv[0]
+    """The command line as a user would type it, without where Python and the program lie."""
+    program = Path(sys.argv[0]).name
     if module := getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", ""):
         program = f"python -m {module.removesuffix('.__main__')}"
-    return " ".join([program if module else Path(program).name, shlex.join(sys.argv[1:])]).strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")  # Linux
-    lines = info.read_text("utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _version(package: str) -> str | None:
@@ -132,6 +123,6 @@ def _commit(root: Path) -> tuple[str | None, bool | None]:
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # no git on this machine: a result without a commit
-        return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git on this machine: a result without a commit
     return done.stdout.strip() if done.returncode == 0 else None

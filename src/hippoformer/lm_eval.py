@@ -11,15 +11,17 @@ stream with a memory needs otherwise is here:
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hippoformer.data.documents import Document
+from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, HippoFormerError, MissingPackageError
-from hippoformer.evaluation.perplexity import EncodedDocument, encode, reading, score
+from hippoformer.evaluation import EncodedDocument, encode, reading, score
 from hippoformer.model.loading import load
+from hippoformer.model.rereading import left_padded
 
 try:
     from lm_eval.api.instance import Instance
@@ -30,55 +32,37 @@ except ImportError as error:
 
 _CONDITIONS = ("memory", "off", "window-only")
 _NO_LIMIT = 2**31 - 1  # of what a stream reads
+_OF_HARNESS = ("add_bos_token", "enable_thinking", "chat_template_args", "think_end_token", "prefix_token_id")
 
 
 @register_model("hippoformer")
 class HippoFormerLM(HFLM):
     """A HippoFormer as the harness sees it; everything comes from `--model_args`.
 
-    Args:
-        pretrained: as for `hippoformer.load`. condition: memory, off, or window-only.
-        dtype, device, batch_size: batch_size rows are read side by side.
-        prefix_token_id: a token before every rolling document, so that its first token is scored too; without it the
-            first token is not scored where the tokenizer puts no start token.
-        options: those of the harness's own class (add_bos_token, enable_thinking, ...) that `_OF_HARNESS` names, and
-            options of `HippoFormerConfig` to change.
+    `options` are those of the harness's own class that `_OF_HARNESS` names, and options of `HippoFormerConfig`. With
+    prefix_token_id the first token of a rolling document is scored too, also where the tokenizer puts no start.
 
     Raises:
         ConfigurationError: an unknown condition or dtype, or a batch size that is no number.
     """
 
-    _OF_HARNESS = ("add_bos_token", "enable_thinking", "chat_template_args", "think_end_token", "prefix_token_id")
-
     def __init__(
-        self,
-        pretrained: str,
-        condition: str = "memory",
-        dtype: str | None = None,
-        device: str | None = None,
-        batch_size: int | str = 4,
-        max_batch_size: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, pretrained: str, condition: str = "memory", dtype: str | None = None, device: str | None = None,
+        batch_size: int | str = 4, max_batch_size: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         if condition not in _CONDITIONS:
             raise ConfigurationError(f"condition={condition} is unknown; choose one of {', '.join(_CONDITIONS)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigurationError(f"batch_size={batch_size}: expected a number from 1")
-        harness = {name: options.pop(name) for name in self._OF_HARNESS if name in options}
+        harness = {name: options.pop(name) for name in _OF_HARNESS if name in options}
         if dtype not in (None, "auto"):
             options["dtype"] = getattr(torch, str(dtype), None)
             if not isinstance(options["dtype"], torch.dtype):
                 raise ConfigurationError(f"dtype={dtype} is unknown; choose float32, bfloat16 or float16")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load(pretrained, device=device, **options)
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            max_length=_NO_LIMIT,
-            batch_size=int(batch_size),
-            **harness,
-        )
+        harness |= {"backend": "causal", "max_length": _NO_LIMIT, "batch_size": int(batch_size)}
+        super().__init__(pretrained=model, tokenizer=tokenizer, **harness)
         self.condition, self.name = condition, pretrained
 
     @contextlib.contextmanager
@@ -103,10 +87,8 @@ class HippoFormerLM(HFLM):
 
     def _document(self, text: str, number: int) -> EncodedDocument:
         encoded = encode(self.tokenizer, Document(f"document {number}", text, "lm-eval"), number)
-        if self.custom_prefix_token_id is None:
-            return encoded
-        ids = torch.cat((torch.tensor([self.custom_prefix_token_id]), encoded.input_ids))
-        return EncodedDocument(number, encoded.document, ids, 1, len(text.split()), len(text.encode()))
+        prefix = [] if self.custom_prefix_token_id is None else [self.custom_prefix_token_id]
+        return replace(encoded, input_ids=torch.cat((torch.tensor(prefix, dtype=torch.int64), encoded.input_ids)))
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None, **more: Any
@@ -121,8 +103,8 @@ class HippoFormerLM(HFLM):
         with self._reading():
             for chosen in (contexts[low : low + size] for low in range(0, len(contexts), size)):
                 cache = self._new_cache(len(chosen))
-                ids, mask = self._padded([list(context) for context in chosen], left=True)
-                last = self.model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                ids, mask = left_padded([list(context) for context in chosen], self.device)
+                last = self.model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits
                 asked = [(row, number) for row, context in enumerate(chosen) for number in of_context[context]]
                 for part in (asked[first : first + size] for first in range(0, len(asked), size)):
                     rows = torch.tensor([row for row, _ in part])
@@ -134,28 +116,17 @@ class HippoFormerLM(HFLM):
         return found
 
     def _continuations(self, targets: list[list[int]], last: Tensor, cache: Any) -> list[tuple[float, bool]]:
-        """Scores of R continuations, after contexts whose distribution is `last` (R, V)."""
-        log_probs = last.unsqueeze(1)  # (R, 1, V)
+        """Scores of R continuations, after contexts whose last distribution is `last` (R, 1, V)."""
+        following = last[:, :0]
         if any(len(target) > 1 for target in targets):
-            ids, mask = self._padded([target[:-1] for target in targets], left=False)
-            following = self.model(ids, attention_mask=mask, past_key_values=cache).logits
-            log_probs = torch.cat((log_probs, following), dim=1)  # (R, T, V)
+            ids, mask = left_padded([target[:-1] for target in targets], self.device)
+            following = self.model(ids, attention_mask=mask, past_key_values=cache).logits  # (R, T, V)
         scores = []
-        for row, target in zip(log_probs, targets, strict=True):
-            wanted, own = torch.tensor(target, device=row.device), row[: len(target)]
+        for first, rest, target in zip(last, following, targets, strict=True):
+            own, wanted = torch.cat((first, rest[len(rest) + 1 - len(target) :])), torch.tensor(target).to(first.device)
             nats = own.gather(-1, wanted.unsqueeze(-1)).double().sum()
             scores.append((float(nats), bool((own.argmax(-1) == wanted).all())))
         return scores
-
-    def _padded(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """(R, T) ids and mask."""
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for number, row in enumerate(rows):
-            where = slice(longest - len(row), None) if left else slice(0, len(row))
-            ids[number, where], mask[number, where] = torch.tensor(row, dtype=torch.int64), 1
-        return ids.to(self.device), mask.to(self.device)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         with self._reading():
@@ -164,26 +135,17 @@ class HippoFormerLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        config = self.model.config
-        return {
-            "model_name": self.name,
-            "model_num_parameters": self.model.get_num_total_params(),
-            "model_dtype": str(self.model.dtype),
-            "condition": self.condition,
-            "window": config.window,
-            "buffer_size": config.buffer_size,
-        }
+        config, size = self.model.config, self.model.get_num_total_params()
+        own = {"condition": self.condition, "window": config.window, "buffer_size": config.buffer_size}
+        return {"model_name": self.name, "model_num_parameters": size, "model_dtype": str(self.model.dtype)} | own
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the harness; 0 on success."""
     from lm_eval.__main__ import cli_evaluate
 
-    before, sys.argv = sys.argv, ["lm-eval", *(sys.argv[1:] if argv is None else argv)]
-    try:
-        cli_evaluate()
-    finally:
-        sys.argv = before
+    sys.argv = ["lm-eval", *(sys.argv[1:] if argv is None else argv)]
+    cli_evaluate()
     return 0
 
 

@@ -17,7 +17,11 @@ COMMANDS = {
     "ask": ("cli.memory.ask", "", "answer questions about a text or a saved memory, with the passages behind each"),
     "chat": ("cli.chat.main", "chat", "talk with a model that remembers what has left its window"),
     "memory": ("cli.memory.show", "", "show what a saved memory holds: hippoformer memory show FILE"),
-    "eval": ("cli.eval.main", "evaluate", "measure a model on texts: eval perplexity, eval recall"),
+    "eval": (
+        "cli.eval.main",
+        "train",
+        "measure perplexity of texts with and without memory: hippoformer eval perplexity",
+    ),
     "train": ("train.main", "train", "train a hippocampus on texts"),
     "lm-eval": ("lm_eval.main", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),
 }

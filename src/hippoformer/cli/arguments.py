@@ -81,7 +81,7 @@ class TextArguments:
     def read(self) -> list[Any]:
         """The documents of the files, then those of the data sets; ConfigurationError where neither was named."""
         from hippoformer.data import read_documents
-        from hippoformer.data.benchmarks import benchmark_documents
+        from hippoformer.data.datasets import benchmark_documents
 
         if not self.text and not self.dataset:
             raise ConfigurationError("no text was named: give --text FILE_OR_FOLDER, or --dataset NAME")

@@ -1,48 +1,42 @@
-"""`hippoformer eval NAME`: what a memory is worth on the user's own text.
+"""`hippoformer eval perplexity`: what a memory is worth on the user's own text.
 
-An evaluation is a module with a dataclass `Options` and a function `run(model, tokenizer, documents, options)` whose
-result has `table()` and `record(...)`; its docstring is its help. `python -m evaluation` runs the research evaluations
-of a checkout through `evaluate` as well.
+`python -m evaluation` of a checkout adds intervals, tests, and the other evaluations.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from hippoformer.cli.arguments import ModelArguments, TextArguments, check_output, parse
-
-EVALUATIONS = ("perplexity", "recall")
+from hippoformer.evaluation import Options, figures, measure, table
+from hippoformer.files import result_file, write_json
 
 
 @dataclass
 class OutputArguments:
     """Where the result goes."""
 
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the rows, the details and their origin"})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the rows and their origin"})
 
 
 def main(words: Sequence[str]) -> None:
-    """Measures a model on texts."""
-    if words[:1] and words[0] in EVALUATIONS:
-        evaluate(f"eval {words[0]}", words[0], import_module(f"hippoformer.evaluation.{words[0]}"), words[1:])
-    else:
-        options = {"choices": EVALUATIONS, "help": "what to measure; hippoformer eval NAME --help lists its options"}
-        parse("eval", main.__doc__, words, name=options)
-
-
-def evaluate(command: str, name: str, module: ModuleType, words: Sequence[str]) -> None:
-    """Runs the evaluation of a module as a command line says; prints its table, and writes its record."""
-    chosen, texts, result, options = parse(
-        command, module.__doc__, words, ModelArguments, TextArguments, OutputArguments, module.Options
-    )
+    """Measures the perplexity of texts with and without memory."""
+    what = {"choices": ["perplexity"], "help": "the only thing that is measured here; python -m evaluation has more"}
+    groups = (ModelArguments, TextArguments, OutputArguments, Options)
+    chosen, texts, result, options, _ = parse("eval", main.__doc__, words, *groups, what=what)
     check_output(result.output)
-    documents = texts.read() if texts.text or texts.dataset else []  # some evaluations bring texts of their own
+    documents = texts.read()
     model, tokenizer = chosen.load()
-    found = module.run(model, tokenizer, documents, options)
+    scored = measure(model, tokenizer, documents, options)
+    found = {name: figures(of) for name, of in scored.items()}
+    for name, of in found.items():
+        if name != "off" and "off" in found:
+            of["against off, %"] = 100 * (of["perplexity"] / found["off"]["perplexity"] - 1)
     if result.output is not None:
-        from hippoformer.files import write_json
-
-        write_json(result.output, found.record(name, model, options, documents))
-    print(found.table())
+        rows = [
+            {"condition": name, "metric": metric, "value": value, "low": None, "high": None, "n": len(scored[name])}
+            for name, of in found.items()
+            for metric, value in of.items()
+        ]
+        write_json(result.output, result_file("perplexity", model, asdict(options), rows, documents))
+    print(table(found))

@@ -1,7 +1,6 @@
 """Text that knows where its documents end: from files and folders, and from Hugging Face datasets."""
 
-from hippoformer.data.benchmarks import benchmark_documents
-from hippoformer.data.datasets import dataset_documents
+from hippoformer.data.datasets import benchmark_documents, dataset_documents
 from hippoformer.data.documents import Document, read_documents, split_lines
 
 __all__ = ["Document", "benchmark_documents", "dataset_documents", "read_documents", "split_lines"]

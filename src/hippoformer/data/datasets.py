@@ -1,4 +1,4 @@
-"""Documents of Hugging Face `datasets`: the hub or local files, as a whole or as a stream.
+"""Documents of Hugging Face `datasets`: the hub, local folders, and local copies under the names that papers use.
 
 `datasets` fetches, caches, streams, and knows where a stream stands. This file adds three facts about the data:
 
@@ -8,11 +8,12 @@
 - rows without text are no documents.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from hippoformer.data.documents import Document, parse_record, split_lines
+from hippoformer.data.documents import Document, parse_record, read_documents, split_lines
 from hippoformer.errors import ConfigurationError, TextError
 
 
@@ -48,14 +49,37 @@ _ALIASES = {
     "deepmind/pg19": "pg19",
     "HuggingFaceFW/fineweb": "fineweb",
 }
+_RAW_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+# WikiText-103 has the validation and test sets of WikiText-2, to the byte.
+_FOLDERS = {
+    "wikitext-2": ("wikitext-2-raw", "wikitext-2"),
+    "wikitext-103": ("wikitext-103-raw", "wikitext-103", "wikitext-2-raw", "wikitext-2"),
+}
+
+
+def benchmark_documents(name: str, split: str = "test", data_dir: str | Path = "data") -> list[Document]:
+    """The documents of an evaluation set: a local copy, else the hub's.
+
+    Args:
+        name: a folder in `data_dir` (with a subfolder or file for the split), or a name for `dataset_documents`.
+        split: "test", "validation", or what the data set calls it.
+
+    Raises:
+        TextError: neither a local copy nor the hub has it; the message names both.
+    """
+    folder = Path(data_dir)
+    places = [folder / known / _RAW_FILES[split] for known in _FOLDERS.get(name, ()) if split in _RAW_FILES]
+    places += [folder / name / split, folder / name / f"{split}.txt", folder / name / f"{split}.jsonl"]
+    if found := next((place for place in places if place.exists()), None):
+        return read_documents(found)
+    try:
+        return list(dataset_documents(name, split=split))
+    except TextError as error:
+        raise TextError(f"{name} ({split}) is not at hand: no {', '.join(map(str, places))}; and {error}") from error
 
 
 def dataset_documents(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    max_samples: int | None = None,
+    name: str, config: str | None = None, split: str = "train", streaming: bool = False, max_samples: int | None = None
 ) -> Iterator[Document]:
     """Documents of a dataset, one after the other.
 
@@ -77,11 +101,9 @@ def dataset_documents(
     dataset = _Dataset(name, config, split, streaming)
 
     def documents() -> Iterator[Document]:
-        found = 0
-        for found, document in enumerate(islice(dataset.documents(), max_samples), start=1):  # noqa: B007
-            yield document
-        if not found:
-            raise dataset.without_text()
+        found = islice(dataset.documents(), max_samples)
+        yield next(found, None) or dataset.without_text()
+        yield from found
 
     return documents()
 
@@ -95,8 +117,8 @@ class _Dataset:
         self.recipe = _RECIPES.get(_ALIASES.get(name, name), _Recipe(name))
         config = config or self.recipe.config
         self.source = ":".join(part for part in (name, config, split) if part)
-        more = {"data_files": self.recipe.data_files, "name": None if self.recipe.data_files else config}
-        given = {key: value for key, value in more.items() if value is not None}
+        files = self.recipe.data_files
+        given = {"data_files": files} if files else {"name": config} if config else {}
         try:
             self.rows: Any = datasets.load_dataset(self.recipe.path, split=split, streaming=streaming, **given)
         except Exception as error:  # the hub, HTTP, archive and table libraries underneath share no base class
@@ -107,19 +129,22 @@ class _Dataset:
         if self.recipe.rows == "line":
             # A blank line is " \n" in the raw file and an empty row here.
             lines = (text if text.endswith("\n") else f"{text}\n" for row in self._rows() for text in [row[1] or " \n"])
-            for title, text in split_lines(lines, "wikitext"):
-                if text.strip():
-                    yield Document(title or self.source, text, self.source)
-            return
+            articles: Iterator[tuple[str, str]] = (
+                (title or self.source, text) for title, text in split_lines(lines, "wikitext")
+            )
+        else:
+            articles = self._records()
+        yield from (Document(title, text, self.source) for title, text in articles if text.strip())
+
+    def _records(self) -> Iterator[tuple[str, str]]:
         for number, (title, text) in enumerate(self._rows()):
             if self.recipe.rows == "record" and text.strip():
                 title, text = parse_record(text, f"Row {number} of the dataset {self.source}")
-            if text.strip():
-                yield Document(title or f"{self.source} {number}", text, self.source)
+            yield title or f"{self.source} {number}", text
 
     def _rows(self) -> Iterator[tuple[str | None, str]]:
         """(title, text) of each row; what breaks while streaming is a `TextError` too."""
-        rows: Iterator[Mapping[str, Any]] = iter(self.rows)
+        rows = iter(self.rows)
         while True:
             try:
                 row = next(rows, None)
@@ -135,9 +160,9 @@ class _Dataset:
                 )
             yield (title if isinstance(title, str) else None), text or ""
 
-    def without_text(self) -> TextError:
-        """The error of a dataset without documents."""
-        return TextError(f"The dataset {self.source} holds no text; choose another split or configuration.")
+    def without_text(self) -> Any:
+        """Raises the error of a dataset without documents."""
+        raise TextError(f"The dataset {self.source} holds no text; choose another split or configuration.")
 
     def _unreachable(self, error: Exception) -> TextError:
         cause = " ".join(str(error).split())[:300]
@@ -153,8 +178,7 @@ class DatasetStream(_Dataset):
     The lines of WikiText are seekable by articles alone: going back reads the articles before again.
 
     Args:
-        name, config, split: as for `dataset_documents`.
-        process, processes: which share of all documents to read.
+        name, config, split: as for `dataset_documents`. process, processes: which share of all documents to read.
 
     Raises:
         TextError: the dataset cannot be opened. The cause is chained.
@@ -187,7 +211,7 @@ class DatasetStream(_Dataset):
                 self.taken += 1
                 return document
             if self.taken == 0:
-                raise self.without_text()
+                self.without_text()
             self._documents = None
             self.epoch, self.taken = self.epoch + 1, 0
             self.rows.set_epoch(self.epoch)  # a position that was restored holds for its own pass alone

@@ -14,7 +14,6 @@ document, with an optional `title`; "wikitext" and "headings" are applied inside
 documents of a file are the file (or the texts of its records), but for a byte order mark.
 """
 
-import codecs
 import io
 import json
 import os
@@ -28,7 +27,6 @@ from typing import Literal, get_args
 from hippoformer.errors import ConfigurationError, TextError
 
 Split = Literal["auto", "wikitext", "headings", "file"]
-
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl")
 
 _HEADING = r"= (?!= )(?P<title>.*\S.*)(?<! =) = ?\r?\n?"
@@ -40,12 +38,10 @@ _TITLES: dict[Literal["wikitext", "headings"], re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is read with a memory of its own.
+    """One text that is read with a memory of its own, title line included.
 
-    Attributes:
-        title: of the article or record, or the file's name without its suffix.
-        text: the text, title line included.
-        source: `path`, `path:line` of a record, or the name of a dataset.
+    The title is that of the article or record, or the file's name without its suffix; the source is `path`, `path:line`
+    of a record, or the name of a dataset.
     """
 
     title: str
@@ -116,14 +112,10 @@ def parse_record(line: str, source: str) -> tuple[str | None, str]:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise TextError(f"{source} has no text; expected a JSON object whose `text` field is a string.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, written as an escape
-        raise TextError(
-            f"{source} holds a character that UTF-8 cannot write (position {error.start} of `text`)."
-        ) from error
+    if half := re.search("[\ud800-\udfff]", text):  # of a surrogate pair, written as an escape
+        raise TextError(f"{source} holds a character that UTF-8 cannot write (position {half.start()} of `text`).")
     title = record.get("title")
-    return (title if isinstance(title, str) and title else None), text
+    return title if isinstance(title, str) and title else None, text
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -131,11 +123,11 @@ def _text_files(path: Path) -> list[Path]:
         raise TextError(f"{path} does not exist; expected a text file or a folder of text files.")
     if not path.is_dir():
         return [path]
-    found = {file.relative_to(path): file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
-    names = [name for name, file in found.items() if file.is_file() and not any(p.startswith(".") for p in name.parts)]
+    inside = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    names = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise TextError(f"The folder {path} holds no text; expected files ending in {', '.join(SUFFIXES)}.")
-    return [found[name] for name in sorted(names, key=Path.as_posix)]
+    return [path / name for name in sorted(names, key=Path.as_posix)]
 
 
 def _file_documents(path: Path, split: Split) -> Iterator[Document]:
@@ -171,16 +163,12 @@ def _lines(text: str) -> io.StringIO:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise TextError(f"{path} cannot be read ({error.strerror or error}); check its permissions.") from error
-    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    try:
-        text = data[start:].decode("utf-8")
     except UnicodeDecodeError as error:
-        offset = start + error.start
         raise TextError(
-            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} ({error.reason}). "
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason}). "
             "Convert the file to UTF-8 first, for example with iconv."
         ) from error
     if not text.strip():

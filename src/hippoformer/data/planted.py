@@ -2,7 +2,7 @@
 
 Natural text rarely needs a number from thousands of tokens ago. Made-up statements are put between the lines of a
 document, and after a random gap each is asked for, mostly in other words; the answer ends the question. The wordings
-are this module's own; evaluations use others (`data.needles`).
+are this module's own; evaluations use others (`evaluation/recall/needles.py`).
 """
 
 import random

@@ -13,11 +13,9 @@ from hippoformer.errors import ConfigurationError, TextError
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a text.
+    """One question about a text (context); every answer is right.
 
-    Attributes:
-        name: to tell it from others. context: the text. question: what is asked. answers: each is right.
-        reasons: the sentences of the text that the answer follows from, where the data lists them.
+    `reasons` are the sentences of the text that the answer follows from, where the data lists them.
     """
 
     name: str
@@ -35,11 +33,7 @@ class Question:
 def make_question(
     name: str, context: str, question: str, answers: Iterable[str], reasons: tuple[str, ...] = ()
 ) -> Question:
-    """A question without its empty answers.
-
-    Raises:
-        TextError: no context, question or answer.
-    """
+    """A question without its empty answers; TextError without context, question or answer."""
     kept = tuple(answer for answer in answers if isinstance(answer, str) and answer.strip())
     if not kept or not context.strip() or not question.strip():
         raise TextError(f"{name}: a question needs a context, a question and an answer; one of them is empty")

@@ -3,35 +3,34 @@
 Every document is read in order from an empty state. Each token after the first is scored once, and averages are over
 tokens, never over documents. Words and bytes are those of the text that the scored tokens cover. What `memory` gains
 over `window-only` is owed to episodes, and to those of this document if `other-document` does not gain it as well.
-
-Shapes: R rows (documents side by side), T tokens, D documents.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hippoformer.data.documents import Document
+from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
+<<<<<<< HEAD:src/hippoformer/evaluation/perplexity.py
 from hippoformer.evaluation import Result, Row, bootstrap
 from hippoformer.ops import place
+=======
+from hippoformer.tensors.ragged import place
+>>>>>>> h-r2eval:src/hippoformer/evaluation.py
 from hippoformer.text import start_tokens, token_spans
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What memory a document is read with; conditions that differ only in `log_prob` share one reading.
+class Condition(NamedTuple):
+    """With what memory a document is read; conditions that differ only in `log_prob` share one reading.
 
-    Attributes:
-        log_prob, nbytes: fields of `Step` and of the cache. frozen: the memory is read only.
-        other_document: first, as many tokens of others are read; their memory then stands behind an empty window.
+    `log_prob` and `nbytes` are fields of `Step` and of the cache; `other_document`: as many tokens of others are read
+    first, and their memory stands behind an empty window.
     """
 
     log_prob: str = "target_log_prob"
@@ -58,22 +57,14 @@ class Options:
     )
     batch_size: int = field(default=4, metadata={"help": "documents read side by side"})
     limit_tokens: int | None = field(default=None, metadata={"help": "read the first N tokens of each document"})
-    skip_tokens: int = field(default=0, metadata={"help": "read but do not score the first N tokens of each"})
     documents: int | None = field(default=None, metadata={"help": "score the first N documents"})
-    seed: int = field(default=0, metadata={"help": "of the bootstrap over documents"})
 
     def __post_init__(self) -> None:
-        if not self.conditions or len(set(self.conditions) & set(CONDITIONS)) < len(self.conditions):
-            raise ConfigurationError(
-                f"conditions={self.conditions}; expected some of {', '.join(CONDITIONS)}, each of them once"
-            )
-        limit = math.inf if self.limit_tokens is None else self.limit_tokens
-        few = self.documents is not None and self.documents < 1
-        if self.batch_size < 1 or few or not 0 <= self.skip_tokens < limit or limit < 2:
-            raise ConfigurationError(
-                f"batch_size={self.batch_size}, documents={self.documents}, limit_tokens={self.limit_tokens}, "
-                f"skip_tokens={self.skip_tokens}; expected positive numbers, and something left to score"
-            )
+        least = zip((self.batch_size, self.limit_tokens, self.documents), (1, 2, 1), strict=True)
+        known = len({*self.conditions} & {*CONDITIONS}) == len(self.conditions) > 0
+        if not known or any(given is not None and given < low for given, low in least):
+            names = ", ".join(CONDITIONS)
+            raise ConfigurationError(f"{self}; expected conditions among {names}, each once, and positive numbers")
 
 
 @dataclass(frozen=True)
@@ -83,13 +74,12 @@ class EncodedDocument:
     index: int
     document: Document
     input_ids: Tensor
-    first_scored: int
     words: int
     utf8_bytes: int
 
     @property
     def tokens_scored(self) -> int:
-        return max(0, len(self.input_ids) - self.first_scored)
+        return max(0, len(self.input_ids) - 1)
 
 
 @dataclass(frozen=True)
@@ -106,31 +96,25 @@ class Scored:
     @property
     def nll(self) -> float:
         """Sum of -log p of the scored tokens, in nats."""
-        return -float(self.log_probs[self.document.first_scored - 1 :].double().sum())
+        return -float(self.log_probs.double().sum())
 
 
-def encode(
-    tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None, skip_tokens: int = 0
-) -> EncodedDocument:
+def encode(tokenizer: Any, document: Document, index: int = 0, limit_tokens: int | None = None) -> EncodedDocument:
     """Tokenises a document, with a start token where the tokenizer puts one; raises as `text.token_spans`."""
     tokens, spans = token_spans(tokenizer, document.text)
     start = start_tokens(tokenizer)
     ids = [*start, *tokens][:limit_tokens]
     ends = [*(0 for _ in start), *(end for _, end in spans)]
-    first, text = max(1, skip_tokens), ""
-    if len(ids) > first:
-        # A whole document is scored to its last character, also where the tokenizer drops trailing blanks.
-        text = document.text[ends[first - 1] : ends[len(ids) - 1] if len(ids) < len(ends) else None]
-    return EncodedDocument(index, document, torch.tensor(ids).long(), first, len(text.split()), len(text.encode()))
+    # A whole document is scored to its last character, also where the tokenizer drops trailing blanks.
+    text = document.text[ends[0] : ends[len(ids) - 1] if len(ids) < len(ends) else None] if len(ids) > 1 else ""
+    return EncodedDocument(index, document, torch.tensor(ids).long(), len(text.split()), len(text.encode()))
 
 
-def encode_all(
-    tokenizer: Any, documents: Sequence[Document], limit_tokens: int | None = None, skip_tokens: int = 0
-) -> list[EncodedDocument]:
+def encode_all(tokenizer: Any, documents: Sequence[Document], limit: int | None = None) -> list[EncodedDocument]:
     """The documents that have a token to score; TextError if none has."""
-    encoded = [encode(tokenizer, document, i, limit_tokens, skip_tokens) for i, document in enumerate(documents)]
+    encoded = [encode(tokenizer, document, i, limit) for i, document in enumerate(documents)]
     if not (kept := [document for document in encoded if document.tokens_scored]):
-        raise TextError(f"none of {len(encoded)} documents has more than {max(1, skip_tokens)} tokens; name a longer")
+        raise TextError(f"none of {len(encoded)} documents has two tokens; name a longer text")
     return kept
 
 
@@ -147,24 +131,19 @@ def reading(model: Any) -> Iterator[None]:
 
 
 def score(
-    model: Any,
-    documents: Sequence[EncodedDocument],
-    conditions: Sequence[str] = ("memory",),
-    batch_size: int = 4,
+    model: Any, documents: Sequence[EncodedDocument], conditions: Sequence[str] = ("memory",), batch_size: int = 4,
     others: Sequence[EncodedDocument] | None = None,
-) -> Iterator[Scored]:
+) -> Iterator[Scored]:  # fmt: skip
     """Reads every document from an empty state under every condition, those of similar length side by side.
 
-    Args:
-        model: a HippoFormer. documents: each with a token to score. conditions: of `CONDITIONS`.
-        others: what `other-document` reads first: of these the documents after the scored one, then those before it.
+    `others` are what `other-document` reads first: of these the documents after the scored one, then those before it.
 
     Raises:
         ConfigurationError: no other document. NonFiniteError: a scored token has probability zero or NaN.
     """
     readings: dict[tuple[bool, bool], list[str]] = {}
     for name in conditions:
-        readings.setdefault((CONDITIONS[name].frozen, CONDITIONS[name].other_document), []).append(name)
+        readings.setdefault(CONDITIONS[name][2:], []).append(name)
     ordered = sorted(documents, key=lambda document: (-len(document.input_ids), document.index))
     for batch in (ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)):
         for (frozen, elsewhere), names in readings.items():
@@ -212,71 +191,45 @@ def _other_tokens(document: EncodedDocument, pool: Sequence[EncodedDocument]) ->
     return torch.cat(after + before)[: len(document.input_ids)]
 
 
-def perplexity(nll: Any, tokens: Any, axis: int = -1) -> Any:
-    """exp of nats per token over all documents together; nll and tokens are (D,)."""
-    return np.exp(nll.sum(axis) / tokens.sum(axis))
-
-
-def change(nll: Any, reference: Any, tokens: Any, axis: int = -1) -> Any:
-    """By how many percent the perplexity differs from that of the reference on the same tokens; below 0 is better."""
-    return 100 * np.expm1((nll.sum(axis) - reference.sum(axis)) / tokens.sum(axis))
-
-
-def compare(nll: Mapping[str, Sequence[float]], tokens: Sequence[int], reference: str, seed: int = 0) -> Iterator[Row]:
-    """Perplexity of each condition, and where the reference is among them the change against it.
-
-    Args:
-        nll: condition → nats of each document, (D,). tokens: (D,) scored. seed: of the bootstrap.
-    """
-    for name, own in nll.items():
-        yield Row(name, "perplexity", *bootstrap(perplexity, own, tokens, seed=seed), n=len(tokens))
-        if name != reference and (against := nll.get(reference)):
-            found = bootstrap(change, own, against, tokens, seed=seed)
-            yield Row(name, f"against {reference}, %", *found, n=len(tokens))
-            better = sum(mine < other for mine, other in zip(own, against, strict=True))
-            yield Row(name, "documents better", better, n=len(tokens))
-
-
-def run(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    options: Options,
-    on_score: Callable[[Scored], None] = lambda scored: None,
-) -> Result:
-    """Perplexity, bits per byte and bytes of state under each condition; with `off`, the change against it.
-
-    Args:
-        on_score: called with every score, for what is computed from the same reading.
-
-    Raises:
-        TextError: no token to score. Others as `score`.
-    """
-    encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens, options.skip_tokens)
+def measure(model: Any, tokenizer: Any, documents: Sequence[Document], options: Options) -> dict[str, list[Scored]]:
+    """The documents that have a token to score, in their order, under each condition; raises as `score`."""
+    encoded = encode_all(tokenizer, documents[: options.documents], options.limit_tokens)
     others = None
     if "other-document" in options.conditions:
         others = [encode(tokenizer, document, i, options.limit_tokens) for i, document in enumerate(documents)]
-    found: dict[str, dict[int, Scored]] = {name: {} for name in options.conditions}
+    found: dict[str, list[Scored]] = {name: [] for name in options.conditions}
     for scored in score(model, encoded, options.conditions, options.batch_size, others):
-        found[scored.condition][scored.document.index] = scored
-        on_score(scored)
-    nll = {name: [of[document.index].nll for document in encoded] for name, of in found.items()}
-    n, tokens = len(encoded), [document.tokens_scored for document in encoded]
-    words, nbytes = (sum(getattr(document, unit) for document in encoded) for unit in ("words", "utf8_bytes"))
-    rows = list(compare(nll, tokens, "off", options.seed))
-    for name, of in found.items():
-        nats, read = sum(nll[name]), sum(len(document.input_ids) for document in encoded)
-        a_word = nats / words if words else math.inf
-        rows += [
-            Row(name, "word perplexity", math.exp(a_word) if a_word < 700 else None, n=n),
-            Row(name, "bits/byte", nats / math.log(2) / nbytes if nbytes else None, n=n),
-            Row(name, "window, bytes", max(scored.window_nbytes for scored in of.values()), n=n),
-            Row(name, "memory, bytes", max(scored.memory_nbytes for scored in of.values()), n=n),
-            Row(name, "tokens/s", read / sum(scored.seconds for scored in of.values()), n=n),
-        ]
-    per_document = [
-        {"title": d.document.title, "tokens": d.tokens_scored, "words": d.words, "bytes": d.utf8_bytes}
-        | {"nll": {name: of[i] for name, of in nll.items()}}
-        for i, d in enumerate(encoded)
-    ]
-    return Result(rows, {"documents": per_document})
+        found[scored.condition].append(scored)
+    return {name: sorted(of, key=lambda scored: scored.document.index) for name, of in found.items()}
+
+
+def figures(of: Sequence[Scored]) -> dict[str, Any]:
+    """What a condition comes to over all documents together; None where it is undefined."""
+    documents, nats = [scored.document for scored in of], sum(scored.nll for scored in of)
+    units = ("tokens_scored", "words", "utf8_bytes")
+    tokens, words, nbytes = (sum(getattr(document, unit) for document in documents) for unit in units)
+    return {
+        "perplexity": math.exp(nats / tokens),
+        "word perplexity": math.exp(nats / words) if words and nats / words < 700 else None,
+        "bits/byte": nats / math.log(2) / nbytes if nbytes else None,
+        "window, bytes": max(scored.window_nbytes for scored in of),
+        "memory, bytes": max(scored.memory_nbytes for scored in of),
+        "tokens/s": sum(len(d.input_ids) for d in documents) / max(1e-9, sum(scored.seconds for scored in of)),
+    }
+
+
+def table(cells: Mapping[str, Mapping[str, float | str | None]], corner: str = "condition") -> str:
+    """A Markdown table: a row a condition, a column a metric; "-" for None."""
+    metrics = list(dict.fromkeys(metric for of in cells.values() for metric in of))
+    lines = [[corner, *metrics]]
+    lines += [[name, *(number(of.get(metric, "")) for metric in metrics)] for name, of in cells.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def number(value: float | str | None) -> str:
+    """A figure as a table shows it: four digits, thousands with commas."""
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    return f"{value:,.0f}" if 1_000 <= abs(value) < 1e9 else f"{value:.4g}"
