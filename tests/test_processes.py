@@ -23,7 +23,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
-from hippoformer.training import checkpoint, processes
+from hippoformer.training import processes
 from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.processes import own_rows
 from tiny_training import arguments, differing, history
@@ -139,7 +139,7 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     assert forge(pair(texts, "two")) == [0, 0]
     main, other = ((texts / f"two.{rank}.log").read_text() for rank in range(2))
     assert "step 8/8" in main and "step" not in other
-    newest = checkpoint.complete(texts / "two")[-1]
+    newest = processes.complete(texts / "two")[-1]
     assert sorted(file.name for file in newest.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine
     killed = [{**one, "die": ["step", 6]} for one in pair(texts, "parts", *more, **job)]
     codes = forge(killed)
     assert -signal.SIGKILL in codes and 0 not in codes
-    assert [path.name for path in checkpoint.complete(texts / "parts")] == ["checkpoint-00000003"]
+    assert [path.name for path in processes.complete(texts / "parts")] == ["checkpoint-00000003"]
     resumed = [*more, "--resume_from_checkpoint", str(texts / "parts" / "checkpoint-00000003")]
     assert forge(alone(texts, "alone", *resumed)) == [0]
     assert forge(pair(texts, "parts", *resumed, **job)) == [0, 0]
@@ -181,7 +181,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forg
     runs = [f"{where}-{count}" for where, count in deaths]
     jobs = [alone(texts, f"{where}-{count}", *automatic, die=[where, count])[0] for where, count in deaths]
     assert forge(jobs) == [-signal.SIGKILL] * len(deaths)
-    assert [len(checkpoint.complete(texts / run)) for run in runs] == list(deaths.values())
+    assert [len(processes.complete(texts / run)) for run in runs] == list(deaths.values())
     assert forge([alone(texts, run, *automatic)[0] for run in runs]) == [0] * len(deaths)
     for run in runs:
         assert differing(texts / "whole", texts / run) == [], run
@@ -216,7 +216,7 @@ def test_accelerate_launch(texts: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     logged = losses(texts, "launched")
     assert len(logged) == 4 and all(math.isfinite(entry["loss_total"]) for entry in logged)
-    assert len(list((checkpoint.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
+    assert len(list((processes.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
 
 
 # ---------------------------------------------------------------- the files that accelerate launch reads

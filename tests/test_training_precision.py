@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from hippoformer import HippoFormer, train
 from hippoformer.errors import ConfigurationError
 from hippoformer.train import main
-from hippoformer.training import layers
-from hippoformer.training.readers import LiveReader
+from hippoformer.training.readers import LiveReader, checkpoint_layers
 from hippoformer.training.streams import TextStreams
 from tiny import awake
 from tiny_training import arguments, differing, history, texts
@@ -31,7 +30,7 @@ def _own_accelerator() -> Iterator[None]:
 def adapted(name: str = "llama") -> HippoFormer:
     """A model whose base learns too, with a dropout that must be drawn alike."""
     torch.manual_seed(0)
-    options = {"freeze_base": False} if name == "gpt2" else {"use_lora": True, "lora_r": 2, "lora_dropout": 0.2}
+    options = {"freeze_base": False} if name == "gpt2" else {"lora": {"r": 2, "lora_dropout": 0.2}}
     return awake(name, **options).train()
 
 
@@ -59,7 +58,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     """To the bit, dropout and the keys carried from piece to piece included."""
     kept, expected = gradients(adapted(name))
     model = adapted(name)
-    layers.checkpoint_layers(model)
+    checkpoint_layers(model)
     recomputed, got = gradients(model)
     assert recomputed == kept and got.keys() == expected.keys() and len(expected) > 20
     assert [n for n in expected if not torch.equal(got[n], expected[n])] == []
@@ -78,7 +77,7 @@ def test_recomputed_layers_keep_less() -> None:
         return sum(numbers)
 
     model = adapted()
-    layers.checkpoint_layers(model)
+    checkpoint_layers(model)
     next(losses(model))  # the first piece of all makes the slots, and is kept
     assert saved(model) < 0.8 * saved(adapted())
 

@@ -21,10 +21,9 @@ from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.text import start_tokens, token_ids
-from hippoformer.training import checkpoint
 from hippoformer.training.arguments import TrainArguments, config_options, parse
-from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.processes import new_accelerator, own_rows
+from hippoformer.training.processes import complete, new_accelerator, own_rows
+from hippoformer.training.readers import HiddenStateCache
 from hippoformer.training.streams import StreamedTexts
 from hippoformer.training.trainer import Trainer
 
@@ -59,11 +58,11 @@ def run(arguments: TrainArguments) -> HippoFormer:
     output = Path(arguments.output_dir)
 
     def ready(texts: list[Tensor]) -> list[Tensor] | HiddenStateCache:
-        if arguments.runs_base:
+        if arguments.trains_base or arguments.reads_stream:
             return texts
         folder = Path(arguments.cache_dir) if arguments.cache_dir else output / "hidden_states"
         rows = max(_READ_TOGETHER, arguments.batch_size)
-        return HiddenStateCache(model, texts, folder, rows, processes=accelerator.state)
+        return HiddenStateCache(model, texts, folder, rows)
 
     answers: dict[int, int] = {}
     texts: list[Tensor] | HiddenStateCache | StreamedTexts
@@ -85,7 +84,7 @@ def run(arguments: TrainArguments) -> HippoFormer:
     trainer = Trainer(model, arguments, texts, held_out, accelerator, answers)
     resume = arguments.resume_from_checkpoint
     if resume == "auto":
-        resume = arguments.output_dir if checkpoint.complete(output) else None
+        resume = arguments.output_dir if complete(output) else None
     history = trainer.train(Path(resume) if resume else None)
     trainer.save_model(output)
     if accelerator.is_main_process:
@@ -120,9 +119,7 @@ def _model(arguments: TrainArguments) -> HippoFormer:
 
 def _questions(arguments: TrainArguments) -> list[Question]:
     return [
-        question
-        for name in arguments.questions
-        for question in read_questions(name, arguments.questions_split, arguments.data_dir, arguments.max_samples)
+        question for name in arguments.questions for question in read_questions(name, max_samples=arguments.max_samples)
     ]
 
 

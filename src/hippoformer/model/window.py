@@ -33,7 +33,7 @@ from hippoformer.tensors.selection import put, take
 
 NO_CHECKPOINTING = (
     "transformers' gradient checkpointing takes the key/value cache away from the layers, and the window is one: leave "
-    "it off, and call hippoformer.training.layers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
+    "it off; call hippoformer.training.readers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
 )
 # Tokens whose logits exist at once: large enough for a good matrix product, small enough for the cache.
 _HEAD_BLOCK = 64

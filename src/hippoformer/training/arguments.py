@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009, `_option` makes fields
 
+import argparse
 import inspect
 import json
 from dataclasses import dataclass, field
@@ -32,9 +33,7 @@ class TrainArguments:
     hippocampus: str | None = _option(None, "a saved hippocampus to continue from, or smollm2-135m: the shipped one")
     text: list[str] = _option([], "files or folders of text to train on")
     eval_text: list[str] = _option([], "held-out files or folders")
-    questions: list[str] = _option([], ".jsonl files, or names as babi-qa1: texts with a question; answers are learned")
-    questions_split: str = _option("train", "split of --questions")
-    data_dir: str = _option("data", "folder of local copies of --questions")
+    questions: list[str] = _option([], ".jsonl files of texts with a question; the answers are learned")
     dataset: str | None = _option(None, "a Hugging Face dataset instead of --text")
     dataset_config: str | None = _option(None, "its configuration")
     streaming: bool = _option(False, "read the dataset during training; with --max_samples, download only N documents")
@@ -82,21 +81,22 @@ class TrainArguments:
     resume_from_checkpoint: str | None = _option(None, "a checkpoint, an output folder, or auto: output_dir's newest")
 
     def __post_init__(self) -> None:
-        rules = {
-            "no --text beside --dataset": not (self.text and self.dataset),
-            "--num_epochs or --max_steps, not both": self.max_steps is None or self.num_epochs is None,
-            "--lora_r (adapters) or --train_base (the weights), not both": not (self.lora_r and self.train_base),
-            "--lora_r RANK or --train_base with --memory_off, which leaves only the base to train": self.trains_base
-            or not self.memory_off,
-            "--streaming with --dataset": self.dataset is not None or not self.streaming,
-            "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": not (
-                self.reads_stream and (self.num_epochs is not None or self.planted_documents or self.questions)
-            ),
-            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.trains_base
-            or not self.gradient_checkpointing,
+        base_learns, streamed = self.trains_base, self.reads_stream
+        beyond_a_stream = self.num_epochs is not None or self.planted_documents or self.questions
+        broken = {
+            "no --text beside --dataset": self.text and self.dataset,
+            "--num_epochs or --max_steps, not both": self.max_steps is not None and self.num_epochs is not None,
+            "--lora_r (adapters) or --train_base (the weights), not both": self.lora_r and self.train_base,
+            "--lora_r RANK or --train_base with --memory_off, which leaves only the base to train": self.memory_off
+            and not base_learns,
+            "--streaming with --dataset": self.streaming and self.dataset is None,
+            "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": streamed
+            and beyond_a_stream,
+            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.gradient_checkpointing
+            and not base_learns,
         }
-        if broken := [rule for rule, holds in rules.items() if not holds]:
-            raise ConfigurationError(f"expected {'; '.join(broken)}")
+        if rules := [rule for rule, is_broken in broken.items() if is_broken]:
+            raise ConfigurationError(f"expected {'; '.join(rules)}")
 
     @property
     def reads_stream(self) -> bool:
@@ -107,11 +107,6 @@ class TrainArguments:
     def trains_base(self) -> bool:
         """Weights of the base, or adapters in it, are trained."""
         return self.lora_r > 0 or self.train_base
-
-    @property
-    def runs_base(self) -> bool:
-        """The base runs during training; else its hidden states come from disk."""
-        return self.trains_base or self.reads_stream
 
     @property
     def rate(self) -> float:
@@ -127,17 +122,11 @@ class TrainArguments:
     @property
     def lora(self) -> dict[str, Any] | None:
         """Fields of a peft `LoraConfig`, or None."""
-        if not self.lora_r:
-            return None
         sizes = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return sizes | {"target_modules": self.lora_target_modules}
+        return sizes | {"target_modules": self.lora_target_modules} if self.lora_r else None
 
     def steps(self, segments: int, segment_len: int) -> int:
-        """Optimizer steps of the run.
-
-        Args:
-            segments: of all documents together.
-        """
+        """Optimizer steps of a run over documents of `segments` segments together."""
         if self.num_epochs is None:
             return self.max_steps or _DEFAULT_STEPS
         per_step = self.batch_size * (self.max_seq_length // segment_len) * self.gradient_accumulation_steps
@@ -169,21 +158,13 @@ def parse(argv: list[str]) -> TrainArguments:
         ConfigurationError: arguments that are unknown or contradict each other.
     """
     parser = HfArgumentParser(TrainArguments, prog="hippoformer train", allow_abbrev=False)  # type: ignore[arg-type]
-    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    named: list[list[str]] = []
-    for word in rest:
-        if word.startswith("--"):
-            named.append([word[2:].replace("-", "_")])
-        elif named:
-            named[-1].append(word)
-        else:
-            raise ConfigurationError(f"{word!r} belongs to no option; expected --name value")
-    for name, *values in named:
-        if name not in inspect.signature(HippoFormerConfig).parameters or not values:
-            raise ConfigurationError(
-                f"--{name} {' '.join(values)}: expected --name value, name an option of training (see --help) or of "
-                "HippoFormerConfig"
-            )
+    group = parser.add_argument_group("options of the model's config")
+    for name in sorted(inspect.signature(HippoFormerConfig).parameters.keys() - vars(TrainArguments()) - {"kwargs"}):
+        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="+", default=argparse.SUPPRESS)
+    arguments, *named, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        raise ConfigurationError(f"{' '.join(rest)}: expected options as --name value; --help lists them")
+    for name, values in (pair for options in named for pair in vars(options).items()):
         arguments.set.append(f"{name}={values[0] if len(values) == 1 else '[' + ', '.join(values) + ']'}")
     if not (arguments.text or arguments.dataset or arguments.questions):
         raise ConfigurationError("nothing to train on: give --text FILE_OR_FOLDER..., --dataset NAME or --questions")

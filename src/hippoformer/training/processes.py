@@ -1,32 +1,58 @@
-"""Several processes, one run: under DDP or FSDP2 it computes what a single process would.
+"""A run in several processes, any of which may be killed: it ends with the weights of one that nothing happened to.
 
 Each process reads its own rows. The inputs of the losses, a handful of numbers a token, are gathered, so every process
 computes the loss of all rows, with gradients to its own. Summed over the processes these are the gradients of the
-single run; the engines average, so the loss is multiplied by their number.
+single run; the engines average, so the loss is multiplied by their number. FSDP2 shards the base; the hippocampus is
+small and full of scalars, which cannot be sharded, so every process has all of it, and its gradients are averaged here.
 
-The engines hook into one module's `forward`: they gather its weights before and its gradients after. Everything that
-touches weights therefore runs inside `Work`. FSDP2 shards the base; the hippocampus is small and full of scalars, which
-cannot be sharded, so every process has all of it, and its gradients are averaged here.
+    checkpoint-00000200/
+        config.json, model.safetensors           a model anyone can load
+        training.safetensors                     optimizer and measured credit
+        process-00000-of-00001.safetensors       of each process: the state of its rows, its order, its random state
+        training.json                            counters; written last, so a folder without it is not a checkpoint
+
+A checkpoint is written under another name and renamed when it is complete: a kill or a full disk leaves the previous
+one loadable. No pickle: nothing in a checkpoint can run code. What FSDP2 has in pieces is written whole, and rows are
+rows, so a checkpoint of two processes also resumes on one.
 """
 
+import json
+import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, is_torch_version
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
+from accelerate.utils import GradientAccumulationPlugin, gather_object, is_torch_version
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hippoformer.errors import ConfigurationError
+from hippoformer.errors import CheckpointError, ConfigurationError
+from hippoformer.model import checkpoint
+from hippoformer.model.base_models import load_base_model
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.arguments import TrainArguments
 
 T = TypeVar("T")
 
+_KEPT = 2
+ROWS = "rows."
+_PREFIX = "checkpoint-"
+_COUNTERS, _TENSORS = "training.json", "training.safetensors"
+_PROCESS = "process-{:05d}-of-{:05d}.safetensors"
+_ORDER = "order"
+
 
 class Work(nn.Module):
-    """The module that an engine wraps; its `forward` runs any work on the model's weights."""
+    """The module that an engine wraps; its `forward` runs any work on the model's weights.
+
+    The engines hook into one module's `forward`: they gather its weights before and its gradients after.
+    """
 
     def __init__(self, model: HippoFormer) -> None:
         super().__init__()
@@ -59,23 +85,27 @@ def new_accelerator(arguments: TrainArguments) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigurationError("DeepSpeed and Megatron do not work here; configs/fsdp2.yaml shards a base over GPUs")
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ConfigurationError(f"fp16 needs float16 arithmetic, not {accelerator.device.type}: use bf16 or no")
-    if missing := sorted(set(arguments.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}):
-        raise ConfigurationError(
-            f"--report_to {' '.join(missing)}: not installed; pip install {' '.join(missing)}, or leave it out"
-        )
-    if is_sharded(accelerator):
-        plugin = accelerator.state.fsdp_plugin
-        if not is_torch_version(">=", "2.7.0"):
-            raise ConfigurationError("FSDP2 needs torch 2.7 or newer here, which can leave the hippocampus unsharded")
-        if getattr(plugin, "fsdp_version", 1) != 2 or plugin.cpu_ram_efficient_loading:
-            raise ConfigurationError(
-                "FSDP works here with fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (the hippocampus "
-                "measures the base it is attached to, so every process loads it); configs/fsdp2.yaml has both"
-            )
+    missing = " ".join(sorted(set(arguments.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}))
+    plugin = accelerator.state.fsdp_plugin if is_sharded(accelerator) else None
+    refused = {
+        "DeepSpeed and Megatron do not work here; configs/fsdp2.yaml shards a base over GPUs": (
+            accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        ),
+        f"fp16 needs float16 arithmetic, not {accelerator.state.device.type}: use bf16 or no": (
+            accelerator.mixed_precision == "fp16" and accelerator.scaler is None
+        ),
+        f"--report_to {missing}: not installed; pip install {missing}, or leave it out": missing,
+        "FSDP2 needs torch 2.7 or newer here, which can leave the hippocampus unsharded": (
+            plugin and not is_torch_version(">=", "2.7.0")
+        ),
+        "FSDP works here with fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (the hippocampus measures the "
+        "base it is attached to, so every process loads it); configs/fsdp2.yaml has both": (
+            plugin and (getattr(plugin, "fsdp_version", 1) != 2 or plugin.cpu_ram_efficient_loading)
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ConfigurationError(reason)
     return accelerator
 
 
@@ -120,13 +150,10 @@ def own_rows(rows: int, accelerator: Accelerator) -> range:
 
 
 def of_all_rows(fields: dict[str, Tensor], accelerator: Accelerator, width: int) -> dict[str, Tensor]:
-    """Numbers of each token, of the rows of all processes; only this process's own carry gradients.
+    """Numbers of each token, (R, width), of the rows of all processes; only this process's own carry gradients.
 
     Args:
         fields: (R', N) each, R' rows of this process and at most `width` tokens.
-
-    Returns:
-        (R, width) each.
     """
     if accelerator.num_processes == 1:
         return fields
@@ -137,12 +164,9 @@ def of_all_rows(fields: dict[str, Tensor], accelerator: Accelerator, width: int)
     return {name: part.to(field.dtype) for (name, field), part in zip(fields.items(), parts, strict=True)}
 
 
-def summed(numbers: list[float], accelerator: Accelerator) -> list[float]:
-    """Sums over the processes, in float64."""
-    if accelerator.num_processes == 1:
-        return numbers
-    parts = accelerator.gather(torch.tensor([numbers], dtype=torch.float64, device=accelerator.device))
-    return [float(n) for n in parts.sum(0)]
+def summed(numbers: list[float]) -> list[float]:
+    """Sums over the processes."""
+    return [sum(parts) for parts in zip(*gather_object([numbers]), strict=True)]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -150,16 +174,148 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def whole(tensor: Tensor) -> Tensor:
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class RunState:
+    """What a checkpoint has besides the weights.
+
+    Attributes:
+        shared, counters: of the whole run: tensors, and JSON.
+        own, order: of one process: tensors, those named `rows.*` with a row in front, and JSON.
+    """
+
+    shared: dict[str, Tensor]
+    counters: dict[str, Any]
+    own: dict[str, Tensor]
+    order: dict[str, Any]
+
+
+def complete(output: Path) -> list[Path]:
+    """The complete checkpoints under `output`, oldest first."""
+    return sorted(path for path in output.glob(f"{_PREFIX}*") if (path / _COUNTERS).is_file())
+
+
+def locate(path: Path) -> Path:
+    """The folder of a checkpoint: `path` itself, or the newest complete one in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = [path] if (path / _COUNTERS).is_file() else complete(path)
+    if not found:
+        raise CheckpointError(f"{path} holds no complete checkpoint: expected folders {_PREFIX}* with {_COUNTERS}")
+    return found[-1]
+
+
+def save(output: Path, step: int, model: HippoFormer, state: RunState) -> None:
+    """Writes checkpoint `step` and removes all but the newest; every process must call it.
+
+    Raises:
+        CheckpointError: it could not be written; the previous ones are unchanged.
+    """
+    processes = PartialState()
+    main, meet, count = processes.is_main_process, processes.wait_for_everyone, processes.num_processes
+    final = output / f"{_PREFIX}{step:08d}"
+    partial = output / f".{final.name}.partial"
+    weights = whole_weights(model)
+    try:
+        if main:
+            for left in output.glob(f".{_PREFIX}*.partial"):  # of a run that was killed
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        meet()
+        file = partial / _PROCESS.format(processes.process_index, count)
+        checkpoint.write_tensors(file, state.own, {_ORDER: json.dumps(state.order)})
+        if main:
+            checkpoint.save(model, partial, weights)
+            checkpoint.write_tensors(partial / _TENSORS, state.shared)
+        meet()
+        if main:
+            (partial / _COUNTERS).write_text(json.dumps(state.counters | {"processes": count}), encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            for old in complete(output)[:-_KEPT]:
+                shutil.rmtree(old)
+        meet()
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"could not write {final}: {error}; the checkpoints before it are unchanged") from error
+
+
+def restore_weights(model: HippoFormer, path: Path) -> None:
+    """Puts a checkpoint's weights into the model, which no engine has sharded yet.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of another model.
+    """
+    path = locate(path)
+    checkpoint.restore(model, _load(checkpoint.weights_file(path))[0])
+    if (base := path / checkpoint.BASE).is_dir():
+        model.base.load_state_dict(load_base_model(str(base), dtype=model.dtype).state_dict())
+
+
+def load(path: Path, index: int = 0, count: int = 1) -> RunState:
+    """Reads what process `index` of `count` continues with; its rows also where others wrote the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = locate(path)
+    counters = json.loads((path / _COUNTERS).read_text(encoding="utf-8"))
+    written = counters["processes"]
+    parts = [_load(path / _PROCESS.format(n, written)) for n in ([index] if written == count else range(written))]
+    own, notes = parts[0]
+    if written != count:
+        rows = {name: torch.cat([part[name] for part, _ in parts]) for name in own if name.startswith(ROWS)}
+        own = {name: tensor.chunk(count)[index] for name, tensor in rows.items()}
+    return RunState(_load(path / _TENSORS)[0], counters, own, json.loads(notes[_ORDER]))
+
+
+def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return load_file(file), opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint file {file} is damaged: {error}") from error
+
+
+def whole_weights(model: HippoFormer) -> dict[str, Tensor] | None:
+    """The model's tensors, put together where FSDP2 has them in pieces; None where they are whole.
+
+    A frozen base is no part of a checkpoint, so it stays in its pieces.
+    """
+    state = model.state_dict()
+    if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        return None
+    frozen = {f"base.{name}" for name, p in model.base.named_parameters() if not p.requires_grad}
+    return {name: tensor if name in frozen else _whole(tensor).cpu() for name, tensor in state.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
     """A tensor, put together where FSDP2 has sharded it; every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as a parameter of the same shape is."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer whose per-parameter state is tensors (AdamW), flat and whole."""
+    state = optimizer.state_dict()["state"]
+    return {f"{n}.{name}": _whole(value) for n, values in state.items() for name, value in values.items()}
 
-    return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave, in pieces where the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".")
+        parameter: Any = parameters[int(number)]
+        if hasattr(parameter, "device_mesh") and tensor.shape == parameter.shape:
+            from torch.distributed.tensor import distribute_tensor
+
+            tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
