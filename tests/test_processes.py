@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_torch_version
@@ -241,6 +242,7 @@ def test_accelerate_reads_the_configurations(file: Path, monkeypatch: pytest.Mon
 def test_another_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         mixed_precision, scaler, log_with, distributed_type = "no", None, (), DistributedType.FSDP
+        device = torch.device("cpu")
 
         def __init__(self, **_: object) -> None:
             self.state = self

@@ -40,7 +40,7 @@ def losses(model: HippoFormer, pieces: int = 8) -> Iterator[torch.Tensor]:
     reader, streams = LiveReader(model, documents, 2), TextStreams([31, 44, 26], 2, 6, 0)
     for _ in range(pieces // 4):
         yield torch.stack([-reader.read(streams.next()).target_log_prob.mean() for _ in range(4)]).sum()
-        reader.detach()
+        reader.cache.detach()
 
 
 def gradients(model: HippoFormer) -> tuple[list[float], dict[str, torch.Tensor]]:

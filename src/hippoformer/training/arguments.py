@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -14,6 +14,7 @@ from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
 
 _DEFAULT_STEPS = 800
+_OPTIONS = inspect.signature(HippoFormerConfig).parameters.keys() - {"kwargs"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -65,7 +66,7 @@ class TrainArguments:
     train_base: bool = _option(False, "train the base's own weights")
     memory_off: bool = _option(False, "train LoRA or the base alone; --hippocampus stays unchanged")
     set: list[str] = _option([], "options of the model's config as name=value; each can also be given as --name value")
-    dtype: str | None = _option(None, "of the base's weights: bfloat16, float16, float32; see docs/training.md")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = _option(None, "of the base's weights; docs/training.md")
     mixed_precision: str | None = _option(None, "bf16, fp16 (scaled) or no; default: as accelerate launch says")
     gradient_checkpointing: bool = _option(False, "recompute a training base's layers in the backward pass")
     output_dir: str = _option("runs/hippoformer", "folder of checkpoints and of the trained model")
@@ -81,19 +82,18 @@ class TrainArguments:
     resume_from_checkpoint: str | None = _option(None, "a checkpoint, an output folder, or auto: output_dir's newest")
 
     def __post_init__(self) -> None:
-        base_learns, streamed = self.trains_base, self.reads_stream
-        beyond_a_stream = self.num_epochs is not None or self.planted_documents or self.questions
+        frozen = not self.trains_base
+        given_to_a_stream = self.num_epochs is not None or self.planted_documents or self.questions
         broken = {
             "no --text beside --dataset": self.text and self.dataset,
             "--num_epochs or --max_steps, not both": self.max_steps is not None and self.num_epochs is not None,
             "--lora_r (adapters) or --train_base (the weights), not both": self.lora_r and self.train_base,
-            "--lora_r RANK or --train_base with --memory_off, which leaves only the base to train": self.memory_off
-            and not base_learns,
+            "--lora_r RANK or --train_base with --memory_off: only the base trains then": self.memory_off and frozen,
             "--streaming with --dataset": self.streaming and self.dataset is None,
-            "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": streamed
-            and beyond_a_stream,
-            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.gradient_checkpointing
-            and not base_learns,
+            "--max_samples with --streaming, or no --num_epochs, --planted_documents, --questions": self.reads_stream
+            and given_to_a_stream,
+            "--gradient_checkpointing with --lora_r or --train_base, not with a frozen base": frozen
+            and self.gradient_checkpointing,
         }
         if rules := [rule for rule, is_broken in broken.items() if is_broken]:
             raise ConfigurationError(f"expected {'; '.join(rules)}")
@@ -134,15 +134,11 @@ class TrainArguments:
 
 
 def config_options(pairs: list[str]) -> dict[str, Any]:
-    """`name=value` strings as options of the config; values are read as JSON, else as text.
-
-    Raises:
-        ConfigurationError: an option that does not exist.
-    """
+    """`name=value` strings as options of the config, which must exist; values are read as JSON, else as text."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator or name not in inspect.signature(HippoFormerConfig).parameters:
+        if not separator or name not in _OPTIONS:
             raise ConfigurationError(f"expected name=value, name an option of HippoFormerConfig; got {pair!r}")
         try:
             options[name] = json.loads(value)
@@ -152,14 +148,10 @@ def config_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def parse(argv: list[str]) -> TrainArguments:
-    """Reads a command line.
-
-    Raises:
-        ConfigurationError: arguments that are unknown or contradict each other.
-    """
+    """Reads a command line; a `ConfigurationError` names arguments that are unknown or contradict each other."""
     parser = HfArgumentParser(TrainArguments, prog="hippoformer train", allow_abbrev=False)  # type: ignore[arg-type]
     group = parser.add_argument_group("options of the model's config")
-    for name in sorted(inspect.signature(HippoFormerConfig).parameters.keys() - vars(TrainArguments()) - {"kwargs"}):
+    for name in sorted(_OPTIONS - vars(TrainArguments()).keys() - {"base_model_name", "freeze_base", "lora"}):
         group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="+", default=argparse.SUPPRESS)
     arguments, *named, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:

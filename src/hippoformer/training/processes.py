@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +38,12 @@ from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.arguments import TrainArguments
 
 T = TypeVar("T")
+Tensors = dict[str, Tensor]
 
-_KEPT = 2
 ROWS = "rows."
 _PREFIX = "checkpoint-"
 _COUNTERS, _TENSORS = "training.json", "training.safetensors"
 _PROCESS = "process-{:05d}-of-{:05d}.safetensors"
-_ORDER = "order"
 
 
 class Work(nn.Module):
@@ -85,27 +83,23 @@ def new_accelerator(arguments: TrainArguments) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ConfigurationError(f"accelerate refuses these settings: {error}") from error
+    engine, device = accelerator.distributed_type, accelerator.device.type
     missing = " ".join(sorted(set(arguments.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}))
-    plugin = accelerator.state.fsdp_plugin if is_sharded(accelerator) else None
+    sharding = accelerator.state.fsdp_plugin if is_sharded(accelerator) else None
     refused = {
-        "DeepSpeed and Megatron do not work here; configs/fsdp2.yaml shards a base over GPUs": (
-            accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-        ),
-        f"fp16 needs float16 arithmetic, not {accelerator.state.device.type}: use bf16 or no": (
-            accelerator.mixed_precision == "fp16" and accelerator.scaler is None
-        ),
+        "DeepSpeed and Megatron do not work here; configs/fsdp2.yaml shards a base over GPUs": engine
+        in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM),
+        f"fp16 needs float16 arithmetic, not {device}: use bf16 or no": accelerator.mixed_precision == "fp16"
+        and accelerator.scaler is None,
         f"--report_to {missing}: not installed; pip install {missing}, or leave it out": missing,
-        "FSDP2 needs torch 2.7 or newer here, which can leave the hippocampus unsharded": (
-            plugin and not is_torch_version(">=", "2.7.0")
-        ),
+        "FSDP2 needs torch 2.7 or newer here, which can leave the hippocampus unsharded": sharding
+        and not is_torch_version(">=", "2.7.0"),
         "FSDP works here with fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (the hippocampus measures the "
-        "base it is attached to, so every process loads it); configs/fsdp2.yaml has both": (
-            plugin and (getattr(plugin, "fsdp_version", 1) != 2 or plugin.cpu_ram_efficient_loading)
-        ),
+        "base it is attached to, so every process loads it); configs/fsdp2.yaml has both": sharding
+        and (getattr(sharding, "fsdp_version", 1) != 2 or sharding.cpu_ram_efficient_loading),
     }
-    for reason, holds in refused.items():
-        if holds:
-            raise ConfigurationError(reason)
+    if reasons := [reason for reason, holds in refused.items() if holds]:
+        raise ConfigurationError("; ".join(reasons))
     return accelerator
 
 
@@ -149,7 +143,7 @@ def own_rows(rows: int, accelerator: Accelerator) -> range:
     return range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
-def of_all_rows(fields: dict[str, Tensor], accelerator: Accelerator, width: int) -> dict[str, Tensor]:
+def of_all_rows(fields: Tensors, accelerator: Accelerator, width: int) -> Tensors:
     """Numbers of each token, (R, width), of the rows of all processes; only this process's own carry gradients.
 
     Args:
@@ -177,21 +171,6 @@ def is_sharded(accelerator: Accelerator) -> bool:
 # ---------------------------------------------------------------- checkpoints
 
 
-@dataclass
-class RunState:
-    """What a checkpoint has besides the weights.
-
-    Attributes:
-        shared, counters: of the whole run: tensors, and JSON.
-        own, order: of one process: tensors, those named `rows.*` with a row in front, and JSON.
-    """
-
-    shared: dict[str, Tensor]
-    counters: dict[str, Any]
-    own: dict[str, Tensor]
-    order: dict[str, Any]
-
-
 def complete(output: Path) -> list[Path]:
     """The complete checkpoints under `output`, oldest first."""
     return sorted(path for path in output.glob(f"{_PREFIX}*") if (path / _COUNTERS).is_file())
@@ -209,15 +188,21 @@ def locate(path: Path) -> Path:
     return found[-1]
 
 
-def save(output: Path, step: int, model: HippoFormer, state: RunState) -> None:
-    """Writes checkpoint `step` and removes all but the newest; every process must call it.
+def save(
+    output: Path, model: HippoFormer, shared: Tensors, own: Tensors, order: dict[str, Any], counters: dict[str, Any]
+) -> None:
+    """Writes checkpoint `counters["step"]` and removes all but the newest two; every process must call it.
+
+    Args:
+        shared, counters: of the whole run: tensors, and JSON.
+        own, order: of this process: tensors, those named `rows.*` with a row in front, and JSON.
 
     Raises:
         CheckpointError: it could not be written; the previous ones are unchanged.
     """
     processes = PartialState()
     main, meet, count = processes.is_main_process, processes.wait_for_everyone, processes.num_processes
-    final = output / f"{_PREFIX}{step:08d}"
+    final = output / f"{_PREFIX}{counters['step']:08d}"
     partial = output / f".{final.name}.partial"
     weights = whole_weights(model)
     try:
@@ -227,17 +212,17 @@ def save(output: Path, step: int, model: HippoFormer, state: RunState) -> None:
             partial.mkdir(parents=True)
         meet()
         file = partial / _PROCESS.format(processes.process_index, count)
-        checkpoint.write_tensors(file, state.own, {_ORDER: json.dumps(state.order)})
+        checkpoint.write_tensors(file, own, {"order": json.dumps(order)})
         if main:
             checkpoint.save(model, partial, weights)
-            checkpoint.write_tensors(partial / _TENSORS, state.shared)
+            checkpoint.write_tensors(partial / _TENSORS, shared)
         meet()
         if main:
-            (partial / _COUNTERS).write_text(json.dumps(state.counters | {"processes": count}), encoding="utf-8")
+            (partial / _COUNTERS).write_text(json.dumps(counters | {"processes": count}), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
-            for old in complete(output)[:-_KEPT]:
+            for old in complete(output)[:-2]:
                 shutil.rmtree(old)
         meet()
     except OSError as error:
@@ -257,8 +242,8 @@ def restore_weights(model: HippoFormer, path: Path) -> None:
         model.base.load_state_dict(load_base_model(str(base), dtype=model.dtype).state_dict())
 
 
-def load(path: Path, index: int = 0, count: int = 1) -> RunState:
-    """Reads what process `index` of `count` continues with; its rows also where others wrote the checkpoint.
+def load(path: Path, index: int = 0, count: int = 1) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]]:
+    """What process `index` of `count` continues with, as `save` had it; its rows also where others wrote them.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -271,10 +256,10 @@ def load(path: Path, index: int = 0, count: int = 1) -> RunState:
     if written != count:
         rows = {name: torch.cat([part[name] for part, _ in parts]) for name in own if name.startswith(ROWS)}
         own = {name: tensor.chunk(count)[index] for name, tensor in rows.items()}
-    return RunState(_load(path / _TENSORS)[0], counters, own, json.loads(notes[_ORDER]))
+    return _load(path / _TENSORS)[0], own, json.loads(notes["order"]), counters
 
 
-def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(file: Path) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a file."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -283,7 +268,7 @@ def _load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"the checkpoint file {file} is damaged: {error}") from error
 
 
-def whole_weights(model: HippoFormer) -> dict[str, Tensor] | None:
+def whole_weights(model: HippoFormer) -> Tensors | None:
     """The model's tensors, put together where FSDP2 has them in pieces; None where they are whole.
 
     A frozen base is no part of a checkpoint, so it stays in its pieces.
@@ -296,20 +281,19 @@ def whole_weights(model: HippoFormer) -> dict[str, Tensor] | None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor, put together where FSDP2 has sharded it; every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """The state of an optimizer whose per-parameter state is tensors (AdamW), flat and whole."""
     state = optimizer.state_dict()["state"]
     return {f"{n}.{name}": _whole(value) for n, values in state.items() for name, value in values.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Puts back what `optimizer_tensors` gave, in pieces where the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, Tensors] = {}
     for key, tensor in tensors.items():
         number, name = key.split(".")
         parameter: Any = parameters[int(number)]

@@ -285,22 +285,24 @@ class Trainer:
         own = {f"{processes.ROWS}{name}": tensor for name, tensor in self.reader.state().items()}
         own |= {"random.cpu": torch.get_rng_state()}
         own |= {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-        state = processes.RunState(shared, counters, own, self.schedule.state())
-        processes.save(Path(self.arguments.output_dir), self.step, self.model, state)
+        processes.save(Path(self.arguments.output_dir), self.model, shared, own, self.schedule.state(), counters)
 
     def _restore(self, path: Path) -> None:
         accelerator, device = self.accelerator, self.model.device
-        state = processes.load(path, accelerator.process_index, accelerator.num_processes)
-        counters, own, streamed = state.counters, state.own, isinstance(self.schedule, StreamedTexts)
+        place, streamed = (
+            (accelerator.process_index, accelerator.num_processes),
+            isinstance(self.schedule, StreamedTexts),
+        )
+        shared, own, order, counters = processes.load(path, *place)
         if counters["streamed"] != streamed or (streamed and counters["processes"] != accelerator.num_processes):
             raise CheckpointError(
                 f"{path} has streamed={counters['streamed']}, processes={counters['processes']}: resume it with the "
                 "same data, and a streamed run on as many processes"
             )
         self.reader.restore(_named(own, processes.ROWS))
-        self.schedule.restore(state.order)
-        processes.restore_optimizer(self.optimizer, _named(state.shared, _OPTIMIZER))
-        self.useful = {int(document): target for document, target in _named(state.shared, _USEFUL).items()}
+        self.schedule.restore(order)
+        processes.restore_optimizer(self.optimizer, _named(shared, _OPTIMIZER))
+        self.useful = {int(document): target for document, target in _named(shared, _USEFUL).items()}
         self.scheduler.load_state_dict(counters["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
