@@ -243,7 +243,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(folder: Path, corpus: str, monk
     interrupted(monkeypatch, streamed("parts"))
     resume = ("--resume_from_checkpoint", "auto")
     state = processes.load(folder / "parts")
-    state[3]["processes"] = 2
+    state[2]["orders"] *= 2
     with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="as many processes"):
         patched.setattr(processes, "load", lambda *_: state)
         main(streamed("parts", *resume))

@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(folder: Path, monkeyp
     with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="No space left"):
         patched.setattr("hippoformer.model.checkpoint.save_file", full)
         main([*argv, "--resume_from_checkpoint", "auto"])
-    assert processes.complete(output) == before and processes.load(output)[3]["step"] == 3
+    assert processes.complete(output) == before and processes.load(output)[2]["step"] == 3
     assert not list(output.glob(".*6*")), "half a checkpoint was left behind"
 
 
@@ -193,7 +193,7 @@ def test_a_half_written_checkpoint_is_not_a_checkpoint(folder: Path) -> None:
     broken = folder / "run" / "checkpoint-00000099"
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"\x00" * 10)
-    assert processes.load(folder / "run")[3]["step"] == 8
+    assert processes.load(folder / "run")[2]["step"] == 8
     assert len(processes.complete(folder / "run")) == 2, "more than the two newest were kept"
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         processes.load(broken)

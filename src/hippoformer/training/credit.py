@@ -23,14 +23,10 @@ from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.readers import HiddenStateCache, ReadDocument, cut
 from hippoformer.training.streams import whole_documents
 
-# Tokens of a chunk that the gate is taught on, and chunks of a step.
-_CHUNK, _BATCH = 512, 8
-# Documents in memory at once; their chunks are mixed.
-_GROUP = 16
-# The first tokens of a chunk are not judged: the smoothing lacks the tokens before them.
-_UNJUDGED = 8
-# Every fourth transition decides the tagging threshold.
-_EVERY = 4
+_CHUNK, _BATCH = 512, 8  # tokens of a chunk that the gate is taught on, and chunks of a step
+_GROUP = 16  # documents in memory at once; their chunks are mixed
+_UNJUDGED = 8  # first tokens of a chunk: the smoothing lacks the tokens before them
+_EVERY = 4  # every fourth transition decides the tagging threshold
 _SCALAR_RATE = 10.0
 
 
@@ -158,15 +154,14 @@ def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> lis
 def teach_gate(
     hippocampus: Hippocampus, documents: HiddenStateCache, useful: dict[int, Tensor], arguments: TrainArguments
 ) -> float:
-    """Trains the local pathway to predict usefulness; a function of weights, documents and seed alone.
+    """Trains the local pathway to predict usefulness, and tags `target_tagged_share` of the measured transitions.
 
     Args:
         useful: (T,) per document, in [0, 1], NaN where it is not known.
-        arguments: `foresight_passes` over all documents at `rate`, which falls linearly to 0.
+        arguments: `foresight_passes` over all documents at `rate`, which falls linearly to 0. The seed decides alone.
 
     Returns:
-        The mean loss of the last pass, NaN if nothing was known. The gate then tags `target_tagged_share` of the
-        measured transitions.
+        The mean loss of the last pass, NaN if nothing was known.
     """
     gate, passes = hippocampus.salience_gate, arguments.foresight_passes
     optimizer = torch.optim.AdamW(parameter_groups(gate, arguments.rate, arguments.weight_decay))
@@ -174,27 +169,24 @@ def teach_gate(
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / max(len(batches), 1))
     device, held, losses = next(gate.parameters()).device, dict[int, ReadDocument](), list[float]()
     for group, batch in batches:
-        if held.keys() != set(group):
-            held = {number: documents[number] for number in group}
-        errors = []
-        for number, start in batch:
-            forecast = _forecast(hippocampus, held[number], slice(start, start + _CHUNK))[_UNJUDGED:]
-            target = useful[number][start : start + _CHUNK].to(device)[_UNJUDGED:]
-            known = ~target.isnan()
-            errors.append(binary_cross_entropy_with_logits(forecast[known], target[known], reduction="none"))
-        error = torch.cat(errors)
-        if error.numel():
-            error.mean().backward()
+        held = {number: held.get(number) or documents[number] for number in group}
+        spans = [(number, slice(start, start + _CHUNK)) for number, start in batch]
+        target = torch.cat([useful[number][span][_UNJUDGED:] for number, span in spans]).to(device)
+        known = ~target.isnan()
+        if known.any():
+            made = torch.cat([_forecast(hippocampus, held[number], span)[_UNJUDGED:] for number, span in spans])
+            loss = binary_cross_entropy_with_logits(made[known], target[known])
+            loss.backward()
             nn.utils.clip_grad_norm_(gate.parameters(), arguments.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             falling.step()
-            losses.append(float(error.detach().mean()))
+            losses.append(float(loss.detach()))
     if not losses:
         return float("nan")
     with torch.no_grad():
-        made = [_forecast(hippocampus, documents[number], slice(1, None))[::_EVERY] for number in sorted(useful)]
-        gate.tagging_threshold.copy_(torch.quantile(torch.cat(made).float(), 1.0 - arguments.target_tagged_share))
+        all_of = [_forecast(hippocampus, documents[number], slice(1, None))[::_EVERY] for number in sorted(useful)]
+        gate.tagging_threshold.copy_(torch.quantile(torch.cat(all_of).float(), 1.0 - arguments.target_tagged_share))
     last = losses[-max(1, len(losses) // passes) :]
     return sum(last) / len(last)
 

@@ -8,8 +8,8 @@ small and full of scalars, which cannot be sharded, so every process has all of 
     checkpoint-00000200/
         config.json, model.safetensors           a model anyone can load
         training.safetensors                     optimizer and measured credit
-        process-00000-of-00001.safetensors       of each process: the state of its rows, its order, its random state
-        training.json                            counters; written last, so a folder without it is not a checkpoint
+        process-00000-of-00001.safetensors       of each process: the state of its rows
+        training.json                            counters, order; written last: without it a folder is no checkpoint
 
 A checkpoint is written under another name and renamed when it is complete: a kill or a full disk leaves the previous
 one loadable. No pickle: nothing in a checkpoint can run code. What FSDP2 has in pieces is written whole, and rows are
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, gather_object, is_torch_version
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -40,7 +40,6 @@ from hippoformer.training.arguments import TrainArguments
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
 
-ROWS = "rows."
 _PREFIX = "checkpoint-"
 _COUNTERS, _TENSORS = "training.json", "training.safetensors"
 _PROCESS = "process-{:05d}-of-{:05d}.safetensors"
@@ -104,11 +103,7 @@ def new_accelerator(arguments: TrainArguments) -> Accelerator:
 
 
 def prepared(work: Work, optimizer: Any, accelerator: Accelerator) -> tuple[Any, Any]:
-    """Hands the model and its optimizer to the engine.
-
-    Raises:
-        ConfigurationError: a base that cannot be sharded.
-    """
+    """Hands the model and its optimizer to the engine; a `ConfigurationError` for a base that cannot be sharded."""
     if is_sharded(accelerator):
         if work.model.window.rotations is None:
             raise ConfigurationError(
@@ -129,11 +124,7 @@ def average_unsharded(model: HippoFormer, accelerator: Accelerator) -> None:
 
 
 def own_rows(rows: int, accelerator: Accelerator) -> range:
-    """The rows of this process.
-
-    Raises:
-        ConfigurationError: rows that cannot be divided evenly.
-    """
+    """The rows of this process; a `ConfigurationError` where they cannot be divided evenly."""
     share, rest = divmod(rows, accelerator.num_processes)
     if rest or not share:
         raise ConfigurationError(
@@ -171,31 +162,24 @@ def is_sharded(accelerator: Accelerator) -> bool:
 # ---------------------------------------------------------------- checkpoints
 
 
-def complete(output: Path) -> list[Path]:
-    """The complete checkpoints under `output`, oldest first."""
-    return sorted(path for path in output.glob(f"{_PREFIX}*") if (path / _COUNTERS).is_file())
+def complete(path: Path) -> list[Path]:
+    """The complete checkpoints under a folder, oldest first; the folder itself where it is one."""
+    if (path / _COUNTERS).is_file():
+        return [path]
+    return sorted(folder for folder in path.glob(f"{_PREFIX}*") if (folder / _COUNTERS).is_file())
 
 
-def locate(path: Path) -> Path:
-    """The folder of a checkpoint: `path` itself, or the newest complete one in it.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = [path] if (path / _COUNTERS).is_file() else complete(path)
-    if not found:
+def _newest(path: Path) -> Path:
+    if not (found := complete(path)):
         raise CheckpointError(f"{path} holds no complete checkpoint: expected folders {_PREFIX}* with {_COUNTERS}")
     return found[-1]
 
 
-def save(
-    output: Path, model: HippoFormer, shared: Tensors, own: Tensors, order: dict[str, Any], counters: dict[str, Any]
-) -> None:
+def save(output: Path, model: HippoFormer, shared: Tensors, rows: Tensors, counters: dict[str, Any]) -> None:
     """Writes checkpoint `counters["step"]` and removes all but the newest two; every process must call it.
 
     Args:
-        shared, counters: of the whole run: tensors, and JSON.
-        own, order: of this process: tensors, those named `rows.*` with a row in front, and JSON.
+        shared, counters: of the whole run: tensors, and JSON. rows: of this process, with a row in front.
 
     Raises:
         CheckpointError: it could not be written; the previous ones are unchanged.
@@ -211,14 +195,13 @@ def save(
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
         meet()
-        file = partial / _PROCESS.format(processes.process_index, count)
-        checkpoint.write_tensors(file, own, {"order": json.dumps(order)})
+        checkpoint.write_tensors(partial / _PROCESS.format(processes.process_index, count), rows)
         if main:
             checkpoint.save(model, partial, weights)
             checkpoint.write_tensors(partial / _TENSORS, shared)
         meet()
         if main:
-            (partial / _COUNTERS).write_text(json.dumps(counters | {"processes": count}), encoding="utf-8")
+            (partial / _COUNTERS).write_text(json.dumps(counters), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
             os.replace(partial, final)
@@ -236,34 +219,32 @@ def restore_weights(model: HippoFormer, path: Path) -> None:
     Raises:
         CheckpointError: there is none, or it is damaged or of another model.
     """
-    path = locate(path)
-    checkpoint.restore(model, _load(checkpoint.weights_file(path))[0])
+    path = _newest(path)
+    checkpoint.restore(model, _load(checkpoint.weights_file(path)))
     if (base := path / checkpoint.BASE).is_dir():
         model.base.load_state_dict(load_base_model(str(base), dtype=model.dtype).state_dict())
 
 
-def load(path: Path, index: int = 0, count: int = 1) -> tuple[Tensors, Tensors, dict[str, Any], dict[str, Any]]:
+def load(path: Path, index: int = 0, count: int = 1) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """What process `index` of `count` continues with, as `save` had it; its rows also where others wrote them.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = locate(path)
+    path = _newest(path)
     counters = json.loads((path / _COUNTERS).read_text(encoding="utf-8"))
-    written = counters["processes"]
-    parts = [_load(path / _PROCESS.format(n, written)) for n in ([index] if written == count else range(written))]
-    own, notes = parts[0]
-    if written != count:
-        rows = {name: torch.cat([part[name] for part, _ in parts]) for name in own if name.startswith(ROWS)}
-        own = {name: tensor.chunk(count)[index] for name, tensor in rows.items()}
-    return _load(path / _TENSORS)[0], own, json.loads(notes["order"]), counters
+    written = len(counters["orders"])
+    if written == count:
+        rows = _load(path / _PROCESS.format(index, count))
+    else:
+        parts = [_load(path / _PROCESS.format(n, written)) for n in range(written)]
+        rows = {name: torch.cat([part[name] for part in parts]).chunk(count)[index] for name in parts[0]}
+    return _load(path / _TENSORS), rows, counters
 
 
-def _load(file: Path) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and metadata of a file."""
+def _load(file: Path) -> Tensors:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return load_file(file), opened.metadata() or {}
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint file {file} is damaged: {error}") from error
 

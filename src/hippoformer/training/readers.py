@@ -8,7 +8,7 @@ gradients. Both carry the state of R rows from piece to piece and reset a row wh
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -217,23 +217,21 @@ def new_reader(model: HippoFormer, documents: Documents | StreamedTexts, rows: i
     return LiveReader(model, documents, rows)
 
 
-def readings(model: HippoFormer, documents: Documents, group: Sequence[int]) -> Iterator[Reading]:
-    """Reads some documents side by side from an empty memory to their ends; rows that are done wait."""
-    reader, lengths = new_reader(model, documents, len(group)), lengths_of(documents)
-    for piece in whole_documents(group, [lengths[number] for number in group], model.config.segment_len):
-        yield reader.read(piece)
-
-
 @torch.no_grad()
 def score_documents(model: HippoFormer, documents: Documents, numbers: Sequence[int], rows: int) -> Tensor:
-    """(D, 3) float64 of D documents, read `rows` at a time: predicted tokens, and their summed fused and base log p."""
+    """(D, 3) float64 of D documents, read `rows` at a time, each from an empty memory.
+
+    The columns are the number of predicted tokens, and their summed fused and base log p.
+    """
+    lengths = lengths_of(documents)
     sums = {number: torch.zeros(3, dtype=torch.float64) for number in numbers}
-    for group in of_like_length(numbers, lengths_of(documents), rows):
-        for reading in readings(model, documents, group):
-            base = torch.where(reading.counted, reading.base_log_prob, 0.0)
-            parts = torch.stack((reading.counted.double(), reading.target_log_prob.double(), base.double())).sum(-1)
-            for number, part in zip(group, parts.cpu().unbind(1), strict=True):
-                sums[number] += part
+    for group in of_like_length(numbers, lengths, rows):
+        reader = new_reader(model, documents, len(group))
+        for piece in whole_documents(group, [lengths[number] for number in group], model.config.segment_len):
+            read = reader.read(piece)
+            of = (read.counted, read.target_log_prob, torch.where(read.counted, read.base_log_prob, 0.0))
+            for number, parts in zip(group, torch.stack([x.double().sum(-1).cpu() for x in of], 1), strict=True):
+                sums[number] += parts
     return torch.stack([*sums.values()]) if sums else torch.zeros(0, 3, dtype=torch.float64)
 
 

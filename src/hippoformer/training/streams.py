@@ -21,11 +21,8 @@ _MOST_TOO_SHORT = 10_000
 
 @dataclass
 class Piece:
-    """What every row reads next: at most to the end of its segment.
-
-    Attributes:
-        documents: index of each row's document.
-        read: tokens of it that the row has read. new: tokens to read now; 0 for a row that waits.
+    """What every row reads next, at most to the end of its segment: its document, the tokens of it that the row has
+    read, and those to read now, 0 for a row that waits.
     """
 
     documents: list[int]

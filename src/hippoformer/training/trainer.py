@@ -119,7 +119,6 @@ class Trainer:
         if resume_from is not None:  # weights before an engine shards them, everything else after
             processes.restore_weights(self.model, resume_from)
         self.work, self.optimizer = processes.prepared(self.work, self.optimizer, self.accelerator)
-        torch.manual_seed(arguments.seed + self.accelerator.process_index)
         if resume_from is not None:
             self._restore(resume_from)
         if arguments.trackers:
@@ -169,6 +168,8 @@ class Trainer:
 
     def _optimize(self) -> dict[str, float]:
         sums: Counter[str] = Counter()
+        draws = self.step * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(self.arguments.seed * 1_000_003 + draws)  # of dropout: a resumed step draws the same
         for _ in range(self.arguments.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.work), self._during_phase():
                 loss, numbers = self.work(self._read)
@@ -251,11 +252,11 @@ class Trainer:
             return found
 
         self.useful = {number: of for part in gather_object([self.work(measure)]) for number, of in part.items()}
-        self._train_mode()
         learning = copy.deepcopy(hippocampus)  # an engine would look at the gradients of its own weights
         loss = credit.teach_gate(learning, documents, self.useful, arguments)
         hippocampus.load_state_dict(learning.state_dict())
         self.accelerator.print(f"the gate alone: loss_credit {loss:.4f}", file=sys.stderr)
+        self._train_mode()
 
     def _choose_anchors(self) -> None:
         """Drift anchors from the training text itself, spread over the documents."""
@@ -272,47 +273,38 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def _save(self) -> None:
-        scaler, device = self.accelerator.scaler, self.model.device
         shared = {f"{_OPTIMIZER}{n}": tensor for n, tensor in processes.optimizer_tensors(self.optimizer).items()}
         shared |= {f"{_USEFUL}{document}": target for document, target in self.useful.items()}
+        scaler = self.accelerator.scaler
         counters = {
             "step": self.step,
             "streamed": isinstance(self.schedule, StreamedTexts),
+            "orders": gather_object([self.schedule.state()]),
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "history": self.history,
         }
-        own = {f"{processes.ROWS}{name}": tensor for name, tensor in self.reader.state().items()}
-        own |= {"random.cpu": torch.get_rng_state()}
-        own |= {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-        processes.save(Path(self.arguments.output_dir), self.model, shared, own, self.schedule.state(), counters)
+        processes.save(Path(self.arguments.output_dir), self.model, shared, self.reader.state(), counters)
 
     def _restore(self, path: Path) -> None:
-        accelerator, device = self.accelerator, self.model.device
-        place, streamed = (
-            (accelerator.process_index, accelerator.num_processes),
-            isinstance(self.schedule, StreamedTexts),
-        )
-        shared, own, order, counters = processes.load(path, *place)
-        if counters["streamed"] != streamed or (streamed and counters["processes"] != accelerator.num_processes):
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        shared, rows, counters = processes.load(path, index, count)
+        orders, streamed = counters["orders"], isinstance(self.schedule, StreamedTexts)
+        if counters["streamed"] != streamed or (streamed and len(orders) != count):
             raise CheckpointError(
-                f"{path} has streamed={counters['streamed']}, processes={counters['processes']}: resume it with the "
-                "same data, and a streamed run on as many processes"
+                f"{path} has streamed={counters['streamed']}, processes={len(orders)}: resume it with the same data, "
+                "and a streamed run on as many processes"
             )
-        self.reader.restore(_named(own, processes.ROWS))
-        self.schedule.restore(order)
+        self.reader.restore(rows)
+        self.schedule.restore(orders[index if streamed else 0])
         processes.restore_optimizer(self.optimizer, _named(shared, _OPTIMIZER))
         self.useful = {int(document): target for document, target in _named(shared, _USEFUL).items()}
         self.scheduler.load_state_dict(counters["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        if accelerator.scaler is not None and counters["scaler"]:
-            accelerator.scaler.load_state_dict(counters["scaler"])
+        if self.accelerator.scaler is not None and counters["scaler"]:
+            self.accelerator.scaler.load_state_dict(counters["scaler"])
         self.step, self.history = counters["step"], counters["history"]
-        if "random.cpu" in own:
-            torch.set_rng_state(own["random.cpu"])
-        if "random.cuda" in own and device.type == "cuda":
-            torch.cuda.set_rng_state(own["random.cuda"], device)
 
     # ---------------------------------------------------------------- evaluation and logs
 
@@ -368,14 +360,8 @@ class Trainer:
         scalar = bool | int | float | str
         table = {n: v if isinstance(v, scalar) else json.dumps(v, default=str) for n, v in options.items()}
         named = {tracker: {"name": arguments.wandb_run_name} for tracker in ("wandb", "trackio")}
-        try:
-            self.accelerator.init_trackers(
-                arguments.wandb_project or "hippoformer", table, init_kwargs=named if arguments.wandb_run_name else {}
-            )
-        except Exception as error:  # the trackers' own errors share no base class
-            raise ConfigurationError(
-                f"a tracker of --report_to did not start ({error}): log in to it, or set WANDB_MODE=offline"
-            ) from error
+        project = arguments.wandb_project or "hippoformer"
+        self.accelerator.init_trackers(project, table, init_kwargs=named if arguments.wandb_run_name else {})
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
