@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +27,10 @@ from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
 from hippoformer.training import processes
 from hippoformer.training.arguments import TrainArguments
-from hippoformer.training.processes import own_rows
 from tiny_training import arguments, differing, history
 
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
 Jobs = list[dict[str, Any]]
 Forge = Callable[[Jobs], list[int]]
 
@@ -36,16 +38,10 @@ Forge = Callable[[Jobs], list[int]]
 @pytest.fixture(scope="module")
 def forge() -> Iterator[Forge]:
     """Runs jobs side by side in processes of their own; see forge.py."""
-    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forge.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-    )
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(Path(__file__).with_name("forge.py"))]
+    process = subprocess.Popen(command, env=ENVIRONMENT | quiet, cwd=ROOT, **pipes)
 
     def run(jobs: Jobs) -> list[int]:
         assert process.stdin is not None and process.stdout is not None
@@ -100,7 +96,6 @@ def losses(texts: Path, output: str) -> list[dict[str, float]]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of two saved models' weights."""
     a, b = (HippoFormer.from_pretrained(path).state_dict() for path in (one, other))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
@@ -190,12 +185,10 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forg
 
 
 def test_rows_must_divide_evenly() -> None:
-    class Fake:
-        num_processes, process_index = 2, 1
-
-    assert own_rows(4, Fake()) == range(2, 4)  # type: ignore[arg-type]
+    second: Any = SimpleNamespace(num_processes=2, process_index=1)
+    assert processes.own_rows(4, second) == range(2, 4)
     with pytest.raises(ConfigurationError, match="batch_size=3"):
-        own_rows(3, Fake())  # type: ignore[arg-type]
+        processes.own_rows(3, second)
 
 
 @pytest.mark.slow
@@ -205,15 +198,9 @@ def test_accelerate_launch(texts: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/multi_gpu.yaml"]
     command += ["--num_processes", "2", "--mixed_precision", "no"]
     command += ["--main_process_port", free_port()]  # accelerate 1.1 does not look for one itself
-    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "-m", "hippoformer.train", *job["argv"]],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += ["-m", "hippoformer.train", *job["argv"]]
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     logged = losses(texts, "launched")
     assert len(logged) == 4 and all(math.isfinite(entry["loss_total"]) for entry in logged)
@@ -222,7 +209,7 @@ def test_accelerate_launch(texts: Path) -> None:
 
 # ---------------------------------------------------------------- the files that accelerate launch reads
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hippoformer import HippoFormer, HippoFormerConfig
@@ -234,8 +235,12 @@ def test_contradicting_options_are_refused(argv: list[str], message: str) -> Non
         parse(argv)
 
 
-def test_what_cannot_be_trained_is_said(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_said(folder: Path) -> None:
     with pytest.raises(TextError, match=r"missing\.txt"):
         main(["--base_model", str(folder / "base"), "--text", str(folder / "missing.txt")])
-    with pytest.raises(ConfigurationError, match="multiple of segment_len"):
-        main(arguments(folder, "run", "--max-seq-length", "7"))
+    refused = [(["--max-seq-length", "7"], "multiple of segment_len"), (["--report_to", "nosuch"], "nosuch")]
+    refused += [] if torch.cuda.is_available() else [(["--mixed_precision", "fp16"], "float16")]
+    for more, message in refused:
+        with pytest.raises(ConfigurationError, match=message):
+            main(arguments(folder, "run", *more))
+        AcceleratorState._reset_state(reset_partial_state=True)
