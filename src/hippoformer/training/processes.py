@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin, gather_object, is_torch_version
+from accelerate.utils import gather_object, is_torch_version
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -72,12 +72,8 @@ def new_accelerator(arguments: TrainArguments) -> Accelerator:
         accelerator = Accelerator(
             log_with=arguments.trackers or None,
             project_dir=arguments.output_dir,
-            # Which weights a loss reaches changes with the phase, and DDP cannot look for those it does not reach while
-            # it postpones the exchange of gradients.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=arguments.gradient_accumulation_steps, sync_each_batch=True
-            ),
             mixed_precision=arguments.mixed_precision,
+            # Which weights a loss reaches changes with the phase.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except (ValueError, ImportError) as error:

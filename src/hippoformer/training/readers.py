@@ -138,16 +138,10 @@ def cut(documents: Sequence[ReadDocument], piece: Piece, device: torch.device) -
 
 @dataclass
 class Reading:
-    """A piece as the model read it.
+    """A piece as the model read it: (R, N) log p of the tokens, and which of them have a prediction."""
 
-    Attributes:
-        found: what the hippocampus found; None with the memory off.
-        target_log_prob, base_log_prob: (R, N) fused and base log p of the tokens.
-        counted: (R, N) bool, tokens with a prediction.
-    """
-
-    found: StepOutput | None
-    target_log_prob: Tensor
+    found: StepOutput | None  # by the hippocampus; None with the memory off
+    target_log_prob: Tensor  # fused
     base_log_prob: Tensor
     counted: Tensor
 

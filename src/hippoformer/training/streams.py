@@ -52,7 +52,7 @@ def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len:
 
 
 class _Schedule:
-    """An endless schedule of pieces of `segment_len` tokens, for documents in `rows` rows."""
+    """An endless schedule of pieces; `_take` says which document a row reads next, and how many tokens it has."""
 
     _state = ("taken", "documents", "length", "read")
 
@@ -73,7 +73,6 @@ class _Schedule:
         return piece
 
     def _take(self, row: int) -> tuple[int, int]:
-        """The document that a row reads next, and its tokens."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:

@@ -51,10 +51,6 @@ class Trainer:
         evaluation: held-out documents, cached or token ids, or None.
         accelerator: of the process; None makes one of the arguments.
         answers: document number -> where its answer begins, for those of which the answer alone is to be learned.
-
-    Raises:
-        ConfigurationError: cached hidden states with a base that itself trains; rows that the processes cannot divide;
-            gradients over a part of a segment.
     """
 
     def __init__(
@@ -168,14 +164,15 @@ class Trainer:
 
     def _optimize(self) -> dict[str, float]:
         sums: Counter[str] = Counter()
-        draws = self.step * self.accelerator.num_processes + self.accelerator.process_index
-        torch.manual_seed(self.arguments.seed * 1_000_003 + draws)  # of dropout: a resumed step draws the same
-        for _ in range(self.arguments.gradient_accumulation_steps):
-            with self.accelerator.accumulate(self.work), self._during_phase():
+        place = self.step * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(self.arguments.seed * 1_000_003 + place)  # so a resumed step draws the same dropout
+        for _ in range(backward_passes := self.arguments.gradient_accumulation_steps):
+            with self._during_phase():
                 loss, numbers = self.work(self._read)
                 if not torch.isfinite(loss):
                     raise NonFiniteError(f"the loss is {loss.item()} at step {self.step}: lower the learning rate")
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                # DDP exchanges gradients in every pass: it cannot look for unused weights while it postpones that.
+                self.accelerator.backward(loss * self.accelerator.num_processes / backward_passes)
             self.reader.cache.detach()
             sums.update(numbers)
         processes.average_unsharded(self.model, self.accelerator)
@@ -259,15 +256,14 @@ class Trainer:
         self._train_mode()
 
     def _choose_anchors(self) -> None:
-        """Drift anchors from the training text itself, spread over the documents."""
+        """Drift anchors from the training text itself, spread evenly over it."""
         calibrator = self.model.hippocampus.drift_calibrator
         count, length = calibrator.anchor_ids.shape
         texts: Any = getattr(self.documents, "texts", self.documents)
-        if long := [ids for ids in texts if len(ids) >= 4 * length]:  # else the pseudo-random ones stay
-            chosen = [long[number % len(long)] for number in range(count)]
-            starts = [number * 7919 % (len(ids) - length) for number, ids in enumerate(chosen)]
-            spans = [ids[start : start + length].int() for ids, start in zip(chosen, starts, strict=True)]
-            calibrator.set_anchors(torch.stack(spans))
+        text = torch.cat([ids.int().cpu() for ids in texts])
+        if len(text) >= 4 * length:  # else the pseudo-random ones stay
+            starts = torch.linspace(0, len(text) - length, count).long()
+            calibrator.set_anchors(text.unfold(0, length, 1)[starts])
         calibrator.set_anchors(broadcast(calibrator.anchor_ids))  # of a stream, every process has others in hand
 
     # ---------------------------------------------------------------- checkpoints
