@@ -13,7 +13,7 @@ from hippoformer.data import dataset_documents
 from hippoformer.data.datasets import DatasetStream
 from hippoformer.errors import CheckpointError, ConfigurationError, TextError
 from hippoformer.train import main
-from hippoformer.training import checkpoint
+from hippoformer.training import processes
 from hippoformer.training.streams import StreamedTexts
 from test_training import interrupted
 from tiny_training import arguments, differing
@@ -214,10 +214,10 @@ def test_a_streamed_run_resumes_to_the_same_bits(folder: Path, corpus: str, monk
     assert main(streamed("whole")) == 0
     interrupted(monkeypatch, streamed("parts"))
     resume = ("--resume_from_checkpoint", "auto")
-    state = checkpoint.load(folder / "parts")
-    state.counters["processes"] = 2
+    state = processes.load(folder / "parts")
+    state[2]["orders"] *= 2
     with monkeypatch.context() as patched, pytest.raises(CheckpointError, match="as many processes"):
-        patched.setattr(checkpoint, "load", lambda *_: state)
+        patched.setattr(processes, "load", lambda *_: state)
         main(streamed("parts", *resume))
     assert main(streamed("parts", *resume)) == 0
     assert differing(folder / "whole", folder / "parts") == []

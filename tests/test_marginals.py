@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.readers import score_documents
+from hippoformer.training.readers import HiddenStateCache, score_documents
 from tiny import VARIANTS, VOCAB, after, awake, fresh, text
 
 KEPT = VARIANTS["marginals"]
@@ -102,12 +101,11 @@ def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: 
 def test_cached_states_give_the_same_numbers_and_are_not_read_twice(tmp_path: Path) -> None:
     model = awake(**KEPT)
     documents = [text(rows=1, length=n, seed=n)[0] for n in (50, 33)]
-    scores = score_documents(model, HiddenStateCache(model, documents, tmp_path))
-    for document, score in zip(documents, scores, strict=True):
-        assert score.nll == pytest.approx(-float(model.score(document[None]).sum()), rel=1e-5)
+    scores = score_documents(model, HiddenStateCache(model, documents, tmp_path), range(2), rows=1)
+    for document, (_, fused, base) in zip(documents, scores.tolist(), strict=True):
+        assert fused == pytest.approx(float(model.score(document[None]).sum()), rel=1e-5)
         with model.memory_off():
-            assert score.base_nll == pytest.approx(-float(model.score(document[None]).sum()), rel=1e-5)
-        assert score.memory_nbytes == model.new_cache(1).memory_nbytes
+            assert base == pytest.approx(float(model.score(document[None]).sum()), rel=1e-5)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     HiddenStateCache(model, documents, tmp_path)
     assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}

@@ -13,9 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, compare_versions, is_torch_version
@@ -23,11 +25,12 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from hippoformer import HippoFormer
 from hippoformer.errors import ConfigurationError
-from hippoformer.training import checkpoint, processes
+from hippoformer.training import processes
 from hippoformer.training.arguments import TrainArguments
-from hippoformer.training.processes import own_rows
 from tiny_training import arguments, differing, history
 
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
 Jobs = list[dict[str, Any]]
 Forge = Callable[[Jobs], list[int]]
 
@@ -35,16 +38,10 @@ Forge = Callable[[Jobs], list[int]]
 @pytest.fixture(scope="module")
 def forge() -> Iterator[Forge]:
     """Runs jobs side by side in processes of their own; see forge.py."""
-    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forge.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-    )
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(Path(__file__).with_name("forge.py"))]
+    process = subprocess.Popen(command, env=ENVIRONMENT | quiet, cwd=ROOT, **pipes)
 
     def run(jobs: Jobs) -> list[int]:
         assert process.stdin is not None and process.stdout is not None
@@ -99,7 +96,6 @@ def losses(texts: Path, output: str) -> list[dict[str, float]]:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of two saved models' weights."""
     a, b = (HippoFormer.from_pretrained(path).state_dict() for path in (one, other))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
@@ -139,7 +135,7 @@ def test_only_the_main_process_writes_and_talks(texts: Path, forge: Forge) -> No
     assert forge(pair(texts, "two")) == [0, 0]
     main, other = ((texts / f"two.{rank}.log").read_text() for rank in range(2))
     assert "step 8/8" in main and "step" not in other
-    newest = checkpoint.complete(texts / "two")[-1]
+    newest = processes.complete(texts / "two")[-1]
     assert sorted(file.name for file in newest.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -161,7 +157,7 @@ def test_a_checkpoint_of_two_processes_resumes(texts: Path, forge: Forge, engine
     killed = [{**one, "die": ["step", 6]} for one in pair(texts, "parts", *more, **job)]
     codes = forge(killed)
     assert -signal.SIGKILL in codes and 0 not in codes
-    assert [path.name for path in checkpoint.complete(texts / "parts")] == ["checkpoint-00000003"]
+    assert [path.name for path in processes.complete(texts / "parts")] == ["checkpoint-00000003"]
     resumed = [*more, "--resume_from_checkpoint", str(texts / "parts" / "checkpoint-00000003")]
     assert forge(alone(texts, "alone", *resumed)) == [0]
     assert forge(pair(texts, "parts", *resumed, **job)) == [0, 0]
@@ -181,7 +177,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forg
     runs = [f"{where}-{count}" for where, count in deaths]
     jobs = [alone(texts, f"{where}-{count}", *automatic, die=[where, count])[0] for where, count in deaths]
     assert forge(jobs) == [-signal.SIGKILL] * len(deaths)
-    assert [len(checkpoint.complete(texts / run)) for run in runs] == list(deaths.values())
+    assert [len(processes.complete(texts / run)) for run in runs] == list(deaths.values())
     assert forge([alone(texts, run, *automatic)[0] for run in runs]) == [0] * len(deaths)
     for run in runs:
         assert differing(texts / "whole", texts / run) == [], run
@@ -189,12 +185,10 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_weights(texts: Path, forg
 
 
 def test_rows_must_divide_evenly() -> None:
-    class Fake:
-        num_processes, process_index = 2, 1
-
-    assert own_rows(4, Fake()) == range(2, 4)  # type: ignore[arg-type]
+    second: Any = SimpleNamespace(num_processes=2, process_index=1)
+    assert processes.own_rows(4, second) == range(2, 4)
     with pytest.raises(ConfigurationError, match="batch_size=3"):
-        own_rows(3, Fake())  # type: ignore[arg-type]
+        processes.own_rows(3, second)
 
 
 @pytest.mark.slow
@@ -204,24 +198,18 @@ def test_accelerate_launch(texts: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/multi_gpu.yaml"]
     command += ["--num_processes", "2", "--mixed_precision", "no"]
     command += ["--main_process_port", free_port()]  # accelerate 1.1 does not look for one itself
-    environment = os.environ | {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "-m", "hippoformer.train", *job["argv"]],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command += ["-m", "hippoformer.train", *job["argv"]]
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     logged = losses(texts, "launched")
     assert len(logged) == 4 and all(math.isfinite(entry["loss_total"]) for entry in logged)
-    assert len(list((checkpoint.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
+    assert len(list((processes.complete(texts / "launched")[-1]).glob("process-*-of-00002*"))) == 2
 
 
 # ---------------------------------------------------------------- the files that accelerate launch reads
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
@@ -241,6 +229,7 @@ def test_accelerate_reads_the_configurations(file: Path, monkeypatch: pytest.Mon
 def test_another_kind_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Engine:
         mixed_precision, scaler, log_with, distributed_type = "no", None, (), DistributedType.FSDP
+        device = torch.device("cpu")
 
         def __init__(self, **_: object) -> None:
             self.state = self

@@ -13,7 +13,7 @@ from evaluation.__main__ import main
 from evaluation.salience import run as salience
 from hippoformer.errors import TextError
 from hippoformer.training.credit import measure_credit
-from hippoformer.training.hidden_states import HiddenStateCache
+from hippoformer.training.readers import HiddenStateCache
 from tiny_texts import documents, tiny_load
 
 

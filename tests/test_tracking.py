@@ -1,16 +1,11 @@
 """What a run logs, and that every number reaches the trackers."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
-from hippoformer.errors import ConfigurationError
 from hippoformer.train import main
-from hippoformer.training.arguments import TrainArguments
-from hippoformer.training.processes import new_accelerator
 from tiny_training import arguments, history
 
 LOGGED = {"loss_total", "loss_lm", "loss_sparsity", "loss_credit", "salience_mean", "tagged_share", "buffer_use"}
@@ -18,13 +13,6 @@ LOGGED |= {"recall_use", "consolidation_r", "learning_rate", "grad_norm", "perpl
 
 # Trackers and what they bring are not ours to keep free of warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_tensorboard_has_every_number(folder: Path) -> None:
@@ -99,8 +87,3 @@ def test_the_call_reaches_the_tracker(folder: Path, tracker: str, monkeypatch: p
     assert recorder.opened["config"]["importance_weight_range"] == "[2.0, 5.0]" and recorder.opened["finished"]
     assert [step for step, _ in recorder.numbers] == [2, 4, 6, 8]
     assert [{"step": float(step)} | numbers for step, numbers in recorder.numbers] == history(folder / "run")
-
-
-def test_a_tracker_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="nosuch"):
-        new_accelerator(TrainArguments(report_to=["nosuch"], output_dir=str(tmp_path)))

@@ -11,37 +11,26 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hippoformer import HippoFormer, train
-from hippoformer.errors import ConfigurationError
 from hippoformer.train import main
-from hippoformer.training import layers
-from hippoformer.training.readers import LiveReader
+from hippoformer.training.readers import LiveReader, checkpoint_layers
 from hippoformer.training.streams import TextStreams
 from tiny import awake
 from tiny_training import arguments, differing, history, texts
 
 
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """accelerate keeps one precision a process; each test has its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def adapted(name: str = "llama") -> HippoFormer:
     """A model whose base learns too, with a dropout that must be drawn alike."""
     torch.manual_seed(0)
-    options = {"freeze_base": False} if name == "gpt2" else {"use_lora": True, "lora_r": 2, "lora_dropout": 0.2}
+    options = {"freeze_base": False} if name == "gpt2" else {"lora": {"r": 2, "lora_dropout": 0.2}}
     return awake(name, **options).train()
 
 
-def losses(model: HippoFormer, pieces: int = 8) -> Iterator[torch.Tensor]:
+def losses(model: HippoFormer) -> Iterator[torch.Tensor]:
     """Of every four pieces read live, the state carried on, the graph cut after each loss."""
-    documents = texts(31, 44, 26)
-    reader, streams = LiveReader(model, documents, 2), TextStreams([31, 44, 26], 2, 6, 0)
-    for _ in range(pieces // 4):
+    reader, streams = LiveReader(model, texts(31, 44, 26), 2), TextStreams([31, 44, 26], 2, 6, 0)
+    for _ in range(2):
         yield torch.stack([-reader.read(streams.next()).target_log_prob.mean() for _ in range(4)]).sum()
-        reader.detach()
+        reader.cache.detach()
 
 
 def gradients(model: HippoFormer) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -59,7 +48,7 @@ def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
     """To the bit, dropout and the keys carried from piece to piece included."""
     kept, expected = gradients(adapted(name))
     model = adapted(name)
-    layers.checkpoint_layers(model)
+    checkpoint_layers(model)
     recomputed, got = gradients(model)
     assert recomputed == kept and got.keys() == expected.keys() and len(expected) > 20
     assert [n for n in expected if not torch.equal(got[n], expected[n])] == []
@@ -67,18 +56,13 @@ def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
 
 def test_recomputed_layers_keep_less() -> None:
     def saved(model: HippoFormer) -> int:
-        numbers: list[int] = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            numbers.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
             next(losses(model))
-        return sum(numbers)
+        return sum(tensor.numel() for tensor in kept)
 
     model = adapted()
-    layers.checkpoint_layers(model)
+    checkpoint_layers(model)
     next(losses(model))  # the first piece of all makes the slots, and is kept
     assert saved(model) < 0.8 * saved(adapted())
 
@@ -125,10 +109,7 @@ EACH = ["--logging_steps", "1"]
 
 
 @pytest.mark.supports(trainer="frozen", precision="float16", architecture="llama")
-def test_float16_gradients_are_unscaled_before_they_are_clipped(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_float16_gradients_are_unscaled_before_they_are_clipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(arguments(folder, "full", *EACH)) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     float16(monkeypatch, 2.0**6)
@@ -141,10 +122,7 @@ def test_float16_gradients_are_unscaled_before_they_are_clipped(
         assert b["loss_lm"] == pytest.approx(a["loss_lm"], rel=0.02)
 
 
-def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_overflow_skips_a_step_and_a_resumed_run_hasits_scale(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     float16(monkeypatch, 2.0**40)
     assert main(arguments(folder, "run", *EACH)) == 0
     entries = history(folder / "run")
@@ -157,9 +135,3 @@ def test_a_step_that_overflows_is_skipped_and_a_resumed_run_has_its_scale(
     assert differing(*last) == []
     scales = [json.loads((path / "training.json").read_text())["scaler"]["scale"] for path in last]
     assert scales[0] == scales[1] == 2.0**12, "lowered by the overflow, doubled by every three steps without"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has float16")
-def test_float16_without_a_scaler_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigurationError, match="float16"):
-        main(arguments(folder, "run", "--mixed_precision", "fp16"))

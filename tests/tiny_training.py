@@ -1,10 +1,12 @@
 """What a training test needs: token ids, a base model on disk with texts beside it, and arguments that fit it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_texts import LETTERS, byte_tokenizer
@@ -24,11 +26,14 @@ def small_base() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A base and a text; accelerate keeps one precision a process, and each test has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     small_base().save_pretrained(tmp_path / "base")
     byte_tokenizer(pad_token=LETTERS[0]).save_pretrained(tmp_path / "base")
     (tmp_path / "text.txt").write_text("the memory keeps what the window loses. " * 25, encoding="utf-8")
-    return tmp_path
+    yield tmp_path
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:

@@ -22,7 +22,7 @@ from hippoformer.errors import TextError
 from hippoformer.evaluation import encode, reading
 from hippoformer.hippocampus.salience import SalienceGate
 from hippoformer.training.credit import measure_credit
-from hippoformer.training.hidden_states import ReadDocument
+from hippoformer.training.readers import ReadDocument
 
 TRAINED, UNTRAINED, SURPRISE = RULES = ("trained gate", "untrained gate", "surprise")
 METRICS = ("Spearman with credit", "Pearson with credit", "credit held by the best tenth")

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from hippoformer.model.loading import load
     from hippoformer.model.modeling import HippoFormer
     from hippoformer.model.outputs import HippoFormerOutput
-    from hippoformer.training.losses import ConsolidationRScore, HippoFormerLoss
+    from hippoformer.training.credit import ConsolidationRScore, HippoFormerLoss
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "ConsolidationRScore": "training.losses",
+    "ConsolidationRScore": "training.credit",
     "Conversation": "chat",
     "EmbeddingDriftCalibrator": "hippocampus.drift",
     "Episode": "model.cache",
@@ -37,7 +37,7 @@ _MODULES = {
     "HippoCache": "model.cache",
     "HippoFormer": "model.modeling",
     "HippoFormerConfig": "configuration",
-    "HippoFormerLoss": "training.losses",
+    "HippoFormerLoss": "training.credit",
     "HippoFormerOutput": "model.outputs",
     "SalienceGate": "hippocampus.salience",
     "load": "model.loading",

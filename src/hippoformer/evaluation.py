@@ -17,12 +17,7 @@ from torch import Tensor
 
 from hippoformer.data import Document
 from hippoformer.errors import ConfigurationError, NonFiniteError, TextError
-<<<<<<< HEAD:src/hippoformer/evaluation/perplexity.py
-from hippoformer.evaluation import Result, Row, bootstrap
 from hippoformer.ops import place
-=======
-from hippoformer.tensors.ragged import place
->>>>>>> h-r2eval:src/hippoformer/evaluation.py
 from hippoformer.text import start_tokens, token_spans
 
 

@@ -1,6 +1,7 @@
 """`python -m hippoformer.train` and `hippoformer train`: from texts to a trained hippocampus in `output_dir`."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,12 @@ from hippoformer.model.checkpoint import load_hippocampus
 from hippoformer.model.loading import shipped_hippocampus
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.text import start_tokens, token_ids
-from hippoformer.training import checkpoint
 from hippoformer.training.arguments import TrainArguments, config_options, parse
-from hippoformer.training.hidden_states import HiddenStateCache
-from hippoformer.training.processes import new_accelerator, own_rows
+from hippoformer.training.processes import complete, new_accelerator, own_rows
+from hippoformer.training.readers import Documents, HiddenStateCache
 from hippoformer.training.streams import StreamedTexts
 from hippoformer.training.trainer import Trainer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CHARACTERS_PER_TOKEN = 4
 _READ_TOGETHER = 8  # documents, at least, while a frozen base reads: without gradients there is room
 _PLANTED_DOCUMENTS = 30
@@ -49,43 +48,41 @@ def run(arguments: TrainArguments) -> HippoFormer:
     """One training run; the trained model is also saved in `output_dir`."""
     accelerator = new_accelerator(arguments)  # first: it knows this process among the others, and its device
     documents = [] if arguments.reads_stream else _documents(arguments)
-    questions = _questions(arguments)
-    model, tokenizer = _model(arguments), load_tokenizer(arguments.base_model)
-    model.to(accelerator.device)
+    questions = [q for name in arguments.questions for q in read_questions(name, max_samples=arguments.max_samples)]
+    model, tokenizer = _model(arguments).to(accelerator.device), load_tokenizer(arguments.base_model)
     tokenizer.obey_control_tokens = arguments.obey_control_tokens
     model.set_tokenizer(tokenizer)
     model.spelling = None  # no passages are kept in training
-    encode = partial(_encode, tokenizer=tokenizer, limit=arguments.max_document_tokens)
-    output = Path(arguments.output_dir)
+    output, limit = Path(arguments.output_dir), arguments.max_document_tokens
 
-    def ready(texts: list[Tensor]) -> list[Tensor] | HiddenStateCache:
-        if arguments.runs_base:
+    def encode(text: str) -> Tensor:
+        return torch.tensor([*start_tokens(tokenizer), *token_ids(tokenizer, text)][:limit], dtype=torch.int64)
+
+    def encoded(documents: Iterable[Document]) -> list[Tensor]:
+        return [ids for document in documents if len(ids := encode(document.text)) >= 2]
+
+    def ready(texts: list[Tensor]) -> Documents:
+        if arguments.trains_base or arguments.reads_stream:
             return texts
         folder = Path(arguments.cache_dir) if arguments.cache_dir else output / "hidden_states"
-        rows = max(_READ_TOGETHER, arguments.batch_size)
-        return HiddenStateCache(model, texts, folder, rows, processes=accelerator.state)
+        return HiddenStateCache(model, texts, folder, max(_READ_TOGETHER, arguments.batch_size))
 
     answers: dict[int, int] = {}
-    texts: list[Tensor] | HiddenStateCache | StreamedTexts
+    texts: Documents | StreamedTexts
     if arguments.reads_stream:
-        assert arguments.dataset is not None
         place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-        stream = DatasetStream(arguments.dataset, arguments.dataset_config, **place)
-        texts = StreamedTexts(
-            stream, encode, len(own_rows(arguments.batch_size, accelerator)), model.config.segment_len
-        )
+        stream = DatasetStream(str(arguments.dataset), arguments.dataset_config, **place)
+        rows = len(own_rows(arguments.batch_size, accelerator))
+        texts = StreamedTexts(stream, encode, rows, model.config.segment_len)
     else:
-        read = [ids for document in documents if len(ids := encode(document.text)) >= 2]
-        asked = [_encode_question(question, tokenizer, arguments.max_document_tokens) for question in questions]
+        read, asked = encoded(documents), [_encode_question(question, tokenizer, limit) for question in questions]
         answers = {number: answer for number, (_, answer) in enumerate(asked, start=len(read))}
         texts = ready([*read, *(ids for ids, _ in asked)])
-    held_out = None
-    if arguments.eval_text:
-        held_out = ready([ids for d in read_documents(arguments.eval_text) if len(ids := encode(d.text)) >= 2])
+    held_out = ready(encoded(read_documents(arguments.eval_text))) if arguments.eval_text else None
     trainer = Trainer(model, arguments, texts, held_out, accelerator, answers)
     resume = arguments.resume_from_checkpoint
     if resume == "auto":
-        resume = arguments.output_dir if checkpoint.complete(output) else None
+        resume = arguments.output_dir if complete(output) else None
     history = trainer.train(Path(resume) if resume else None)
     trainer.save_model(output)
     if accelerator.is_main_process:
@@ -104,11 +101,9 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     if not (given and arguments.memory_off):  # one that is only carried along stays as it is
         options["seed"] = arguments.seed
     options |= config_options(arguments.set)
-    if arguments.dtype is not None and arguments.dtype not in _DTYPES:
-        raise ConfigurationError(f"--dtype {arguments.dtype} is unknown; choose one of {', '.join(_DTYPES)}")
     torch.manual_seed(arguments.seed)  # the hippocampus' initial weights
     dtype = arguments.dtype or ("float32" if arguments.train_base else "bfloat16")
-    base = load_base_model(arguments.base_model, dtype=_DTYPES[dtype])
+    base = load_base_model(arguments.base_model, dtype=getattr(torch, dtype))
     if arguments.dtype is None:
         base = in_computing_dtype(base)
     if not given:
@@ -118,19 +113,11 @@ def _model(arguments: TrainArguments) -> HippoFormer:
     return model
 
 
-def _questions(arguments: TrainArguments) -> list[Question]:
-    return [
-        question
-        for name in arguments.questions
-        for question in read_questions(name, arguments.questions_split, arguments.data_dir, arguments.max_samples)
-    ]
-
-
 def _documents(arguments: TrainArguments) -> list[Document]:
     """The documents, and further parts of the longest with facts planted: the text after what is read as it is."""
     if arguments.dataset is not None:
-        more = {"streaming": arguments.streaming, "max_samples": arguments.max_samples}
-        documents = list(dataset_documents(arguments.dataset, arguments.dataset_config, **more))  # type: ignore[arg-type]
+        name, config, count = arguments.dataset, arguments.dataset_config, arguments.max_samples
+        documents = list(dataset_documents(name, config, streaming=arguments.streaming, max_samples=count))
     else:
         documents = read_documents(arguments.text)[: arguments.max_samples] if arguments.text else []
     wanted = arguments.planted_documents
@@ -141,10 +128,6 @@ def _documents(arguments: TrainArguments) -> list[Document]:
     parts = [Document(d.title, d.text[size : 2 * size] or d.text[:size], d.source) for d in longest]
     parts = [part for part in parts if len(part.text) >= 2 * _FACT_GAP[0]]  # no room for facts in the others
     return documents + plant_facts(parts, arguments.planted_facts, _FACT_GAP, arguments.seed)
-
-
-def _encode(text: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
-    return torch.tensor([*start_tokens(tokenizer), *token_ids(tokenizer, text)][:limit], dtype=torch.int64)
 
 
 def _encode_question(question: Question, tokenizer: PreTrainedTokenizerBase, limit: int) -> tuple[Tensor, int]:

@@ -20,7 +20,7 @@ COMMANDS = {
     "eval": (
         "cli.eval.main",
         "train",
-        "measure perplexity of texts with and without memory: hippoformer eval perplexity",
+        "perplexity of texts with and without memory: hippoformer eval perplexity",
     ),
     "train": ("train.main", "train", "train a hippocampus on texts"),
     "lm-eval": ("lm_eval.main", "harness", "run lm-evaluation-harness, which then knows --model hippoformer"),

@@ -133,24 +133,3 @@ class EmbeddingDriftCalibrator(nn.Module):
     def correction(self, old: Tensor, new: Tensor) -> AffineMap | None:
         """The map from old to new code, or None when the drift is within the threshold."""
         return fit_affine(old, new) if relative_drift(old, new) > self.threshold else None
-
-
-class DriftMonitor:
-    """Drift during training, against a reference that follows slowly.
-
-    Args:
-        momentum: share of the old reference that is kept at each update.
-    """
-
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
-        self.reference: Tensor | None = None
-
-    def update(self, anchors: Tensor) -> float:
-        """Drift of the anchors' representations (A, K) from the moving reference, which then moves towards them."""
-        anchors = anchors.detach().float()
-        if self.reference is None:
-            self.reference = anchors.clone()
-        drift = relative_drift(self.reference, anchors)
-        self.reference = self.momentum * self.reference + (1.0 - self.momentum) * anchors
-        return drift

@@ -33,7 +33,7 @@ from hippoformer.ops import Rotation, additive, column_of, put, take, window_mas
 
 NO_CHECKPOINTING = (
     "transformers' gradient checkpointing takes the key/value cache away from the layers, and the window is one: leave "
-    "it off, and call hippoformer.training.layers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
+    "it off; call hippoformer.training.readers.checkpoint_layers(model) (hippoformer train --gradient_checkpointing)"
 )
 # Who listens to which layer in calls of the current thread. A layer gets one permanent hook, which looks its listener
 # up here, so that nothing of a call lives on the shared base.

@@ -2,10 +2,11 @@
 
 # ruff: noqa: RUF009, `_option` makes fields
 
+import argparse
 import inspect
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -13,6 +14,7 @@ from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import ConfigurationError
 
 _DEFAULT_STEPS = 800
+_OPTIONS = inspect.signature(HippoFormerConfig).parameters.keys() - {"kwargs"}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -32,9 +34,7 @@ class TrainArguments:
     hippocampus: str | None = _option(None, "a saved hippocampus to continue from, or smollm2-135m: the shipped one")
     text: list[str] = _option([], "files or folders of text to train on")
     eval_text: list[str] = _option([], "held-out files or folders")
-    questions: list[str] = _option([], ".jsonl files, or names as babi-qa1: texts with a question; answers are learned")
-    questions_split: str = _option("train", "split of --questions")
-    data_dir: str = _option("data", "folder of local copies of --questions")
+    questions: list[str] = _option([], ".jsonl files of texts with a question; the answers are learned")
     dataset: str | None = _option(None, "a Hugging Face dataset instead of --text")
     dataset_config: str | None = _option(None, "its configuration")
     streaming: bool = _option(False, "read the dataset during training; with --max_samples, download only N documents")
@@ -66,7 +66,7 @@ class TrainArguments:
     train_base: bool = _option(False, "train the base's own weights")
     memory_off: bool = _option(False, "train LoRA or the base alone; --hippocampus stays unchanged")
     set: list[str] = _option([], "options of the model's config as name=value; each can also be given as --name value")
-    dtype: str | None = _option(None, "of the base's weights: bfloat16, float16, float32; see docs/training.md")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = _option(None, "of the base's weights; docs/training.md")
     mixed_precision: str | None = _option(None, "bf16, fp16 (scaled) or no; default: as accelerate launch says")
     gradient_checkpointing: bool = _option(False, "recompute a training base's layers in the backward pass")
     output_dir: str = _option("runs/hippoformer", "folder of checkpoints and of the trained model")
@@ -82,21 +82,21 @@ class TrainArguments:
     resume_from_checkpoint: str | None = _option(None, "a checkpoint, an output folder, or auto: output_dir's newest")
 
     def __post_init__(self) -> None:
-        rules = {
-            "no --text beside --dataset": not (self.text and self.dataset),
-            "--num_epochs or --max_steps, not both": self.max_steps is None or self.num_epochs is None,
-            "--lora_r (adapters) or --train_base (the weights), not both": not (self.lora_r and self.train_base),
-            "--lora_r RANK or --train_base with --memory_off, which leaves only the base to train": self.trains_base
-            or not self.memory_off,
-            "--streaming with --dataset": self.dataset is not None or not self.streaming,
-            "with --streaming either --max_samples, or no --num_epochs, --planted_documents, --questions": not (
-                self.reads_stream and (self.num_epochs is not None or self.planted_documents or self.questions)
-            ),
-            "--gradient_checkpointing with --lora_r or --train_base, not a frozen base": self.trains_base
-            or not self.gradient_checkpointing,
+        frozen = not self.trains_base
+        given_to_a_stream = self.num_epochs is not None or self.planted_documents or self.questions
+        broken = {
+            "no --text beside --dataset": self.text and self.dataset,
+            "--num_epochs or --max_steps, not both": self.max_steps is not None and self.num_epochs is not None,
+            "--lora_r (adapters) or --train_base (the weights), not both": self.lora_r and self.train_base,
+            "--lora_r RANK or --train_base with --memory_off: only the base trains then": self.memory_off and frozen,
+            "--streaming with --dataset": self.streaming and self.dataset is None,
+            "--max_samples with --streaming, or no --num_epochs, --planted_documents, --questions": self.reads_stream
+            and given_to_a_stream,
+            "--gradient_checkpointing with --lora_r or --train_base, not with a frozen base": frozen
+            and self.gradient_checkpointing,
         }
-        if broken := [rule for rule, holds in rules.items() if not holds]:
-            raise ConfigurationError(f"expected {'; '.join(broken)}")
+        if rules := [rule for rule, is_broken in broken.items() if is_broken]:
+            raise ConfigurationError(f"expected {'; '.join(rules)}")
 
     @property
     def reads_stream(self) -> bool:
@@ -107,11 +107,6 @@ class TrainArguments:
     def trains_base(self) -> bool:
         """Weights of the base, or adapters in it, are trained."""
         return self.lora_r > 0 or self.train_base
-
-    @property
-    def runs_base(self) -> bool:
-        """The base runs during training; else its hidden states come from disk."""
-        return self.trains_base or self.reads_stream
 
     @property
     def rate(self) -> float:
@@ -127,17 +122,11 @@ class TrainArguments:
     @property
     def lora(self) -> dict[str, Any] | None:
         """Fields of a peft `LoraConfig`, or None."""
-        if not self.lora_r:
-            return None
         sizes = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return sizes | {"target_modules": self.lora_target_modules}
+        return sizes | {"target_modules": self.lora_target_modules} if self.lora_r else None
 
     def steps(self, segments: int, segment_len: int) -> int:
-        """Optimizer steps of the run.
-
-        Args:
-            segments: of all documents together.
-        """
+        """Optimizer steps of a run over documents of `segments` segments together."""
         if self.num_epochs is None:
             return self.max_steps or _DEFAULT_STEPS
         per_step = self.batch_size * (self.max_seq_length // segment_len) * self.gradient_accumulation_steps
@@ -145,15 +134,11 @@ class TrainArguments:
 
 
 def config_options(pairs: list[str]) -> dict[str, Any]:
-    """`name=value` strings as options of the config; values are read as JSON, else as text.
-
-    Raises:
-        ConfigurationError: an option that does not exist.
-    """
+    """`name=value` strings as options of the config, which must exist; values are read as JSON, else as text."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
-        if not separator or name not in inspect.signature(HippoFormerConfig).parameters:
+        if not separator or name not in _OPTIONS:
             raise ConfigurationError(f"expected name=value, name an option of HippoFormerConfig; got {pair!r}")
         try:
             options[name] = json.loads(value)
@@ -163,27 +148,15 @@ def config_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def parse(argv: list[str]) -> TrainArguments:
-    """Reads a command line.
-
-    Raises:
-        ConfigurationError: arguments that are unknown or contradict each other.
-    """
+    """Reads a command line; a `ConfigurationError` names arguments that are unknown or contradict each other."""
     parser = HfArgumentParser(TrainArguments, prog="hippoformer train", allow_abbrev=False)  # type: ignore[arg-type]
-    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    named: list[list[str]] = []
-    for word in rest:
-        if word.startswith("--"):
-            named.append([word[2:].replace("-", "_")])
-        elif named:
-            named[-1].append(word)
-        else:
-            raise ConfigurationError(f"{word!r} belongs to no option; expected --name value")
-    for name, *values in named:
-        if name not in inspect.signature(HippoFormerConfig).parameters or not values:
-            raise ConfigurationError(
-                f"--{name} {' '.join(values)}: expected --name value, name an option of training (see --help) or of "
-                "HippoFormerConfig"
-            )
+    group = parser.add_argument_group("options of the model's config")
+    for name in sorted(_OPTIONS - vars(TrainArguments()).keys() - {"base_model_name", "freeze_base", "lora"}):
+        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="+", default=argparse.SUPPRESS)
+    arguments, *named, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        raise ConfigurationError(f"{' '.join(rest)}: expected options as --name value; --help lists them")
+    for name, values in (pair for options in named for pair in vars(options).items()):
         arguments.set.append(f"{name}={values[0] if len(values) == 1 else '[' + ', '.join(values) + ']'}")
     if not (arguments.text or arguments.dataset or arguments.questions):
         raise ConfigurationError("nothing to train on: give --text FILE_OR_FOLDER..., --dataset NAME or --questions")

@@ -1,26 +1,131 @@
-"""Two ways to give the hippocampus something to read while it learns.
+"""Two ways of reading texts: the same pieces, the same numbers, at the price of what learns.
 
-`CachedReader` takes a frozen base's hidden states from disk; `LiveReader` runs the base, with LoRA or full gradients.
-Both carry the state of R rows from piece to piece and reset a row where a document begins.
+`CachedReader` takes a frozen base's hidden states from disk: they do not depend on the memory, so each document is read
+by the base once, with the episodes off, and training takes minutes. `LiveReader` runs the base, with LoRA or full
+gradients. Both carry the state of R rows from piece to piece and reset a row where a document begins.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 
+from hippoformer.errors import TextError
 from hippoformer.hippocampus.circuit import BaseReading, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
-from hippoformer.hippocampus.state import MemoryState
+from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.modeling import HippoFormer
-from hippoformer.training.hidden_states import HiddenStateCache, ReadDocument, of_like_length
+from hippoformer.model.weights import base_fingerprint
+from hippoformer.model.window import WindowCache
 from hippoformer.training.streams import Piece, StreamedTexts, whole_documents
 
 _DOCUMENTS_HELD = 64
+
+
+@dataclass
+class ReadDocument:
+    """A document of T tokens as the base read it, or spans of R documents with rows in front.
+
+    Attributes:
+        tokens: (T,) int64. hidden: (T, n D), what the hippocampus reads, in the base's dtype.
+        base_log_prob, log_prob: (T,) float32, of each token under the base, and after unigram adaptation; 0 for the
+            first token.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    base_log_prob: Tensor
+    log_prob: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+def of_like_length(numbers: Sequence[int], lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Documents in groups of `rows`, those of like length together, so that few rows wait."""
+    alike = sorted(numbers, key=lambda number: lengths[number])
+    return [alike[low : low + rows] for low in range(0, len(alike), rows)]
+
+
+class HiddenStateCache(Sequence[ReadDocument]):
+    """Documents with their hidden states, a safetensors file each.
+
+    Args:
+        model: whose base reads. documents: token ids of each document.
+        folder: of all caches; each gets a subfolder, named by a digest of everything that the numbers depend on. Files
+            that exist are not computed again, so an interrupted run continues where it was.
+        batch_size: documents read side by side. Several processes divide the reading.
+    """
+
+    def __init__(self, model: HippoFormer, documents: Sequence[Tensor], folder: Path, batch_size: int = 8) -> None:
+        if not documents:
+            raise TextError("no documents to read: expected at least one with two tokens or more")
+        config = model.config
+        facts = {
+            "base": base_fingerprint(model.base),
+            "window": [config.window, config.sink_tokens, config.segment_len],
+            "layers": config.memory_layers,
+            "unigrams": config.marginal_weight,
+            "dtype": str(model.dtype),
+        }
+        self.folder = Path(folder) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        names = [hashlib.sha256(ids.to(torch.int32).numpy().tobytes()).hexdigest()[:24] for ids in documents]
+        self._files = [self.folder / f"{name}.safetensors" for name in names]
+        self.texts, self.lengths = documents, [len(ids) for ids in documents]
+        processes, everything = PartialState(), range(len(documents))
+        self._fill(model, everything[processes.process_index :: processes.num_processes], batch_size)
+        processes.wait_for_everyone()
+        self._fill(model, everything, batch_size)  # what another machine has read may lie on a disk of its own
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> ReadDocument:  # type: ignore[override]
+        tensors = load_file(self._files[number])
+        return ReadDocument(**tensors | {"tokens": tensors["tokens"].long()})
+
+    @torch.no_grad()
+    def _fill(self, model: HippoFormer, mine: range, batch_size: int) -> None:
+        """Reads what is missing of some documents."""
+        missing = [number for number in mine if not self._files[number].is_file()]
+        if not missing:
+            return
+        total = sum(self.lengths[number] for number in missing)
+        with tqdm(total=total, desc="reading with the base", unit="token", disable=None) as bar:
+            for chosen in of_like_length(missing, self.lengths, batch_size):
+                parts: list[list[ReadDocument]] = [[] for _ in chosen]
+                lengths, cache = [self.lengths[number] for number in chosen], model.new_cache(len(chosen))
+                ids = pad_sequence([self.texts[number].long() for number in chosen], batch_first=True).to(model.device)
+                with model.episodes_off():
+                    for step in model.stream(ids, lengths, cache):
+                        for row, (low, n) in enumerate(zip(step.start, step.new, strict=True)):
+                            read = (step.hidden, step.base_log_prob, step.target_log_prob)
+                            tokens = ids[row, low : low + n].int().cpu()
+                            parts[row].append(ReadDocument(tokens, *(tensor[row, :n].cpu() for tensor in read)))
+                        bar.update(sum(step.new))
+                for number, part in zip(chosen, parts, strict=True):
+                    names = vars(part[0])
+                    write_tensors(self._files[number], {n: torch.cat([getattr(p, n) for p in part]) for n in names})
+
+
+Documents = HiddenStateCache | Sequence[Tensor]
+
+
+def lengths_of(documents: Documents) -> list[int]:
+    """Tokens of each document."""
+    return documents.lengths if isinstance(documents, HiddenStateCache) else [len(ids) for ids in documents]
 
 
 def cut(documents: Sequence[ReadDocument], piece: Piece, device: torch.device) -> tuple[BaseReading, Tensor]:
@@ -33,25 +138,19 @@ def cut(documents: Sequence[ReadDocument], piece: Piece, device: torch.device) -
 
 @dataclass
 class Reading:
-    """A piece as the model read it.
+    """A piece as the model read it: (R, N) log p of the tokens, and which of them have a prediction."""
 
-    Attributes:
-        found: what the hippocampus found; None with the memory off.
-        target_log_prob, base_log_prob: (R, N) fused and base log p of the tokens.
-        counted: (R, N) bool, tokens with a prediction.
-    """
-
-    found: StepOutput | None
-    target_log_prob: Tensor
+    found: StepOutput | None  # by the hippocampus; None with the memory off
+    target_log_prob: Tensor  # fused
     base_log_prob: Tensor
     counted: Tensor
 
 
-class Reader:
-    """The state of R rows, which moves along as pieces are read.
+class LiveReader:
+    """Runs the base itself on token ids: for LoRA, for full fine-tuning, or where no disk is to be used.
 
     Args:
-        model: reads. documents: what pieces are of. rows: R.
+        model: reads. documents: what pieces are of. rows: R. Their state, `cache`, moves along as pieces are read.
     """
 
     def __init__(self, model: HippoFormer, documents: Any, rows: int) -> None:
@@ -59,21 +158,25 @@ class Reader:
 
     def read(self, piece: Piece) -> Reading:
         """Reads a piece in every row, with gradients where the mode has them."""
-        raise NotImplementedError
+        if piece.fresh:
+            self.cache.reset(piece.fresh)
+        found, fused, base = self._read(piece)
+        read, new = torch.tensor([piece.read, piece.new], device=fused.device).unsqueeze(-1)
+        column = torch.arange(fused.shape[1], device=fused.device)
+        counted = (column < new) & (read + column > 0)  # nothing predicts a document's first token
+        return Reading(found, torch.where(counted, fused, 0.0), base, counted)
 
-    @property
-    def memory(self) -> MemoryState:
-        """What the rows remember."""
-        return self.cache.memory
-
-    def detach(self) -> None:
-        """Ends the graph: the state stays, gradients of what follows stop here."""
-        self.cache.detach()
+    def _read(self, piece: Piece) -> tuple[StepOutput | None, Tensor, Tensor]:
+        """What was found, and the fused and base log p of the tokens."""
+        spans = [self.documents[number][span].long() for number, span in zip(piece.documents, piece.spans, strict=True)]
+        tokens = pad_sequence(spans, batch_first=True).to(self.model.device)
+        (step,) = self.model.stream(tokens, piece.new, self.cache)  # a piece is one step
+        return step.found, step.target_log_prob, step.base_log_prob
 
     def state(self) -> dict[str, Tensor]:
         """Everything that is carried, by name, with a row in front."""
         lengths = torch.tensor(self.cache.lengths)
-        bound = torch.full_like(lengths, self.memory.stored_bound)
+        bound = torch.full_like(lengths, self.cache.memory.stored_bound)
         return self.cache.tensors() | {"lengths": lengths, "bound": bound}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -81,107 +184,82 @@ class Reader:
         self.cache.restore(tensors, int(tensors["bound"].max()))
         self.cache.lengths = tensors["lengths"].tolist()
 
-    def through(self, numbers: Sequence[int]) -> Iterator[Reading]:
-        """Reads a document in each row from its beginning to its end, piece by piece; rows that are done wait."""
-        lengths = [
-            self.documents.lengths[n] if isinstance(self.documents, HiddenStateCache) else len(self.documents[n])
-            for n in numbers
-        ]
-        for piece in whole_documents(numbers, lengths, self.model.config.segment_len):
-            yield self.read(piece)
 
-
-class CachedReader(Reader):
+class CachedReader(LiveReader):
     """Reads hidden states that a frozen base computed before (a `HiddenStateCache`)."""
 
     def __init__(self, model: HippoFormer, documents: HiddenStateCache, rows: int) -> None:
         super().__init__(model, documents, rows)
-        # The hippocampus' options may differ from the model's, see `credit.reconfigured`.
-        self.cache.memory = model.hippocampus.empty_state(rows, model.dtype, model.device)
         self._document = lru_cache(_DOCUMENTS_HELD)(documents.__getitem__)
 
-    def read(self, piece: Piece) -> Reading:
-        """See `Reader`."""
-        if piece.fresh:
-            self.cache.reset(piece.fresh)
-        parts = [self._document(number) for number in piece.documents]
+    def _read(self, piece: Piece) -> tuple[StepOutput | None, Tensor, Tensor]:
+        cache, parts = self.cache, [self._document(number) for number in piece.documents]
         reading, base_log_prob = cut(parts, piece, self.model.device)
-        last, log_prob = self.memory.last_hidden, reading.log_prob
-        found, self.cache.memory = self.model.hippocampus.read(self.memory, reading)
+        last, log_prob = cache.memory.last_hidden, reading.log_prob
+        found, cache.memory = self.model.hippocampus.read(cache.memory, reading)
         if found.residual is not None:  # the first token is judged without it: its touched state is gone
             touched = reading.hidden + found.residual.to(reading.hidden.dtype)
             before = torch.cat((last.unsqueeze(1), touched[:, :-1]), dim=1)
             log_prob = self.model.window.log_prob_of(before, reading.tokens)
-        fused = mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit)
-        return _reading(piece, found, fused, base_log_prob)
+        return found, mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit), base_log_prob
 
 
-class LiveReader(Reader):
-    """Runs the base itself on token ids: for LoRA, for full fine-tuning, or where no disk is to be used."""
-
-    def read(self, piece: Piece) -> Reading:
-        """See `Reader`."""
-        if piece.fresh:
-            self.cache.reset(piece.fresh)
-        spans = [self.documents[number][span].long() for number, span in zip(piece.documents, piece.spans, strict=True)]
-        tokens = pad_sequence(spans, batch_first=True).to(self.model.device)
-        (step,) = self.model.stream(tokens, piece.new, self.cache)  # a piece is one step
-        return _reading(piece, step.found, step.target_log_prob, step.base_log_prob)
-
-
-def _reading(piece: Piece, found: StepOutput | None, fused: Tensor, base: Tensor) -> Reading:
-    read, new = torch.tensor([piece.read, piece.new], device=fused.device).unsqueeze(-1)
-    column = torch.arange(fused.shape[1], device=fused.device)
-    counted = (column < new) & (read + column > 0)  # nothing predicts a document's first token
-    return Reading(found, torch.where(counted, fused, 0.0), base, counted)
-
-
-def new_reader(model: HippoFormer, documents: HiddenStateCache | Sequence[Tensor] | StreamedTexts, rows: int) -> Reader:
+def new_reader(model: HippoFormer, documents: Documents | StreamedTexts, rows: int) -> LiveReader:
     """The reader of these documents."""
     if isinstance(documents, HiddenStateCache):
         return CachedReader(model, documents, rows)
     return LiveReader(model, documents, rows)
 
 
-@dataclass
-class DocumentScore:
-    """A document as a model predicts it: summed -log p of its tokens but the first, fused and of the base alone."""
-
-    tokens: int = 0
-    nll: float = 0.0
-    base_nll: float = 0.0
-    memory_nbytes: int = 0
-
-
 @torch.no_grad()
-def score_documents(
-    model: HippoFormer,
-    documents: HiddenStateCache | Sequence[Tensor],
-    numbers: Sequence[int] | None = None,
-    rows: int = 1,
-) -> list[DocumentScore]:
-    """Reads each document from an empty memory.
+def score_documents(model: HippoFormer, documents: Documents, numbers: Sequence[int], rows: int) -> Tensor:
+    """(D, 3) float64 of D documents, read `rows` at a time, each from an empty memory.
 
-    Args:
-        model: in evaluation mode. documents: cached by its base with its window, or token ids (T,) each.
-        numbers: of the documents to score; None for all. rows: documents side by side.
+    The columns are the number of predicted tokens, and their summed fused and base log p.
     """
-    lengths = documents.lengths if isinstance(documents, HiddenStateCache) else [len(ids) for ids in documents]
-    chosen = range(len(lengths)) if numbers is None else numbers
-    scores = {number: DocumentScore() for number in chosen}
-    for group in of_like_length(chosen, lengths, rows):
+    lengths = lengths_of(documents)
+    sums = {number: torch.zeros(3, dtype=torch.float64) for number in numbers}
+    for group in of_like_length(numbers, lengths, rows):
         reader = new_reader(model, documents, len(group))
-        for reading in reader.through(group):
-            base = torch.where(reading.counted, reading.base_log_prob, 0.0)
-            sums = (reading.counted, reading.target_log_prob.double(), base.double())
-            for number, tokens, fused, alone in zip(group, *(of.sum(-1).tolist() for of in sums), strict=True):
-                score = scores[number]
-                score.tokens, score.nll, score.base_nll = (
-                    score.tokens + tokens,
-                    score.nll - fused,
-                    score.base_nll - alone,
-                )
-        held = sum(tensor.nbytes for tensor in reader.memory.tensors().values())
-        for number in group:
-            scores[number].memory_nbytes = held // len(group)
-    return [scores[number] for number in chosen]
+        for piece in whole_documents(group, [lengths[number] for number in group], model.config.segment_len):
+            read = reader.read(piece)
+            of = (read.counted, read.target_log_prob, torch.where(read.counted, read.base_log_prob, 0.0))
+            for number, parts in zip(group, torch.stack([x.double().sum(-1).cpu() for x in of], 1), strict=True):
+                sums[number] += parts
+    return torch.stack([*sums.values()]) if sums else torch.zeros(0, 3, dtype=torch.float64)
+
+
+def checkpoint_layers(model: HippoFormer) -> None:
+    """From now on the base's layers keep their input alone and recompute the rest in the backward pass.
+
+    transformers' own gradient checkpointing takes the key/value cache away, and the window is one. Here a layer's slots
+    are part of its input and output: it runs on a cache of its own that holds the slots as they were, so it can run
+    once more and write the same (Chen et al. 2016, arXiv:1604.06174).
+    """
+    for number in range(model.window.n_layers):
+        layer = model.window.layer(number + 1)
+        layer.forward = _checkpointed(layer.forward, number)
+
+
+def _checkpointed(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, WindowCache)), None)
+        if cache is None or not torch.is_grad_enabled() or not cache.layers[number].is_initialized:
+            return forward(*args, **kwargs)  # the very first piece makes the slots, and is kept whole
+
+        def again(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            own = copy.copy(before)
+            own.layers = [*before.layers]
+            own.layers[number] = copy.copy(before.layers[number])
+            own.layers[number].fill(keys, values)
+            args = tuple(own if value is cache else value for value in args)
+            kwargs = {name: own if value is cache else value for name, value in kwargs.items()}
+            return forward(*args, **kwargs), own.layers[number].keys, own.layers[number].values
+
+        before = copy.copy(cache)  # with the placement of now
+        layer = cache.layers[number]
+        output, keys, values = checkpoint(again, layer.keys, layer.values, *args, use_reentrant=False, **kwargs)
+        layer.fill(keys, values)
+        return output
+
+    return run

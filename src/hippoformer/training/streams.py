@@ -21,11 +21,8 @@ _MOST_TOO_SHORT = 10_000
 
 @dataclass
 class Piece:
-    """What every row reads next: at most to the end of its segment.
-
-    Attributes:
-        documents: index of each row's document.
-        read: tokens of it that the row has read. new: tokens to read now; 0 for a row that waits.
+    """What every row reads next, at most to the end of its segment: its document, the tokens of it that the row has
+    read, and those to read now, 0 for a row that waits.
     """
 
     documents: list[int]
@@ -44,8 +41,7 @@ class Piece:
 
     def of_rows(self, rows: range) -> "Piece":
         """What some of the rows read."""
-        part = slice(rows.start, rows.stop)
-        return Piece(self.documents[part], self.read[part], self.new[part])
+        return Piece(*([values[row] for row in rows] for values in (self.documents, self.read, self.new)))
 
 
 def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len: int) -> Iterator[Piece]:
@@ -56,50 +52,40 @@ def whole_documents(numbers: Sequence[int], lengths: Sequence[int], segment_len:
 
 
 class _Schedule:
-    """An endless schedule of pieces.
+    """An endless schedule of pieces; `_take` says which document a row reads next, and how many tokens it has."""
 
-    Args:
-        rows: documents read side by side. segment_len: tokens of a piece.
-    """
+    _state = ("taken", "documents", "length", "read")
 
     def __init__(self, rows: int, segment_len: int) -> None:
         self.segment_len, self.taken = segment_len, 0
         self.documents, self.length, self.read = ([0] * rows for _ in range(3))  # of each row
         for row in range(rows):
-            self._begin(row)
+            self.documents[row], self.length[row] = self._take(row)
 
     def next(self) -> Piece:
         """The next piece of every row."""
-        for row in range(len(self.documents)):
-            if self.read[row] >= self.length[row]:
-                self._begin(row)
+        for row, (read, length) in enumerate(zip(self.read, self.length, strict=True)):
+            if read >= length:
+                (self.documents[row], self.length[row]), self.read[row] = self._take(row), 0
         left = [length - read for length, read in zip(self.length, self.read, strict=True)]
         piece = Piece([*self.documents], [*self.read], [min(self.segment_len, n) for n in left])
         self.read = [span.stop for span in piece.spans]
         return piece
 
-    def _begin(self, row: int) -> None:
-        self.documents[row], self.length[row] = self._take(row)
-        self.read[row] = 0
-
     def _take(self, row: int) -> tuple[int, int]:
-        """The document that a row reads next, and its tokens."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Where the schedule stands, as JSON."""
-        return {name: getattr(self, name) for name in ("taken", "documents", "length", "read")}
+        return {name: getattr(self, name) for name in self._state}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""
-        vars(self).update({name: state[name] for name in ("taken", "documents", "length", "read")})
+        vars(self).update({name: state[name] for name in self._state})
 
 
 class TextStreams(_Schedule):
-    """A schedule over documents of known lengths.
-
-    Args:
-        lengths: tokens of each document. seed: of the order.
+    """A schedule over documents of known lengths, in an order drawn from the seed.
 
     Raises:
         TextError: no document with at least two tokens.
@@ -126,10 +112,10 @@ class TextStreams(_Schedule):
 
 
 class StreamedTexts(_Schedule):
-    """A schedule over a stream, and the documents that its rows read now.
+    """A schedule over a stream, and the documents that its rows, those of this process, read now.
 
     Args:
-        stream: of documents. encode: a text -> its token ids (T,). rows: of this process.
+        encode: a text -> its token ids (T,).
     """
 
     def __init__(self, stream: DatasetStream, encode: Callable[[str], Tensor], rows: int, segment_len: int) -> None:
@@ -147,11 +133,6 @@ class StreamedTexts(_Schedule):
         return float(self._stream.epoch)
 
     def _take(self, row: int) -> tuple[int, int]:
-        """See above.
-
-        Raises:
-            TextError: the stream has no document with two tokens.
-        """
         for _ in range(_MOST_TOO_SHORT):
             self.texts[row] = self._encode(self._stream.next().text)
             if len(self.texts[row]) >= 2:
