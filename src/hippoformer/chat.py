@@ -36,7 +36,9 @@ _NOTE = "conversation"
 REREAD_TOKENS = 256
 # Of the best passage's score, what others must have to be read again: a small base answers worse from many passages,
 # and where the best stands out the others hardly ever hold the answer (docs/notebook/passages.md).
-CLEAR = 0.75
+CLEAR = 0.9
+# Between passages and a question. Without it a small base talks about the text rather than answer from it.
+_ABOUT = "Answer this question about the text: "
 _ONE_LINE = ("num_beams", "num_return_sequences")
 
 
@@ -141,7 +143,7 @@ class Conversation:
         try:
             if passages and self.model.spelling is not None:
                 # The base alone: recall would go on in the words of the text that was just found.
-                shown = f"{as_text(passages, self.model.spelling)}\n\n{text}"
+                shown = f"{as_text(passages, self.model.spelling)}\n\n{_ABOUT if '?' in text else ''}{text}"
                 with self.model.memory_off():
                     reply = self._generate(self.turn_ids(shown).to(self.model.device), self.cache.copy(), asked)
             else:
