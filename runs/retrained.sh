@@ -10,7 +10,7 @@ declare -A variants=(
   [shipped]="" [no-memory]="buffer_size=0" [fifo]="selection=fifo" [random]="selection=random" [surprise]="selection=surprise"
   [no-gate]="importance_weight_range=[1.0,1.0]" [replay]="max_replay_rounds=10" [no-following]="following=false"
   [layer-8]="memory_layer=8" [layer-16]="memory_layer=16" [layer-24]="memory_layer=24" [layer-last]="memory_layer=-1"
-  [buffer-512]="buffer_size=512" [buffer-4096]="buffer_size=4096" [unigram]="marginal_weight=0.75"
+  [buffer-512]="buffer_size=512" [buffer-4096]="buffer_size=4096" [unigram]="unigram_weight=0.75"
 )
 evaluate() { python -m evaluation "$1" --text data/public-domain-novels/validation "${@:2}"; }
 for seed in 1 2 3; do
@@ -18,7 +18,7 @@ for seed in 1 2 3; do
   for name in "${!variants[@]}"; do
     folder=runs/retrained/$name-$seed
     [ -f $folder/config.json ] || hippoformer train $text $budget --seed $seed --output_dir $folder \
-      --set buffer_size=1024 decay_rate=0.998 marginal_weight=0.0 ${variants[$name]}
+      --set buffer_size=1024 decay_rate=0.998 unigram_weight=0.0 ${variants[$name]}
     [ $name = shipped ] || trained+=("$name=$folder")
   done
   base="--model runs/retrained/shipped-$seed --variant shipped --trained ${trained[*]}"

@@ -26,8 +26,8 @@ from tiny import LAYERS, VOTES, small_config, tiny_base
         ({"selection": "magic"}, r"selection in \(salience, surprise, random, fifo\)"),
         ({"recall_value_dim": 0}, "recall_value_dim"),
         ({"recall_n_heads": 0}, "recall_n_heads"),
-        ({"marginal_weight": 0.5}, "residual_readout=False"),
-        (VOTES | {"marginal_weight": 1.5}, "marginal_weight"),
+        ({"unigram_weight": 0.5}, "residual_readout=False"),
+        (VOTES | {"unigram_weight": 1.5}, "unigram_weight"),
         ({"memory_layer": 0}, "memory_layer"),
         ({"memory_layer": []}, "memory_layer"),
         (VOTES | {"memory_layer": [1, 1]}, "twice"),
@@ -56,7 +56,7 @@ def test_positions_and_layers_of_the_base_decide() -> None:
 
 @pytest.mark.parametrize("name", _REMOVED)
 def test_an_option_that_is_gone_is_refused_and_says_what_to_use_instead(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"no more: {name}: .*(constant|train|lora=|recall_n_heads)"):
+    with pytest.raises(ConfigurationError, match=rf"no more: {name}: .*(constant|train|lora=|recall_n_heads|unigram_weight|nothing reads)"):
         HippoFormerConfig(**{name: 1})
 
 

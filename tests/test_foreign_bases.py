@@ -18,7 +18,7 @@ from tiny import VOCAB, after, awake, read_in_chunks, same_state, small_config, 
 # peft asks transformers 5.23 for a name that is going.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-MARGINALS = {"marginal_weight": 0.5, "residual_readout": False}
+MARGINALS = {"unigram_weight": 0.5, "residual_readout": False}
 WITH_NEW = torch.tensor([[5, VOCAB + 2, 7, VOCAB, 5, VOCAB + 2, 7, VOCAB, 11]])
 
 
@@ -94,9 +94,9 @@ def test_a_cache_from_before_a_resize_goes_on(size: int) -> None:
     cache = after(model, ids)
     resize(model, size)
     found = model(ahead, past_key_values=cache).logits
-    assert found.shape[-1] == cache.memory.marginals.shift.shape[-1] == size
+    assert found.shape[-1] == cache.memory.unigram.shift.shape[-1] == size
     expected = model(torch.cat((ids, ahead), dim=1)).logits[:, 50:]
-    # The base's expectations were of another vocabulary, so marginals differ a little.
+    # The base's expectations were of another vocabulary, so unigram counts differ a little.
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.2)
     with model.memory_off():
         assert (model(ahead).logits - expected).abs().max() > 1.0, "what was read before does not matter"
@@ -399,7 +399,7 @@ CONVERSIONS = {
 @torch.no_grad()
 def test_a_model_in_another_dtype_is_its_hippocampus_over_the_base_in_that_dtype(how: str, path: Path) -> None:
     convert, dtype = CONVERSIONS[how]
-    options = {"marginal_weight": 0.5, "residual_readout": False, "memory_layer": 1}
+    options = {"unigram_weight": 0.5, "residual_readout": False, "memory_layer": 1}
     model, ids = convert(awake(**options)), text(2, 50)
     other = HippoFormer(small_config(**options), copy.deepcopy(model.base))  # its rotary table is rounded too
     other.hippocampus.load_state_dict(awake(**options).hippocampus.state_dict())

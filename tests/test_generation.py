@@ -293,7 +293,7 @@ def test_a_dictionary_carries_the_state_of_the_sequences() -> None:
 
 
 @pytest.mark.parametrize("length", [20, 24])  # in the middle of a segment, and at its end
-@pytest.mark.parametrize("options", [{}, VARIANTS["marginals"], VOTES], ids=["residual", "marginals", "votes"])
+@pytest.mark.parametrize("options", [{}, VARIANTS["unigram"], VOTES], ids=["residual", "unigram", "votes"])
 def test_a_prompt_that_was_wholly_read_is_not_read_again(length: int, options: dict[str, Any]) -> None:
     model, prompt = awake(**options), text(rows=2, length=length)
     mask = torch.ones_like(prompt)

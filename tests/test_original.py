@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 M = 24
 LORA = LoraConfig(r=5, lora_alpha=7, target_modules=["q_proj", "v_proj"])
-SMALL: dict[str, Any] = {"window": 12, "segment_len": 6, "marginal_weight": 0.0}
+SMALL: dict[str, Any] = {"window": 12, "segment_len": 6, "unigram_weight": 0.0}
 
 
 def modules(d: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ SCORED = [0, 2, 3, 4]  # the second has one token, so nothing of it can be score
 
 @pytest.fixture(scope="module")
 def model() -> HippoFormer:
-    return tiny_load(residual_readout=False, marginal_weight=0.75)[0]
+    return tiny_load(residual_readout=False, unigram_weight=0.75)[0]
 
 
 def evaluate(model: Any, texts: Any = TEXTS, tokenizer: Any = None, **options: Any) -> Result:

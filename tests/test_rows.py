@@ -69,7 +69,7 @@ def test_scores_and_state_of_a_row_alone(side: str, option: str) -> None:
         assert cache.lengths[number] == own.lengths[0] == len(row)
         mine = cache.episodes(number)
         assert [(e.position, e.token) for e in mine] == [(e.position, e.token) for e in own.episodes(0)]
-        counts, alone = cache.memory.marginals.count[number], own.memory.marginals.count[0]
+        counts, alone = cache.memory.unigram.count[number], own.memory.unigram.count[0]
         assert torch.equal(counts, alone) and counts.sum() == (len(row) - 1 if len(counts) else 0)
 
 

@@ -77,7 +77,7 @@ def test_two_models_on_one_base_read_their_own_layers() -> None:
 
 
 def test_memory_is_off_in_one_thread_alone() -> None:
-    model, ids = awake(residual_readout=False, marginal_weight=0.5), text(rows=1, length=60)
+    model, ids = awake(residual_readout=False, unigram_weight=0.5), text(rows=1, length=60)
 
     def off() -> Tensor:
         with model.memory_off():
@@ -93,13 +93,13 @@ def test_memory_is_off_in_one_thread_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     assert not any(torch.equal(alone[a], alone[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
     with model.memory_off():
-        assert not model.episodes_on and not model.marginals_on
-        assert side_by_side(lambda: model.episodes_on and model.marginals_on) == [True]
+        assert not model.episodes_on and not model.unigram_on
+        assert side_by_side(lambda: model.episodes_on and model.unigram_on) == [True]
     other = awake()
     with pytest.raises(RuntimeError, match="enough"), model.memory_off(), model.episodes_off():
-        assert not model.episodes_on and other.episodes_on and other.marginals_on
+        assert not model.episodes_on and other.episodes_on and other.unigram_on
         raise RuntimeError("enough")
-    assert model.episodes_on and model.marginals_on
+    assert model.episodes_on and model.unigram_on
 
 
 @pytest.mark.supports(architecture="llama", mode="streamer")

@@ -125,7 +125,7 @@ def test_the_gate_selects_after_the_recall_phase(tmp_path: Path) -> None:
 def run_on_answers(tmp_path: Path, documents: list[torch.Tensor], answers: dict[int, int], **more: object) -> Trainer:
     torch.manual_seed(0)
     sizes = {"window": 12, "segment_len": SEGMENT, "buffer_size": 16, "recall_head_dim": 8, "recall_value_dim": 8}
-    config = HippoFormerConfig(**sizes, memory_layer=-1, marginal_weight=0.0, freeze_base=False)
+    config = HippoFormerConfig(**sizes, memory_layer=-1, unigram_weight=0.0, freeze_base=False)
     given = TrainArguments(
         output_dir=str(tmp_path), batch_size=len(documents), max_seq_length=SEGMENT, train_base=True, **more
     )

@@ -68,7 +68,7 @@ SMALL: dict[str, Any] = {
     "decay_rate": 0.9,
     "memory_layer": -1,
     "residual_readout": True,
-    "marginal_weight": 0.0,  # a fresh HippoFormer is its base
+    "unigram_weight": 0.0,  # a fresh HippoFormer is its base
 }
 replay.ROUND = 3  # with 16 cues a round all of a tiny store would be replayed at every segment end
 
@@ -80,7 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "last layer": VOTES | {"memory_layer": LAYERS},
     "two layers": VOTES | {"memory_layer": [1, -1]},
     "no values": VOTES | {"recall_value_dim": 0},
-    "marginals": VOTES | {"marginal_weight": 0.75},
+    "unigram": VOTES | {"unigram_weight": 0.75},
     "no following": {"following": False},
     "by surprise": {"selection": "surprise"},
     "no store": {"buffer_size": 0},

@@ -124,7 +124,7 @@ def tiny_load(name: str = "smollm2-135m", **options: Any) -> tuple[HippoFormer, 
     options.pop("dtype", None)
     sizes = {"window": WINDOW, "segment_len": SEGMENT, "buffer_size": 64} | options
     small = {"recall_n_heads": 2, "recall_head_dim": 8, "recall_value_dim": 8}
-    small |= {"memory_layer": -1, "residual_readout": True, "marginal_weight": 0.0}
+    small |= {"memory_layer": -1, "residual_readout": True, "unigram_weight": 0.0}
     small |= {"decay_rate": 0.9, "max_replay_rounds": 10}
     config = HippoFormerConfig(base_model_name=name, **(small | sizes))
     model = HippoFormer(config, base.eval())

@@ -21,6 +21,7 @@ _FADING = 4.096
 _LEAST_DECAY = 0.5
 # Options of earlier versions, and what to use instead.
 _CONSTANTS = "it is a constant now, with the value of the shipped hippocampus"
+_GONE = "nothing reads it any more"
 _TRAINING = "it is an argument of hippoformer train (hippoformer.training.arguments)"
 _LORA = "give the fields of a peft LoraConfig as lora={'r': 16, 'lora_alpha': 32, ...}"
 _REMOVED = (
@@ -31,11 +32,11 @@ _REMOVED = (
     | dict.fromkeys(("match_power", "match_characters", "match_recency", "marginal_prior"), _CONSTANTS)
     | dict.fromkeys(("n_anchors", "anchor_len", "recall_top_k", "distribution_readout"), _CONSTANTS)
     | dict.fromkeys(("fusion_dropout", "soft_topk_temperature", "credit_only_gate"), _CONSTANTS)
-    | {"fusion_n_heads": "use recall_n_heads"}
-    | dict.fromkeys(("drift_update_momentum", "target_tagged_share", "consolidation_r_target"), _TRAINING)
-    | dict.fromkeys(("lm_loss_weight", "salience_weighted_loss_weight", "sparsity_loss_weight"), _TRAINING)
-    | dict.fromkeys(("memory_util_loss_weight", "credit_loss_weight", "learning_rate"), _TRAINING)
-    | dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm"), _TRAINING)
+    | {"fusion_n_heads": "use recall_n_heads", "marginal_weight": "use unigram_weight"}
+    | dict.fromkeys(("drift_update_momentum", "consolidation_r_target"), _GONE)
+    | dict.fromkeys(("salience_weighted_loss_weight", "memory_util_loss_weight"), _GONE)
+    | dict.fromkeys(("lm_loss_weight", "sparsity_loss_weight", "credit_loss_weight", "learning_rate"), _TRAINING)
+    | dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm", "target_tagged_share"), _TRAINING)
 )
 
 
@@ -84,8 +85,8 @@ class HippoFormerConfig(PreTrainedConfig):
             `hippocampus.continuation`.
         residual_readout: add recalled content to the final hidden state, which memory_layer=-1 then reads. See
             `hippocampus.fusion`.
-        marginal_weight: how far the base's predictions follow the frequency of each token in the text so far; 0
-            switches it off. Not together with the residual read-out. See `hippocampus.marginals`.
+        unigram_weight: how far the base's predictions follow the frequency of each token in the text so far; 0
+            switches it off. Not together with the residual read-out. See `hippocampus.unigram`.
     Drift:
         drift_threshold: drift, relative to the probes' own spread, above which a loaded memory is mapped to the new
             code. See `hippocampus.drift`.
@@ -119,7 +120,7 @@ class HippoFormerConfig(PreTrainedConfig):
         recall_value_dim: int = 64,
         following: bool = True,
         residual_readout: bool = False,
-        marginal_weight: float = 0.75,
+        unigram_weight: float = 0.75,
         drift_threshold: float = 0.3,
         **kwargs: Any,
     ) -> None:
@@ -144,7 +145,7 @@ class HippoFormerConfig(PreTrainedConfig):
         self.recall_value_dim = recall_value_dim
         self.following = following
         self.residual_readout = residual_readout
-        self.marginal_weight = marginal_weight
+        self.unigram_weight = unigram_weight
         self.drift_threshold = drift_threshold
         self._check(kwargs)
         super().__init__(**kwargs)
@@ -165,6 +166,8 @@ class HippoFormerConfig(PreTrainedConfig):
             names = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
             names["lora_target_modules"] = "target_modules"
             kept["lora"] = {new: config_dict[old] for old, new in names.items() if old in config_dict}
+        if "marginal_weight" in config_dict:
+            kept.setdefault("unigram_weight", config_dict["marginal_weight"])
         others = {name: value for name, value in kwargs.items() if name not in changed}
         return super().from_dict(kept | changed, **others)
 
@@ -224,9 +227,9 @@ class HippoFormerConfig(PreTrainedConfig):
             "memory_layer == -1 or memory_layer >= 1, none of them twice": len(layers) > 0
             and all(layer == -1 or layer >= 1 for layer in layers)
             and len(set(layers)) == len(layers),
-            "0 <= marginal_weight <= 1": 0 <= self.marginal_weight <= 1,
+            "0 <= unigram_weight <= 1": 0 <= self.unigram_weight <= 1,
             "memory_layer=-1 with residual_readout": not self.residual_readout or self.memory_layer in (-1, [-1]),
-            "residual_readout=False with a marginal_weight": not (self.marginal_weight and self.residual_readout),
+            "residual_readout=False with a unigram_weight": not (self.unigram_weight and self.residual_readout),
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:

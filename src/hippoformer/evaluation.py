@@ -37,7 +37,7 @@ class Condition(NamedTuple):
 CONDITIONS = {
     "memory": Condition(),
     "off": Condition("base_log_prob", None),
-    "unigram": Condition("prior_log_prob", "marginals_nbytes"),
+    "unigram": Condition("prior_log_prob", "unigram_nbytes"),
     "window-only": Condition(frozen=True),
     "other-document": Condition(frozen=True, other_document=True),
 }

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.hippocampus.episodes import Episodes
-from hippoformer.hippocampus.marginals import Marginals
 from hippoformer.hippocampus.salience import SMOOTHED
+from hippoformer.hippocampus.unigram import UnigramCounts
 
 
 @dataclass
@@ -53,7 +53,7 @@ class MemoryState:
         vote: of the last query.
         last_hidden: (R, n D) hidden state of the last token read.
         recent_salience: (R, SMOOTHED - 1) unsmoothed salience logits of the last transitions.
-        marginals: token counts of all that was read; the base's predictions move by them.
+        unigram: token counts of all that was read; the base's predictions move by them.
         stored_bound: no row has more stored episodes than this, known without asking the device.
     """
 
@@ -61,7 +61,7 @@ class MemoryState:
     vote: Vote
     last_hidden: Tensor
     recent_salience: Tensor
-    marginals: Marginals
+    unigram: UnigramCounts
     stored_bound: int = 0
 
     @classmethod
@@ -75,14 +75,14 @@ class MemoryState:
             Vote.none(rows, episodes.position.shape[1], device),
             torch.zeros(rows, width, dtype=dtype, device=device),
             torch.zeros(rows, SMOOTHED - 1, device=device),
-            Marginals.empty(rows, config, device),
+            UnigramCounts.empty(rows, config, device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, flat."""
         carried = {"last_hidden": self.last_hidden, "recent_salience": self.recent_salience}
         carried |= {f"vote_{name}": tensor for name, tensor in self.vote.tensors().items()}
-        carried |= {f"marginal_{name}": tensor for name, tensor in self.marginals.tensors().items()}
+        carried |= {f"marginal_{name}": tensor for name, tensor in self.unigram.tensors().items()}
         return self.episodes.tensors() | carried
 
     def with_tensors(self, tensors: dict[str, Tensor], stored_bound: int) -> "MemoryState":
@@ -92,7 +92,7 @@ class MemoryState:
             Vote(**{name: tensors[f"vote_{name}"] for name in self.vote.tensors()}),
             tensors["last_hidden"],
             tensors["recent_salience"],
-            Marginals(**{name: tensors[f"marginal_{name}"] for name in self.marginals.tensors()}),
+            UnigramCounts(**{name: tensors[f"marginal_{name}"] for name in self.unigram.tensors()}),
             stored_bound,
         )
 

@@ -169,7 +169,7 @@ class HippoCache(WindowCache):
                 f"the base's embeddings were resized from {self.vocab_size} to {size} tokens, and this cache holds "
                 f"token {held}: resize them back to read on, or start with model.new_cache()"
             )
-        self.memory = replace(self.memory, marginals=self.memory.marginals.resized(size))
+        self.memory = replace(self.memory, unigram=self.memory.unigram.resized(size))
         self.vocab_size = size
         if self.passages is not None and self.model.spelling is not None:
             self.passages.spelling = self.model.spelling
@@ -189,13 +189,13 @@ class HippoCache(WindowCache):
 
     @property
     def memory_nbytes(self) -> int:
-        """Bytes of the episodes, the marginals, and what encoding carries."""
+        """Bytes of the episodes, the unigram counts, and what encoding carries."""
         return _nbytes(self.memory.tensors())
 
     @property
-    def marginals_nbytes(self) -> int:
-        """Bytes of the marginals, which are part of the memory."""
-        return _nbytes(self.memory.marginals.tensors())
+    def unigram_nbytes(self) -> int:
+        """Bytes of the unigram counts, which are part of the memory."""
+        return _nbytes(self.memory.unigram.tensors())
 
     @property
     def passages_nbytes(self) -> int:
@@ -278,7 +278,7 @@ class HippoCache(WindowCache):
         row: int = 0,
     ) -> list[Passage]:
         """Deletes what a row remembers of something: passages, and the episodes read within them. What the base still
-        sees stays until it leaves the window; the counts of single tokens (`marginals`) stay.
+        sees stays until it leaves the window; the counts of single tokens (`unigram`) stay.
 
         Args:
             words: all passages that have all of these words. passages: these, as `retrieve` gave them.
@@ -326,7 +326,7 @@ class HippoCache(WindowCache):
         self.frozen = frozen
 
     def adopt_memory(self, other: "HippoCache") -> None:
-        """Replaces store, passages and marginals by those of another cache of the same model; window and working
+        """Replaces store, passages and unigram counts by those of another cache of the same model; window and working
         episodes stay.
 
         Args:
@@ -344,8 +344,8 @@ class HippoCache(WindowCache):
         self.leave_inference_mode()
         for name, tensor in self.memory.episodes.tensors().items():
             tensor[:, : self.config.buffer_size] = theirs[name][:, : self.config.buffer_size]
-        for name, tensor in self.memory.marginals.tensors().items():
-            tensor[:] = other.memory.marginals.tensors()[name]
+        for name, tensor in self.memory.unigram.tensors().items():
+            tensor[:] = other.memory.unigram.tensors()[name]
         if self.passages is not None and other.passages is not None:
             self.passages.adopt(other.passages)
         self.memory.stored_bound = other.memory.stored_bound

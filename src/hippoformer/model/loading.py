@@ -54,7 +54,7 @@ def load(
         model = HippoFormer.from_pretrained(saved, **options)
     else:
         if memory == "off":
-            options["marginal_weight"] = 0.0
+            options["unigram_weight"] = 0.0
         base = load_base_model(str(name), dtype=options.pop("dtype", None))
         model = HippoFormer(HippoFormerConfig(base_model_name=str(name), **options), base)
         if memory == "off":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hippoformer.errors import MemoryFileError
 from hippoformer.hippocampus.drift import relative_drift
-from hippoformer.hippocampus.marginals import of_vocabulary
+from hippoformer.hippocampus.unigram import of_vocabulary
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.pretrained import HippoFormerPreTrainedModel as Model
@@ -172,7 +172,7 @@ def _fit_tensors(tensors: dict[str, Tensor], cache: HippoCache, path: str) -> No
     for name in ("window.tokens", "memory.token", "memory.vote_token", "anchors.ids"):
         if name in tensors and (largest := int(tensors[name].max())) >= size:
             raise MemoryFileError(f"{path} holds token {largest}, but the model's vocabulary has {size}")
-    for name, tensor in cache.memory.marginals.tensors().items():
+    for name, tensor in cache.memory.unigram.tensors().items():
         written = tensors.get(f"memory.marginal_{name}")
         if written is None or 0 in (written.numel(), tensor.numel()):
             tensors[f"memory.marginal_{name}"] = tensor

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig
 from hippoformer.errors import CheckpointError, ConfigurationError, InputError, NonFiniteError
-from hippoformer.hippocampus.circuit import BaseReading
 from hippoformer.hippocampus.fusion import mix_distribution, mix_target
+from hippoformer.hippocampus.hippocampus import BaseReading
 from hippoformer.hippocampus.passages import Passages
 from hippoformer.model import checkpoint
 from hippoformer.model.cache import HippoCache
@@ -83,12 +83,10 @@ class HippoFormer(Generation, GenerationMixin):
         """Within it, in this thread, the model is exactly its base with the same window and sinks: nothing is recalled
         or stored.
         """
-        return self._without("episodes", "marginals")
+        return self._without("episodes", "unigram")
 
     def episodes_off(self) -> AbstractContextManager[None]:
-        """Within it, in this thread, nothing is recalled or stored; marginals, where they are kept, go on moving the
-        predictions.
-        """
+        """Within it, in this thread, nothing is recalled or stored; unigram adaptation, where it is on, goes on."""
         return self._without("episodes")
 
     @property
@@ -97,9 +95,9 @@ class HippoFormer(Generation, GenerationMixin):
         return (id(self), "episodes") not in _SWITCHED_OFF.get()
 
     @property
-    def marginals_on(self) -> bool:
+    def unigram_on(self) -> bool:
         """False in this thread within `memory_off()`."""
-        return (id(self), "marginals") not in _SWITCHED_OFF.get()
+        return (id(self), "unigram") not in _SWITCHED_OFF.get()
 
     @property
     def memory(self) -> str:
@@ -108,14 +106,14 @@ class HippoFormer(Generation, GenerationMixin):
         if fusion.is_trained:
             shipped = Path(__file__).parents[1] / "pretrained"
             return "shipped" if shipped in Path(self.name_or_path or "").parents else "trained"
-        return "off" if fusion.strength == 0 and not self.config.marginal_weight else "untrained"
+        return "off" if fusion.strength == 0 and not self.config.unigram_weight else "untrained"
 
     def extra_repr(self) -> str:
         """The first line of `repr`."""
         return f"memory={self.memory!r}"
 
     def _moves(self, cache: HippoCache) -> bool:
-        return cache.memory.marginals.are_kept and self.marginals_on
+        return cache.memory.unigram.are_kept and self.unigram_on
 
     # ---------------------------------------------------------------- reading
 
@@ -160,21 +158,21 @@ class HippoFormer(Generation, GenerationMixin):
                 cache.passages.append(ids, new, found.salience, start=cache.lengths)
         else:
             cache.memory = self.hippocampus.skip(cache.memory, reading, cache.written)
-        shift = cache.memory.marginals.shift
-        if ended and self.marginals_on and not cache.frozen:
-            marginals = cache.memory.marginals.renewed(torch.tensor(ended, device=self.device), self.config)
-            cache.memory = replace(cache.memory, marginals=marginals)
+        shift = cache.memory.unigram.shift
+        if ended and self.unigram_on and not cache.frozen:
+            unigram = cache.memory.unigram.renewed(torch.tensor(ended, device=self.device), self.config)
+            cache.memory = replace(cache.memory, unigram=unigram)
         cache.last_output = last_of(final, new, cache.last_output)
         cache.lengths = reading.done
         self.window.end_segment(cache, cache.lengths, ended)
-        shifts = (shift, cache.memory.marginals.shift) if self._moves(cache) else None
+        shifts = (shift, cache.memory.unigram.shift) if self._moves(cache) else None
         return Step(start, new, base, prior, target, hidden, final, self.window, found, shifts)
 
     def _base_log_probs(
         self, final: Tensor, ids: Tensor, new: list[int], cache: HippoCache, predicted: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(R, N) log p of a step's tokens under the base, and as the row's marginals move it; these count the tokens,
-        unless the memory is frozen. 0 where nothing predicts a token.
+        """(R, N) log p of a step's tokens under the base, and as the row's unigram counts move it; 0 where nothing
+        predicts a token. The counts go on, unless the memory is frozen.
         """
         last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
         states = _shifted(last, final)
@@ -182,10 +180,10 @@ class HippoFormer(Generation, GenerationMixin):
             log_prob = torch.where(predicted, self.window.log_prob_of(states, ids), 0.0)
             return log_prob, log_prob
         real = torch.arange(ids.shape[1], device=ids.device) < column_of(new, ids.device)
-        marginals, counted = cache.memory.marginals, predicted & real
-        plain, moved, expected = self.window.moved_log_prob_of(states, ids, marginals.shift, counted)
+        unigram, counted = cache.memory.unigram, predicted & real
+        plain, moved, expected = self.window.moved_log_prob_of(states, ids, unigram.shift, counted)
         if not cache.frozen:
-            cache.memory = replace(cache.memory, marginals=marginals.read(ids, counted, expected))
+            cache.memory = replace(cache.memory, unigram=unigram.read(ids, counted, expected))
         return torch.where(predicted, plain, 0.0), torch.where(predicted, moved, 0.0)
 
     @torch.no_grad()
@@ -337,7 +335,7 @@ class HippoFormer(Generation, GenerationMixin):
             raise InputError("a row of this cache has read nothing, so nothing predicts its first token")
         logits = self.window.head(cache.last_output.unsqueeze(1)).float()
         if self._moves(cache):
-            logits = logits + cache.memory.marginals.shift.unsqueeze(1)
+            logits = logits + cache.memory.unigram.shift.unsqueeze(1)
         log_probs = torch.log_softmax(logits, dim=-1)
         if not self.episodes_on:
             return log_probs.squeeze(1)

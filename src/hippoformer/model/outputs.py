@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hippoformer.hippocampus.circuit import StepOutput
 from hippoformer.hippocampus.fusion import mix_distribution
+from hippoformer.hippocampus.hippocampus import StepOutput
 from hippoformer.model.cache import HippoCache
 from hippoformer.model.window import WindowedBase
 
@@ -46,13 +46,13 @@ class Step:
     Attributes:
         start: tokens of this call each row had read before the step. new: tokens it reads in it.
         base_log_prob: (R, N) log-probability of the step's tokens under the base; 0 for a row's very first token.
-        prior_log_prob: (R, N) the same as the row's marginals move it: what the hippocampus read.
+        prior_log_prob: (R, N) the same as the row's unigram counts move it: what the hippocampus read.
         target_log_prob: (R, N) the same, fused with recall.
         hidden: (R, N, n D) what the hippocampus read: hidden states that no recollection has touched.
         output: (R, N, D) the final hidden states, which the residual has touched. window: whose head reads them.
         found: what the hippocampus found, or None with memory off.
-        shifts: (R, V) what marginals add to the logits after the step's tokens, and after the last token of a row that
-            ended a segment with it; None where they move nothing.
+        shifts: (R, V) what unigram adaptation adds to the logits after the step's tokens, and after the last token of
+            a row that ended a segment with it; None where it is off.
     """
 
     start: list[int]

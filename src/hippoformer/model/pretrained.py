@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hippoformer.configuration import HippoFormerConfig, layers_of_depth
 from hippoformer.errors import ConfigurationError, InputError
-from hippoformer.hippocampus.circuit import Hippocampus
+from hippoformer.hippocampus.hippocampus import Hippocampus
 from hippoformer.hippocampus.spelling import Spelling
 from hippoformer.model.base_models import empty_base_model, load_base_model
 from hippoformer.model.weights import (

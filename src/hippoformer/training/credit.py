@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from hippoformer.configuration import HippoFormerConfig
-from hippoformer.hippocampus.circuit import Hippocampus
+from hippoformer.hippocampus.hippocampus import Hippocampus
 from hippoformer.training.arguments import TrainArguments
 from hippoformer.training.readers import HiddenStateCache, ReadDocument, cut
 from hippoformer.training.streams import whole_documents

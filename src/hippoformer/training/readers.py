@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from hippoformer.errors import TextError
-from hippoformer.hippocampus.circuit import BaseReading, StepOutput
 from hippoformer.hippocampus.fusion import mix_target
+from hippoformer.hippocampus.hippocampus import BaseReading, StepOutput
 from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.weights import base_fingerprint
@@ -77,7 +77,7 @@ class HiddenStateCache(Sequence[ReadDocument]):
             "base": base_fingerprint(model.base),
             "window": [config.window, config.sink_tokens, config.segment_len],
             "layers": config.memory_layers,
-            "unigrams": config.marginal_weight,
+            "unigrams": config.unigram_weight,
             "dtype": str(model.dtype),
         }
         self.folder = Path(folder) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Marginals: what is counted, what predictions make of it, and that nothing of it leaks."""
+"""UnigramCounts: what is counted, what predictions make of it, and that nothing of it leaks."""
 
 import math
 from itertools import product
@@ -13,7 +13,7 @@ from hippoformer.model.modeling import HippoFormer
 from hippoformer.training.readers import HiddenStateCache, score_documents
 from tiny import VARIANTS, VOCAB, after, awake, fresh, text
 
-KEPT = VARIANTS["marginals"]
+KEPT = VARIANTS["unigram"]
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
@@ -21,7 +21,7 @@ def by_hand(model: HippoFormer, ids: Tensor) -> Tensor:
     """(R, T, V) of a fresh model: the base's predictions moved row by row, count by count."""
     with torch.no_grad(), model.memory_off():
         base = model(ids).logits
-    weight, prior, segment = model.config.marginal_weight, 2.0, model.config.segment_len
+    weight, prior, segment = model.config.unigram_weight, 2.0, model.config.segment_len
     moved = torch.empty_like(base)
     for row, t, v in product(range(len(ids)), range(ids.shape[1]), range(VOCAB)):
         done = (t + 1) // segment * segment  # tokens in the segments that have ended when token t was read
@@ -46,10 +46,10 @@ def test_a_long_run_silences_no_other_token() -> None:
     """The base goes on expecting others all along; they become less likely by a factor of e at most."""
     model = fresh(**KEPT)
     cache = after(model, torch.full((1, 300), 5))
-    marginals = cache.memory.marginals
+    unigram = cache.memory.unigram
     others = torch.arange(VOCAB) != 5
-    assert marginals.expected[0, others].max() > 10 and not marginals.count[0, others].any()
-    assert marginals.shift.min() == -1.0 and marginals.shift[0, 5] > 1.0
+    assert unigram.expected[0, others].max() > 10 and not unigram.count[0, others].any()
+    assert unigram.shift.min() == -1.0 and unigram.shift[0, 5] > 1.0
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def test_off_is_the_base_to_the_last_bit() -> None:
     kept, plain = fresh(**KEPT), fresh(residual_readout=False)
     with kept.memory_off():
         assert torch.equal(kept(ids).logits, plain(ids).logits)
-    assert plain.new_cache(1).memory.marginals.shift.shape == (1, 0)
+    assert plain.new_cache(1).memory.unigram.shift.shape == (1, 0)
     with kept.episodes_off():
         torch.testing.assert_close(kept(ids).logits, fresh(**KEPT)(ids).logits, **TOLERANCE)
 
@@ -72,17 +72,17 @@ def test_they_are_frozen_reset_adopted_and_saved_with_the_memory(tmp_path: Path)
     frozen, elsewhere = cache.copy(), model.new_cache(1)
     frozen.freeze_memory()
     elsewhere.adopt_memory(cache)
-    kept = frozen.memory.marginals.tensors()
+    kept = frozen.memory.unigram.tensors()
     model(ahead, past_key_values=frozen)
-    for name, tensor in frozen.memory.marginals.tensors().items():
+    for name, tensor in frozen.memory.unigram.tensors().items():
         assert torch.equal(tensor, kept[name]), f"{name} changed though it was frozen"
-        assert torch.equal(again.memory.marginals.tensors()[name], kept[name]), f"{name} was not saved"
-        assert torch.equal(elsewhere.memory.marginals.tensors()[name], kept[name]), f"{name} was not adopted"
+        assert torch.equal(again.memory.unigram.tensors()[name], kept[name]), f"{name} was not saved"
+        assert torch.equal(elsewhere.memory.unigram.tensors()[name], kept[name]), f"{name} was not adopted"
     model(ahead, past_key_values=elsewhere)
-    assert not torch.equal(elsewhere.memory.marginals.count, cache.memory.marginals.count)
-    assert torch.equal(again.memory.marginals.count, cache.memory.marginals.count), "adopted is not copied"
+    assert not torch.equal(elsewhere.memory.unigram.count, cache.memory.unigram.count)
+    assert torch.equal(again.memory.unigram.count, cache.memory.unigram.count), "adopted is not copied"
     cache.reset()
-    assert all(not tensor.any() for tensor in cache.memory.marginals.tensors().values())
+    assert all(not tensor.any() for tensor in cache.memory.unigram.tensors().values())
 
 
 @pytest.mark.parametrize("writes", [True, False], ids=["to a model without", "from a model without"])
@@ -94,7 +94,7 @@ def test_a_memory_moves_between_models_with_and_without(writes: bool, tmp_path: 
     cache.save(tmp_path / "memory.safetensors")
     loaded = HippoCache.load(tmp_path / "memory.safetensors", reader)
     assert torch.equal(loaded.memory.episodes.token, cache.memory.episodes.token)
-    assert not loaded.memory.marginals.count.any()
+    assert not loaded.memory.unigram.count.any()
 
 
 @torch.no_grad()

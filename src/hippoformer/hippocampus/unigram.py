@@ -1,4 +1,4 @@
-"""Marginals: what kind of text this is, learned slowly and kept for ever.
+"""UnigramCounts: what kind of text this is, learned slowly and kept for ever.
 
 Episodes tell what followed what, once. Beside them each row counts how often every token of the vocabulary came, and
 sums up how often the base expected it: the slow statistics of complementary learning systems (McClelland et al. 1995).
@@ -32,8 +32,8 @@ def of_vocabulary(numbers: Tensor, size: int) -> Tensor:
 
 
 @dataclass
-class Marginals:
-    """The statistics of R rows; V is the vocabulary, or 0 where they are switched off (`marginal_weight`).
+class UnigramCounts:
+    """The statistics of R rows; V is the vocabulary, or 0 where they are switched off (`unigram_weight`).
 
     Attributes:
         count: (R, V) how often each token was read. expected: (R, V) the base's probabilities of it, summed.
@@ -45,9 +45,9 @@ class Marginals:
     shift: Tensor
 
     @classmethod
-    def empty(cls, rows: int, config: HippoFormerConfig, device: torch.device | str) -> "Marginals":
+    def empty(cls, rows: int, config: HippoFormerConfig, device: torch.device | str) -> "UnigramCounts":
         """Of rows that have read nothing: the base's own predictions."""
-        width = config.vocab_size if config.marginal_weight else 0
+        width = config.vocab_size if config.unigram_weight else 0
         return cls(*(torch.zeros(rows, width, device=device) for _ in range(3)))
 
     @property
@@ -59,11 +59,11 @@ class Marginals:
         """Name -> tensor."""
         return vars(self)
 
-    def resized(self, size: int) -> "Marginals":
+    def resized(self, size: int) -> "UnigramCounts":
         """Those of a vocabulary of another size: what is new was neither read nor expected."""
-        return Marginals(*(of_vocabulary(t, size) for t in vars(self).values())) if self.are_kept else self
+        return UnigramCounts(*(of_vocabulary(t, size) for t in vars(self).values())) if self.are_kept else self
 
-    def read(self, tokens: Tensor, predicted: Tensor, expected: Tensor) -> "Marginals":
+    def read(self, tokens: Tensor, predicted: Tensor, expected: Tensor) -> "UnigramCounts":
         """After more tokens; predictions stay as they are until the segment ends.
 
         Args:
@@ -71,10 +71,10 @@ class Marginals:
             expected: (R, V) its probabilities of every token at these places, summed.
         """
         count = self.count.scatter_add(1, tokens, predicted.to(self.count.dtype))
-        return Marginals(count, self.expected + expected, self.shift)
+        return UnigramCounts(count, self.expected + expected, self.shift)
 
-    def renewed(self, rows: Tensor, config: HippoFormerConfig) -> "Marginals":
+    def renewed(self, rows: Tensor, config: HippoFormerConfig) -> "UnigramCounts":
         """With what was read in the segment that the given rows, (J,), have come to the end of."""
         ratio = torch.log((self.count[rows] + _PRIOR) / (self.expected[rows] + _PRIOR))
-        shift = (config.marginal_weight * ratio).clamp_min(_LEAST_SHIFT)
-        return Marginals(self.count, self.expected, self.shift.index_copy(0, rows, shift))
+        shift = (config.unigram_weight * ratio).clamp_min(_LEAST_SHIFT)
+        return UnigramCounts(self.count, self.expected, self.shift.index_copy(0, rows, shift))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hippoformer import HippoCache, HippoFormer
-from hippoformer.hippocampus.circuit import BaseReading
 from hippoformer.hippocampus.fusion import mix_target
+from hippoformer.hippocampus.hippocampus import BaseReading
 from hippoformer.ops import piece
 from tiny import LAYERS, VARIANTS, VOTES, after, awake, fresh, read_in_chunks, same_state, text
 
