@@ -56,7 +56,10 @@ def test_positions_and_layers_of_the_base_decide() -> None:
 
 @pytest.mark.parametrize("name", _REMOVED)
 def test_an_option_that_is_gone_is_refused_and_says_what_to_use_instead(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"no more: {name}: .*(constant|train|lora=|recall_n_heads|unigram_weight|nothing reads)"):
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"no more: {name}: .*(constant|train|lora=|recall_n_heads|unigram_weight|nothing reads)",
+    ):
         HippoFormerConfig(**{name: 1})
 
 

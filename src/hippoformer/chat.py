@@ -38,7 +38,7 @@ REREAD_TOKENS = 256
 # and where the best stands out the others hardly ever hold the answer (docs/notebook/passages.md).
 CLEAR = 0.9
 # Between passages and a question. Without it a small base talks about the text rather than answer from it.
-_ABOUT = "Answer this question about the text: "
+ABOUT = "Answer this question about the text: "
 _ONE_LINE = ("num_beams", "num_return_sequences")
 
 
@@ -51,7 +51,8 @@ class Conversation:
         cache: one row of state to go on from, a saved conversation or the memory of a book; None starts with nothing.
         reread_tokens: tokens of retrieved passages that a reply may stand on, put before the user's words in a copy of
             the state (see `hippoformer.model.rereading`); the base then replies alone, and the conversation does not
-            keep them. Only what has left the window is retrieved. 0: none.
+            keep them. A first turn, about something that was read before, is answered from the passages in an empty
+            window; later turns stand in the window of the conversation. 0: none.
         obey_control_tokens: of the user's words and the system prompt, as for `hippoformer.text.encode`.
         options: of `generate`, for every reply; `max_new_tokens` is 256 unless given.
 
@@ -93,8 +94,11 @@ class Conversation:
         self._take(model.new_cache() if cache is None else cache)
         self._ends()  # what the template refuses, it refuses now
 
-    def turn_ids(self, text: str) -> Tensor:
+    def turn_ids(self, text: str, alone: bool = False) -> Tensor:
         """The tokens that a user's turn adds to what was read, (1, T) int64.
+
+        Args:
+            alone: the turn is read into an empty cache: with the start token, where the template has one.
 
         Raises:
             ChatTemplateError: the template cannot be rendered, or leaves the replies out.
@@ -111,7 +115,7 @@ class Conversation:
         )
         # A stream has its start token at its start: none where a conversation follows something that was read.
         start = self.tokenizer.bos_token_id
-        if first and self.cache.lengths[0] and ids[:1] == [start] and start not in self._later_turn():
+        if first and not alone and self.cache.lengths[0] and ids[:1] == [start] and start not in self._later_turn():
             ids = ids[1:]
         return torch.tensor([ids]).long()
 
@@ -142,10 +146,13 @@ class Conversation:
         self.cache.new_turn()
         try:
             if passages and self.model.spelling is not None:
-                # The base alone: recall would go on in the words of the text that was just found.
-                shown = f"{as_text(passages, self.model.spelling)}\n\n{_ABOUT if '?' in text else ''}{text}"
+                # The base alone: recall would go on in the words of the text that was just found. A first question is
+                # answered from the passages; a later one also from the turns before, which the window holds.
+                shown = f"{as_text(passages, self.model.spelling)}\n\n{ABOUT if '?' in text else ''}{text}"
+                alone = self.turns == 0
+                prompt = self.turn_ids(shown, alone).to(self.model.device)
                 with self.model.memory_off():
-                    reply = self._generate(self.turn_ids(shown).to(self.model.device), self.cache.copy(), asked)
+                    reply = self._generate(prompt, self.model.new_cache() if alone else self.cache.copy(), asked)
             else:
                 reply = self._generate(ids, self.cache, asked)
             # What ends a reply is never read; the last token of one that was cut short belongs to the text.
@@ -169,12 +176,14 @@ class Conversation:
         return out[:, ids.shape[1] :]
 
     def _retrieve(self, text: str, turn_tokens: int) -> list[Passage]:
-        """What fits the user's words, of what has left the window, as far as it leaves the turn room in the window."""
+        """What fits the user's words, as far as it leaves the turn room in the window; in a conversation that has begun
+        only of what has left the window.
+        """
         room = min(self.reread_tokens, self.model.config.window - turn_tokens)
         if self.cache.passages is None or room < 1 or self.cache.lengths[0] <= self.model.config.window:
             return []
         ids = token_ids(self.tokenizer, text, obey_control_tokens=self.obey_control_tokens)
-        found = self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=True)[0]
+        found = self.cache.retrieve(torch.tensor([ids]).long(), n_tokens=room, beyond_window=self.turns > 0)[0]
         return [passage for passage in found if passage.score >= CLEAR * found[0].score]
 
     def forget(self) -> None:
