@@ -236,6 +236,7 @@ def test_a_peft_model_is_read_with_its_adapters(path: Path) -> None:
     peft_model, ids = adapted(tiny_base(), "poet"), text(2, 40)
     expected = torch.log_softmax(peft_model(ids).logits, dim=-1)
     model = HippoFormer(small_config(window=60), peft_model)
+    model.hippocampus.fusion.strength.zero_()
     torch.testing.assert_close(model(ids).logits, expected, rtol=0.0, atol=1e-4)
     assert not any(p.requires_grad for p in model.base.parameters())
     with peft_model.disable_adapter():
@@ -248,6 +249,7 @@ def test_switching_adapters_under_a_live_cache_is_noticed(path: Path) -> None:
     peft_model, ids, ahead = adapted(tiny_base(), "poet", "clerk", size=0.12), text(2, 40), text(2, 9, seed=3)
     torch.manual_seed(0)
     model = HippoFormer(small_config(window=60), peft_model)
+    model.hippocampus.fusion.strength.zero_()
     cache = written(model, ids, path)
     expected = model(ahead, past_key_values=cache.copy()).logits
     peft_model.set_adapter("clerk")
@@ -356,6 +358,7 @@ def quantised(how: str) -> PreTrainedModel:
 def test_a_quantised_base_is_read_within_its_own_noise(how: str, path: Path) -> None:
     base, ids = quantised(how), text(2, 40)
     model = HippoFormer(small_config(window=60), base)
+    model.hippocampus.fusion.strength.zero_()
     expected = torch.log_softmax(base(ids).logits, dim=-1)
     alone = torch.cat([torch.log_softmax(base(row[None]).logits, dim=-1) for row in ids])
     noise = float((alone - expected).norm() / expected.norm())

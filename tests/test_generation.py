@@ -157,8 +157,10 @@ def test_criteria_and_strings_stop() -> None:
     ids = tokenizer("some words", return_tensors="pt").input_ids
     options = {"max_new_tokens": 12, "no_repeat_ngram_size": 0}
     written = tokenizer.decode(generate(model, ids, **options)[0, ids.shape[1] :])
-    out = generate(model, ids, stop_strings=[written[3:5]], tokenizer=tokenizer, **options)
-    assert tokenizer.decode(out[0, ids.shape[1] :]) == written[: written.index(written[3:5]) + 2]
+    whole, stop = "some words" + written, written[1:4]
+    out = generate(model, ids, stop_strings=[stop], tokenizer=tokenizer, **options)
+    end = whole.index(stop, len("some words") - len(stop) + 1) + len(stop)  # the first that ends after the prompt
+    assert tokenizer.decode(out[0]) == whole[:end] and end < len(whole)
 
 
 class Largest(TorchDispatchMode):

@@ -20,6 +20,7 @@ def listening(precision: str) -> HippoFormer:
     with torch.no_grad():
         model.hippocampus.fusion.gate_out.bias.data.fill_(-1.0)
         model.hippocampus.recall.null_proj.bias.zero_()
+        model.hippocampus.recall.log_scale.copy_(torch.linspace(1.0, 3.2, len(model.hippocampus.recall.log_scale)))
     return model.eval()
 
 

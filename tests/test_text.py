@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 from hippoformer.errors import ConfigurationError, TextError
 from hippoformer.text import encode, start_tokens, token_ids, token_spans
-from hippoformer.train import _encode as encode_for_training
 from tiny_texts import SlowTokenizer, byte_tokenizer, metaspace_tokenizer
 
 
@@ -88,16 +87,6 @@ def test_other_text_has_the_tokens_it_always_had(name: str, text: str) -> None:
     else:
         with pytest.raises(ConfigurationError, match="SlowTokenizer does not say which characters"):
             token_spans(tokenizer, text)
-
-
-def test_training_reads_documents_so() -> None:
-    """One start token, and control tokens only where they are asked for."""
-    for obey, spelled in ((None, 4), (True, 1)):
-        tokenizer = byte_level()
-        tokenizer.obey_control_tokens = obey
-        expected = [0, *token_ids(tokenizer, "a</s>b")]
-        assert len(expected) == 3 + spelled and (1 in expected) == bool(obey)
-        assert encode_for_training("a</s>b", tokenizer, 4).tolist() == expected[:4]
 
 
 def test_which_tokens_are_control_tokens() -> None:

@@ -308,7 +308,8 @@ def _restore_hippocampus(model: Model, tensors: dict[str, Tensor]) -> None:
         )
         model.hippocampus.resize_vocabulary(theirs)
     own.pop("recall.log_contiguity", None)  # in the shipped weights, of before continuation was one pass
-    own.setdefault("fusion.beyond_weight", torch.zeros(()))  # of checkpoints written before there was one
+    for name in ("recall.ending_of_token", "fusion.beyond_weight"):  # of checkpoints written before there was one
+        own.setdefault(name, torch.zeros_like(model.hippocampus.state_dict()[name]))
     try:
         model.hippocampus.load_state_dict(own)
     except RuntimeError as error:
