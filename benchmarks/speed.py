@@ -25,7 +25,7 @@ from transformers import DynamicCache, HfArgumentParser
 from evaluation.common.results import Result, Row
 from hippoformer.cli.arguments import ModelArguments, check_output
 from hippoformer.files import write_json
-from hippoformer.hippocampus import circuit
+from hippoformer.hippocampus import hippocampus
 from hippoformer.hippocampus.episodes import Episodes
 from hippoformer.hippocampus.recall import Recall
 from hippoformer.model.modeling import HippoFormer
@@ -37,8 +37,8 @@ BATCHES = (1, 8)  # rows whose stages are timed
 STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "encode": ((Recall, "encode_key"), (Recall, "encode_value")),
     "write": ((Episodes, "write"),),
-    "capture": ((circuit, "admit"),),
-    "consolidate": ((circuit, "consolidate"),),
+    "capture": ((hippocampus, "admit"),),
+    "consolidate": ((hippocampus, "consolidate"),),
 }
 
 
