@@ -20,7 +20,8 @@ stories qa2 --tasks 10k-qa2 --lengths 0 300 --cases 200 --seed 2
 { short runs/qa1.jsonl 380 && short runs/qa2.jsonl 150; } > runs/babi-stories.jsonl
 hippoformer train --questions runs/babi-stories.jsonl --memory_off --hippocampus smollm2-135m --output_dir runs/babi \
   --num_epochs 1 --max_document_tokens 2048 --batch_size 8 --lora_r 16 --learning_rate 1e-2 $common
-hippoformer export-base --model runs/babi --output runs/babi-base
+python -c "import hippoformer; model, tokenizer = hippoformer.load('runs/babi'); \
+model.merge_lora().save_pretrained('runs/babi-base'); tokenizer.save_pretrained('runs/babi-base')"
 
 stories qa1-recall --tasks 10k-qa1 --lengths 0 200 --cases 60 --seed 11
 stories qa2-recall --tasks 10k-qa2 --lengths 0 300 --cases 30 --seed 12
