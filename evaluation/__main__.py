@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from evaluation.common.command import explained
 from evaluation.registry import EVALUATIONS
 from hippoformer.cli.arguments import ModelArguments, TextArguments, check_output
-from hippoformer.errors import HippoFormerError
 from hippoformer.files import write_json
 
 
@@ -24,6 +24,7 @@ class OutputArguments:
     output: Path | None = field(default=None, metadata={"help": "JSON file for the rows, the details and their origin"})
 
 
+@explained
 def main(words: Sequence[str] | None = None) -> int:
     """Runs what the words of a command line ask for; 0 on success, 2 on an error that was explained."""
     words = sys.argv[1:] if words is None else list(words)
@@ -33,19 +34,15 @@ def main(words: Sequence[str] | None = None) -> int:
     module = importlib.import_module(EVALUATIONS[words[0]])
     arguments = (ModelArguments, TextArguments, OutputArguments, module.Options)
     parser = HfArgumentParser(arguments, prog=f"python -m evaluation {words[0]}", description=module.__doc__)  # type: ignore[arg-type]
-    try:
-        model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
-        check_output(output.output)
-        # Some evaluations bring texts of their own.
-        documents = texts.read() if texts.text or texts.dataset else []
-        model, tokenizer = model_arguments.load()
-        result = module.run(model, tokenizer, documents, options)
-        if output.output is not None:
-            write_json(output.output, result.record(words[0], model, options, documents))
-        print(result.table())
-    except HippoFormerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    model_arguments, texts, output, options = parser.parse_args_into_dataclasses(list(words[1:]))
+    check_output(output.output)
+    # Some evaluations bring texts of their own.
+    documents = texts.read() if texts.text or texts.dataset else []
+    model, tokenizer = model_arguments.load()
+    result = module.run(model, tokenizer, documents, options)
+    if output.output is not None:
+        write_json(output.output, result.record(words[0], model, options, documents))
+    print(result.table())
     return 0
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from evaluation.common.command import explained
 from evaluation.common.results import Row, table
 from evaluation.registry import EVALUATIONS
 from hippoformer.cli.arguments import ModelArguments, TextArguments, check_output
-from hippoformer.errors import ConfigurationError, HippoFormerError
+from hippoformer.errors import ConfigurationError
 from hippoformer.files import FORMAT, write_json
 
 # What is run by default, and with which options: they suit two CPU cores and WikiText-2's test set.
@@ -61,36 +62,33 @@ def options_of(name: str, module: Any, arguments: Arguments) -> Any:
     return module.Options(**options)
 
 
+@explained
 def main(words: Sequence[str] | None = None) -> int:
     """0 on success, 2 on an error that was explained."""
     parser = HfArgumentParser(Arguments, prog="python -m evaluation.comprehensive_eval", description=__doc__)  # type: ignore[arg-type]
     (arguments,) = parser.parse_args_into_dataclasses(None if words is None else list(words))
-    try:
-        check_output(arguments.output)
-        names = arguments.parts or list(DEFAULTS)
-        if unknown := [name for name in names if name not in EVALUATIONS]:
-            raise ConfigurationError(f"parts {', '.join(unknown)}: choose among {', '.join(EVALUATIONS)}")
-        datasets = [] if arguments.text else arguments.datasets
-        documents = TextArguments(text=arguments.text, dataset=datasets, data_dir=arguments.data_dir).read()
-        device = None if arguments.device == "auto" else arguments.device
-        model, tokenizer = ModelArguments(model=arguments.checkpoint, device=device).load()
-        folder = arguments.output.with_suffix("")
-        folder.mkdir(exist_ok=True)
-        found = {}
-        for name in names:
-            file, module = folder / f"{name}.json", importlib.import_module(EVALUATIONS[name])
-            if not file.is_file():
-                print(f"{name}: {file}", file=sys.stderr)
-                options = options_of(name, module, arguments)
-                result = module.run(model, tokenizer, documents, options)
-                write_json(file, result.record(name, model, options, documents))
-            found[name] = json.loads(file.read_text("utf-8"))
-            print(f"\n## {name}\n\n{table([Row(**row) for row in found[name]['rows']])}")
-        rows = [row for of in found.values() for row in of["rows"]]
-        write_json(arguments.output, {"format": FORMAT, "rows": rows, "evaluations": found})
-    except HippoFormerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_output(arguments.output)
+    names = arguments.parts or list(DEFAULTS)
+    if unknown := [name for name in names if name not in EVALUATIONS]:
+        raise ConfigurationError(f"parts {', '.join(unknown)}: choose among {', '.join(EVALUATIONS)}")
+    datasets = [] if arguments.text else arguments.datasets
+    documents = TextArguments(text=arguments.text, dataset=datasets, data_dir=arguments.data_dir).read()
+    device = None if arguments.device == "auto" else arguments.device
+    model, tokenizer = ModelArguments(model=arguments.checkpoint, device=device).load()
+    folder = arguments.output.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    found = {}
+    for name in names:
+        file, module = folder / f"{name}.json", importlib.import_module(EVALUATIONS[name])
+        if not file.is_file():
+            print(f"{name}: {file}", file=sys.stderr)
+            options = options_of(name, module, arguments)
+            result = module.run(model, tokenizer, documents, options)
+            write_json(file, result.record(name, model, options, documents))
+        found[name] = json.loads(file.read_text("utf-8"))
+        print(f"\n## {name}\n\n{table([Row(**row) for row in found[name]['rows']])}")
+    rows = [row for of in found.values() for row in of["rows"]]
+    write_json(arguments.output, {"format": FORMAT, "rows": rows, "evaluations": found})
     return 0
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from evaluation.common.command import explained
 from evaluation.common.results import Result, Row
 from evaluation.common.statistics import over_seeds
 from hippoformer.cli.arguments import check_output
-from hippoformer.errors import HippoFormerError, InputError
+from hippoformer.errors import InputError
 from hippoformer.files import FORMAT, provenance, write_json
 
 
@@ -55,21 +56,18 @@ class Options:
     output: Path | None = field(default=None, metadata={"help": "JSON file"})
 
 
+@explained
 def main(words: Sequence[str]) -> int:
     """Puts together the files that the words of a command line name; 0 on success, 2 on an error that was explained."""
     given = words if words[:1] and words[0].startswith("-") else ["--files", *words]
     (arguments,) = HfArgumentParser((Options,), description=__doc__).parse_args_into_dataclasses(given)  # type: ignore[arg-type]
-    try:
-        check_output(arguments.output)
-        result = aggregate(arguments.files)
-        if arguments.output is not None:
-            rows = [vars(row) for row in result.rows]
-            content = {"format": FORMAT, "rows": rows, "provenance": provenance(), "details": result.details}
-            write_json(arguments.output, content)
-        print(result.table())
-    except HippoFormerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_output(arguments.output)
+    result = aggregate(arguments.files)
+    if arguments.output is not None:
+        rows = [vars(row) for row in result.rows]
+        content = {"format": FORMAT, "rows": rows, "provenance": provenance(), "details": result.details}
+        write_json(arguments.output, content)
+    print(result.table())
     return 0
 
 

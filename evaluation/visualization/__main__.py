@@ -12,8 +12,9 @@ from typing import Any
 import matplotlib
 from transformers import HfArgumentParser
 
+from evaluation.common.command import explained
 from evaluation.visualization.figures import FIGURES, STYLE
-from hippoformer.errors import HippoFormerError, ResultError
+from hippoformer.errors import ResultError
 from hippoformer.files import FORMAT
 
 
@@ -75,16 +76,13 @@ def draw(options: Options) -> list[str]:
     return lines
 
 
+@explained
 def main(words: list[str]) -> int:
     """Draws what the words of a command line say; 0 on success, 2 on an error that was explained."""
     if words and not words[0].startswith("-"):
         words = ["--results", *words]
     (options,) = HfArgumentParser((Options,), description=__doc__).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
-    try:
-        print("\n".join(draw(options)))
-    except HippoFormerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print("\n".join(draw(options)))
     return 0
 
 
