@@ -17,12 +17,14 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 LOWEST := .venv-lowest
 LOWEST_TORCH ?= 2.13.0
 
+SKY := .venv-sky
+
 # The source distribution of transformers, whose tests of a model run over ours. It leaves out those of `generate`: with a
 # checkout of the same release, make test-transformers TRANSFORMERS_TESTS=checkout/tests runs them too.
 TRANSFORMERS := .transformers
 TRANSFORMERS_TESTS ?= $(TRANSFORMERS)/tests
 
-.PHONY: demo test test-all unit test-lowest test-transformers lint docs mutations support results clean
+.PHONY: demo test test-all unit test-lowest test-cloud test-transformers lint docs mutations support results clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -44,6 +46,10 @@ unit: $(INSTALLED)
 # The same with the lowest version of every dependency; warnings are errors there too.
 test-lowest: $(LOWEST)/.installed-$(LOWEST_TORCH)
 	$(LOWEST)/bin/python $(PYTEST) -m "not real"
+
+# The files under cloud/, read by SkyPilot's own parser.
+test-cloud: $(INSTALLED) $(SKY)/.installed
+	HIPPOFORMER_SKY_PYTHON=$(SKY)/bin/python $(BIN)/python -m pytest tests/test_cloud.py
 
 # transformers' own tests of a model, over a tiny HippoFormer; what cannot apply is in docs/support.md.
 test-transformers: $(INSTALLED) $(TRANSFORMERS_TESTS)
@@ -85,6 +91,11 @@ $(LOWEST)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c constraints-lowest.txt torch==$(LOWEST_TORCH) -e ".[dev]"
 	touch $@
 
+$(SKY)/.installed:
+	$(PYTHON) -m venv --clear $(SKY)
+	$(SKY)/bin/python -m pip install --disable-pip-version-check skypilot==0.14.1
+	touch $@
+
 $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
 	rm -rf $(TRANSFORMERS)
 	$(BIN)/python -m pip download --disable-pip-version-check -c constraints.txt --no-deps --no-binary transformers -d $(TRANSFORMERS) transformers
@@ -92,4 +103,4 @@ $(TRANSFORMERS)/tests: constraints.txt | $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(TRANSFORMERS) .import_linter_cache .mypy_cache site .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(LOWEST) $(SKY) $(TRANSFORMERS) .import_linter_cache .mypy_cache site .pytest_cache .ruff_cache .hypothesis build dist
