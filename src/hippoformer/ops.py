@@ -154,6 +154,11 @@ def place(target: Tensor, values: Tensor, start: list[int], new: list[int], orde
     target[rows[wanted], index[wanted]] = values[:, :width][wanted].to(target.dtype)
 
 
+def shifted(last: Tensor, states: Tensor) -> Tensor:
+    """(R, N, D) the state before each token: `last` (R, D), then `states` (R, N, D) but for their last."""
+    return torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
+
+
 def last_of(hidden: Tensor, new: list[int], before: Tensor) -> Tensor:
     """(R, D): the hidden state of each row's last new token, or `before` where it has none."""
     index = column_of([max(n - 1, 0) for n in new], hidden.device).unsqueeze(-1).expand(-1, 1, hidden.shape[-1])

@@ -22,7 +22,7 @@ from torch import Tensor
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.pauses import AHEAD, LONGEST, find_cut
 from hippoformer.hippocampus.spelling import Spelling
-from hippoformer.hippocampus.terms import exact_terms, terms
+from hippoformer.hippocampus.terms import distinct, terms
 
 _RECENT, _EXACT, _COUNTS = 200, 3.0, 1 << 16  # see `by_novelty`
 _NONE = np.zeros(0, np.uint8)
@@ -71,6 +71,8 @@ def by_novelty(row: "Row", passage: Passage, spelling: Spelling) -> float:
     is divided by length^0.75, and by the mean of the last `_RECENT` passages, so that the beginning of a long text,
     where everything is new, does not stay for ever.
     """
+    if not len(row.counts):
+        row.counts = np.zeros(_COUNTS, np.uint8)
     exact = passage_terms(passage, spelling).exact
     slots, weight = np.array([*exact], int) % _COUNTS, 1.0 + _EXACT * np.array([*exact.values()], float)
     worth = float((weight / (1.0 + row.counts[slots])).sum()) / len(passage) ** 0.75
@@ -219,8 +221,6 @@ class Passages:
 
     def _judge(self, row: Row) -> None:
         """Gives the passages that have none yet a priority, in the order of the text: none before the store is full."""
-        if not len(row.counts):
-            row.counts = np.zeros(_COUNTS, np.uint8)
         first = len(row.finished)
         while first and math.isnan(row.finished[first - 1].priority):
             first -= 1
@@ -314,9 +314,8 @@ class Passages:
         said before, (R, 65536) or nothing while the store was never full.
         """
         self.settle()
-        full = any(len(row.counts) for row in self.rows)
-        for row in self.rows if full else ():
-            row.counts = row.counts if len(row.counts) else np.zeros(_COUNTS, np.uint8)
+        width = max((len(row.counts) for row in self.rows), default=0)
+        counts = [row.counts if len(row.counts) == width else np.zeros(width, np.uint8) for row in self.rows]
         finished = [(number, passage) for number, row in enumerate(self.rows) for passage in row.finished]
         ids = np.concatenate([np.zeros(0, np.int32), *(p.token_ids for _, p in finished)])
         places = [(n, p.start, len(p), p.rehearsed) for n, p in finished]
@@ -329,7 +328,7 @@ class Passages:
             "open_salience": torch.tensor([s for row in self.rows for s in row.open_salience], dtype=torch.float32),
             "rows": torch.tensor([(r.read, r.column, len(r.open_ids)) for r in self.rows]).reshape(-1, 3),  # (R, 3)
             "novelty": torch.tensor([(r.judged, r.usual) for r in self.rows], dtype=torch.float64).reshape(-1, 2),
-            "counts": torch.from_numpy(np.stack([r.counts for r in self.rows]) if full else _NONE.copy()),
+            "counts": torch.from_numpy(np.stack(counts) if width else _NONE.copy()),
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -381,11 +380,12 @@ def passage_terms(passage: Passage, spelling: Spelling) -> PassageTerms:
     """Worked out once for all copies of a passage."""
     if "terms" not in passage.cache:
         text = spelling.text(passage.token_ids, mark=True)
-        label = _LABEL.match(text)
-        found = PassageTerms(
-            np.array(terms(text), np.uint32), exact_terms(text), frozenset(terms(label[1])) if label else frozenset()
+        label, found = _LABEL.match(text), terms(text)
+        passage.cache["terms"] = PassageTerms(
+            np.array([term for term, _ in found], np.uint32),
+            distinct(found),
+            frozenset(term for term, _ in terms(label[1])) if label else frozenset(),
         )
-        passage.cache["terms"] = found
     return passage.cache["terms"]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from hippoformer.errors import InputError
 from hippoformer.hippocampus.passages import Passage, passage_terms
 from hippoformer.hippocampus.spelling import Spelling
-from hippoformer.hippocampus.terms import exact_terms, terms
+from hippoformer.hippocampus.terms import distinct, terms
 
 K1, B = 1.2, 0.75  # BM25: how soon a repeated word adds no more; how much a long passage is held back
 NEIGHBOURS = (0.6, 0.3)  # of a passage's score that the next one on either side gets, and the one after it
@@ -56,7 +56,7 @@ def score(passages: Sequence[Passage], query: str, spelling: Spelling) -> np.nda
     flat, owner = np.concatenate([each.terms for each in found]), np.repeat(np.arange(len(found)), lengths)
     norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1.0))
     adjacent = np.array([left.stop == right.start for left, right in pairwise(passages)], bool)  # (P - 1,)
-    wanted = exact_terms(query)
+    wanted = distinct(terms(query))
     alone, covered = np.zeros((2, len(found)))
     for term, exact in wanted.items():
         counts = np.bincount(owner[flat == term], minlength=len(found))  # (P,)
@@ -91,7 +91,7 @@ def mentions(words: str, spelling: Spelling) -> Callable[[Passage], bool]:
     Raises:
         InputError: none but function words: every passage would fit.
     """
-    wanted = set(terms(words))
+    wanted = {term for term, _ in terms(words)}
     if not wanted:
         raise InputError(f"{words!r} has no word that could be looked for; name what is to be forgotten")
     return lambda passage: wanted <= passage_terms(passage, spelling).exact.keys()

@@ -57,16 +57,18 @@ def _term(word: str) -> int:
     return crc32(word.encode(errors="surrogatepass"))
 
 
-def terms(text: str) -> list[int]:
-    """What the words of a text are found by, in their order."""
-    return [term for word in _WORD.findall(text) for term in word_terms(word)]
-
-
-def exact_terms(text: str) -> dict[int, bool]:
-    """What the words of a text are found by, and whether the word is a name or has a digit."""
-    found: dict[int, bool] = {}
+def terms(text: str) -> list[tuple[int, bool]]:
+    """What the words of a text are found by, in their order, and whether the word is a name or has a digit."""
+    found = []
     for place, word in enumerate(_WORD.findall(text)):
         exact = (place > 0 and word[0].isupper()) or any(letter.isdigit() for letter in word)
-        for term in word_terms(word):
-            found[term] = found.get(term, False) or exact
+        found += [(term, exact) for term in word_terms(word)]
     return found
+
+
+def distinct(found: list[tuple[int, bool]]) -> dict[int, bool]:
+    """Each of `terms` once: exact where one of its words is."""
+    once: dict[int, bool] = {}
+    for term, exact in found:
+        once[term] = once.get(term, False) or exact
+    return once

@@ -28,7 +28,7 @@ from hippoformer.model.generation import GENERATION, Generation
 from hippoformer.model.inputs import Rows, squeeze_padding
 from hippoformer.model.memory_file import load_memory, save_memory
 from hippoformer.model.outputs import CACHE, HippoFormerOutput, Step, memory_stats, salience_stats
-from hippoformer.ops import column_of, last_of, piece, place
+from hippoformer.ops import column_of, last_of, piece, place, shifted
 
 # Probes that keys are fitted to, and tokens at the beginning of each that are left out.
 _PROBES, _FIRST_TOKENS = 16, 4
@@ -151,7 +151,7 @@ class HippoFormer(Generation, GenerationMixin):
                 raise NonFiniteError("the hippocampus computed NaN or infinity: its weights are damaged, load others")
             if found.residual is not None:
                 final = final + found.residual.to(final.dtype)
-                target = self.window.log_prob_of(_shifted(cache.last_output, final), ids)
+                target = self.window.log_prob_of(shifted(cache.last_output, final), ids)
             fused = mix_target(target, found.prior_mixture, found.prior_nothing, found.hit)
             target, cache.written = torch.where(predicted, fused, 0.0), True
             if cache.passages is not None and not cache.frozen:
@@ -175,7 +175,7 @@ class HippoFormer(Generation, GenerationMixin):
         predicts a token. The counts go on, unless the memory is frozen.
         """
         last = cache.memory.last_hidden if self.config.memory_layers == (-1,) else cache.last_output
-        states = _shifted(last, final)
+        states = shifted(last, final)
         if not self._moves(cache):
             log_prob = torch.where(predicted, self.window.log_prob_of(states, ids), 0.0)
             return log_prob, log_prob
@@ -293,7 +293,7 @@ class HippoFormer(Generation, GenerationMixin):
                     if logits is None:
                         logits = log_probs.new_zeros(len(order), keep, log_probs.shape[-1])
                     place(logits, log_probs, start, new, order - (n_columns - keep))
-            if step.found is not None:
+            if step.found is not None and (return_salience or return_memory_stats):
                 place(salience, step.found.salience.detach().float(), step.start, step.new, order)
                 place(importance, step.found.importance.detach().float(), step.start, step.new, order)
                 replayed += 0 if step.found.replayed is None else int(step.found.replayed.sum())
@@ -440,11 +440,6 @@ class HippoFormer(Generation, GenerationMixin):
     def load_memory(self, path: str | Path) -> HippoCache:
         """What `HippoCache.load` does; see `memory_file.load_memory`."""
         return load_memory(self, path)
-
-
-def _shifted(last: Tensor, states: Tensor) -> Tensor:
-    """(R, N, D) the state before each token: `last` (R, D), then `states` (R, N, D) but for their last."""
-    return torch.cat((last.unsqueeze(1), states[:, :-1]), dim=1)
 
 
 AutoModelForCausalLM.register(HippoFormerConfig, HippoFormer, exist_ok=True)

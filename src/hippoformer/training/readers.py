@@ -29,6 +29,7 @@ from hippoformer.model.checkpoint import write_tensors
 from hippoformer.model.modeling import HippoFormer
 from hippoformer.model.weights import base_fingerprint
 from hippoformer.model.window import WindowCache
+from hippoformer.ops import shifted
 from hippoformer.training.streams import Piece, StreamedTexts, whole_documents
 
 _DOCUMENTS_HELD = 64
@@ -199,8 +200,7 @@ class CachedReader(LiveReader):
         found, cache.memory = self.model.hippocampus.read(cache.memory, reading)
         if found.residual is not None:  # the first token is judged without it: its touched state is gone
             touched = reading.hidden + found.residual.to(reading.hidden.dtype)
-            before = torch.cat((last.unsqueeze(1), touched[:, :-1]), dim=1)
-            log_prob = self.model.window.log_prob_of(before, reading.tokens)
+            log_prob = self.model.window.log_prob_of(shifted(last, touched), reading.tokens)
         return found, mix_target(log_prob, found.prior_mixture, found.prior_nothing, found.hit), base_log_prob
 
 
